@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN    := .venv/bin
+STAMP  := .venv/.installed
+
+# Nothing here may download a model: what runs is in the checkout.
+export HF_HUB_OFFLINE := 1
+
+.PHONY: help demo test lint bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+
+demo: $(STAMP)  ## train a forecaster on the embedded pipeline, skip most steps, write lesa-demo/
+	$(BIN)/lesa demo
+
+test: $(STAMP)  ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(STAMP)  ## run every script of benchmarks/
+	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+clean:  ## remove what the targets made, the environment included
+	rm -rf .venv build dist *.egg-info lesa-demo .benchmarks \
+	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find lesa kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment is made once, and brought up to date when what it was made from is newer.
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[report,dev]"
+	@touch $@

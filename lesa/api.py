@@ -1,0 +1,203 @@
+"""Switch acceleration on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lesa.clock import StepClock
+from lesa.config import LesaConfig
+from lesa.counters import Stats
+from lesa.engine import CacheController
+from lesa.errors import LesaError
+from lesa.forecasters.base import Forecaster, Tap
+from lesa.hooks import Denoiser, attach, attached, core_of, detach
+from lesa.models import model_spec
+from lesa.schedule import Schedule
+
+__all__ = [
+    "accelerate",
+    "apply_lesa_cache",
+    "disable",
+    "enable",
+    "find_denoiser",
+    "patch_diffusers",
+    "remove_lesa_cache",
+    "stats",
+]
+
+
+def enable(
+    pipe: Any,
+    forecaster: Forecaster | None = None,
+    *,
+    full_steps: int | None = None,
+    schedule: Schedule | None = None,
+    tap: Tap | None = None,
+    graph: Literal["auto", "off"] = "auto",
+) -> None:
+    """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
+
+    The pipeline is called as before. A second `enable` replaces the first. See `LesaConfig` for
+    the options and their defaults.
+
+    Raises:
+        LesaError: an option is invalid, the denoiser is of an unknown class, the forecaster was
+            made for another model, or another cache is enabled.
+    """
+    options: dict[str, Any] = {} if forecaster is None else {"forecaster": forecaster}
+    config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
+    _install(find_denoiser(pipe), config, pipe)
+
+
+def disable(pipe: Any) -> None:
+    """Make a pipeline (or a bare denoiser) what it was before `enable`; no effect if it is."""
+    detach(find_denoiser(pipe))
+
+
+def stats(pipe: Any) -> Stats:
+    """Full and skipped calls, fallbacks by reason, ring bytes and seconds since `enable`.
+
+    Raises:
+        LesaError: the pipeline is not accelerated.
+    """
+    return _controller(find_denoiser(pipe)).counters.snapshot()
+
+
+@contextmanager
+def accelerate(pipe: Any, forecaster: Forecaster | None = None, **options: Any) -> Iterator[Any]:
+    """`enable` for the length of a `with` block, which gets the pipeline; then as it was before."""
+    model = find_denoiser(pipe)
+    before = attached(model)
+    enable(pipe, forecaster, **options)
+    try:
+        yield pipe
+    finally:
+        detach(model)
+        if before is not None:
+            attach(model, before.controller, clock=before.clock, config=_shown(before))
+
+
+def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
+    """Accelerate a bare denoiser in one's own loop; replaces an earlier configuration.
+
+    `config.scheduler`, or `config.num_inference_steps` with `config.sigmas`, tells the steps,
+    unless the loop passes `step_index` and `num_inference_steps` to `model.cache_context`.
+
+    Raises:
+        LesaError: as `enable`; also a trained forecaster with steps but without noise levels.
+    """
+    if not isinstance(config, LesaConfig):
+        raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
+    _install(model, config)
+
+
+def remove_lesa_cache(model: nn.Module) -> None:
+    """Undo `apply_lesa_cache`."""
+    detach(model)
+
+
+def patch_diffusers() -> None:
+    """Let `model.enable_cache(LesaConfig(...))` work on every diffusers model with a cache API."""
+    from diffusers.models.cache_utils import CacheMixin
+
+    builtin = CacheMixin.enable_cache
+    if hasattr(builtin, "_lesa_patch"):
+        return
+
+    @wraps(builtin)
+    def enable_cache(self: Any, config: Any) -> None:
+        if isinstance(config, LesaConfig) and not self.is_cache_enabled:
+            apply_lesa_cache(self, config)
+        else:
+            builtin(self, config)
+
+    enable_cache._lesa_patch = True  # type: ignore[attr-defined]
+    CacheMixin.enable_cache = enable_cache  # type: ignore[method-assign]
+
+
+def find_denoiser(pipe: Any) -> nn.Module:
+    """The `transformer` or `unet` of a pipeline; a module is returned as it is."""
+    if isinstance(pipe, nn.Module):
+        return pipe
+    for name in ("transformer", "unet"):
+        model = getattr(pipe, name, None)
+        if isinstance(model, nn.Module):
+            return model
+    raise LesaError(
+        f"pipe: {type(pipe).__name__} has neither a transformer nor a unet; give a diffusers "
+        "pipeline, or use lesa.apply_lesa_cache on the denoiser."
+    )
+
+
+def _install(model: nn.Module, config: LesaConfig, pipe: Any = None) -> None:
+    _check_model(model, config)
+    clock = _clock(config)
+    before = attached(model)
+    if before is not None:
+        _controller(model)
+        for known in before.clock.pipes:
+            clock.add_pipe(known)
+        detach(model)
+    if pipe is not None and pipe is not model:
+        clock.add_pipe(pipe)
+    attach(model, CacheController(config), clock=clock, config=config)
+
+
+def _check_model(model: nn.Module, config: LesaConfig) -> None:
+    """LesaError if the forecaster was trained for another model."""
+    forecaster: Any = config.forecaster
+    if not hasattr(forecaster, "check_model"):
+        return
+    core = core_of(model)
+    identity = {}
+    if forecaster.metadata.get("model_hash") is not None and _has_plain_weights(core):
+        from lesa.training.train import weights_hash
+
+        identity["model_hash"] = weights_hash(core)
+    spec = model_spec(core)
+    forecaster.check_model(spec.name, tap=config.resolved_tap, **identity)
+
+
+def _has_plain_weights(model: nn.Module) -> bool:
+    """Whether a hash of the weights means something: no adapter, quantiser or offload on them."""
+    plain = {torch.float32, torch.bfloat16}
+    return (
+        getattr(model, "peft_config", None) is None
+        and getattr(model, "hf_quantizer", None) is None
+        and all(p.dtype in plain and p.device.type != "meta" for p in model.parameters())
+    )
+
+
+def _clock(config: LesaConfig) -> StepClock:
+    learned = hasattr(config.forecaster, "calibrated")
+    told = config.sigmas is not None or config.scheduler is not None
+    if learned and config.num_inference_steps is not None and not told:
+        raise LesaError(
+            f"sigmas is None: the trained forecaster {config.forecaster.name} needs the noise "
+            "levels of the loop; give sigmas=... or scheduler=... in the LesaConfig."
+        )
+    return StepClock(
+        scheduler=config.scheduler, num_steps=config.num_inference_steps, sigmas=config.sigmas
+    )
+
+
+def _controller(model: nn.Module) -> CacheController:
+    denoiser = attached(model)
+    if denoiser is None:
+        raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first.")
+    if not isinstance(denoiser.controller, CacheController):
+        raise LesaError(
+            f"pipe: a {type(denoiser.controller).__name__} is at work on its denoiser; "
+            "wait for its end."
+        )
+    return denoiser.controller
+
+
+def _shown(denoiser: Denoiser) -> object:
+    return getattr(denoiser.controller, "config", None)

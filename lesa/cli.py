@@ -1,0 +1,287 @@
+"""The commands: each reads its input, calls the library once and prints what came out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lesa.errors import LesaError
+from lesa.files import read_prompts, require_writable, write_atomically
+from lesa.inputs import call_settings, load_forecaster, load_pipeline, parse_counts
+from lesa.terminal import (
+    INTERRUPTED,
+    JsonCommand,
+    check_json,
+    complain,
+    console,
+    emit,
+    guarded,
+    progress,
+)
+
+app = typer.Typer(
+    name="lesa",
+    help="Diffusion pipelines, several times faster: most denoising steps are forecast.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Pipeline = Annotated[
+    str, typer.Argument(help="A pipeline folder, a hub id, or the word testbed (embedded).")
+]
+Prompts = Annotated[Path, typer.Option("--prompts", help="Text file, one prompt per line.")]
+Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
+Counts = Annotated[
+    str, typer.Option("--full-steps", help="Steps that run the whole model; several: 13,10,8.")
+]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write JSON to this .json file; alone or '-': to stdout."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is any.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Guidance = Annotated[float | None, typer.Option(help="Guidance scale of the pipeline.")]
+Size = Annotated[int | None, typer.Option(help="In pixels; the pipeline's own by default.")]
+Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed + i.")]
+Batch = Annotated[int, typer.Option(min=1, help="Prompts at a time.")]
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def demo(
+    pipeline: Annotated[str, typer.Option(help="An embedded pipeline.")] = "flux",
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("lesa-demo"),
+    prompts_count: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 16,
+    json: Json = None,
+) -> None:
+    """Train on the embedded pipeline, skip most steps of unseen prompts, show the pictures.
+
+    Example: lesa demo --out lesa-demo
+    """
+    check_json(json)
+    require_writable(out)
+    from lesa.demo import run_demo
+
+    emit(json, run_demo(pipeline, out, prompts_count, console(json)))
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def train(
+    pipeline: Pipeline,
+    prompts: Prompts,
+    out: Annotated[Path, typer.Option(help="Folder of the forecaster.")],
+    num_inference_steps: Annotated[
+        str, typer.Option(help="Steps of the sampler; several: 50,28.")
+    ] = "50",
+    full_steps: Counts = "13,10,8",
+    form: Annotated[str, typer.Option(help="continuous, paper or table.")] = "continuous",
+    tap: Annotated[str | None, typer.Option(help="hidden or output.")] = None,
+    guidance_scale: Guidance = None,
+    height: Size = None,
+    width: Size = None,
+    seed: Seed = 0,
+    batch_size: Batch = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Train a forecaster for a pipeline; an interrupted collection goes on where it stopped.
+
+    Example: lesa train testbed --prompts prompts.txt --full-steps 13,10,8 --out my-lesa
+    """
+    steps = parse_counts(num_inference_steps, field="num-inference-steps")
+    counts = parse_counts(full_steps, min(steps))
+    texts = read_prompts(prompts)
+    require_writable(out)
+    check_json(json)
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    settings = call_settings(
+        pipeline, {"guidance_scale": guidance_scale, "height": height, "width": width}
+    )
+    import lesa
+
+    optional = {} if tap is None else {"tap": tap}
+    forecaster = lesa.train(
+        pipe,
+        texts,
+        num_inference_steps=steps,
+        full_steps=counts,
+        form=form,
+        batch_size=batch_size,
+        call=settings,
+        seed=seed,
+        folder=out,
+        **optional,
+    )
+    forecaster.save_pretrained(out)
+    lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
+    for schedule in forecaster.calibrated:
+        listed = ", ".join(map(str, schedule.full_steps))
+        console(json).print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
+    console(json).print(f"forecaster in {out}")
+    emit(json, {"folder": out, "calibrated": lists, "metadata": forecaster.metadata})
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def generate(
+    pipeline: Pipeline,
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.")],
+    prompt: Annotated[list[str] | None, typer.Option(help="One prompt; repeatable.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
+    forecaster: Annotated[
+        str | None,
+        typer.Option(help="Folder, hub id, or fora, taylorseer-1, ...; without: plain run."),
+    ] = None,
+    full_steps: Annotated[int | None, typer.Option(help="Number of full steps.")] = None,
+    interval: Annotated[
+        int | None, typer.Option(help="Instead: the paper's rule, every N-th step in full.")
+    ] = None,
+    num_inference_steps: Steps = 50,
+    guidance_scale: Guidance = None,
+    height: Size = None,
+    width: Size = None,
+    seed: Seed = 0,
+    batch_size: Batch = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Make pictures, plain or accelerated, as PNG files.
+
+    Example: lesa generate testbed --forecaster my-lesa --full-steps 10 --prompts p.txt --out pics
+    """
+    from lesa.commands import checked_schedule, make_pictures
+
+    texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
+    if not texts:
+        raise LesaError("prompts: none given; give --prompt 'a red circle' or --prompts FILE")
+    cache = checked_schedule(forecaster, full_steps, interval, num_inference_steps)
+    require_writable(out)
+    check_json(json)
+    learned = load_forecaster(forecaster) if forecaster else None
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
+    facts = make_pictures(pipe, texts, settings, out, learned, cache, seed, batch_size)
+    console(json).print(f"{len(texts)} pictures in {out}, {facts['seconds']:.3g} s of denoising")
+    if facts["stats"]:
+        console(json).print(facts["summary"])
+    emit(json, facts)
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def compare(
+    pipeline: Annotated[str, typer.Option(help="A pipeline folder, a hub id, or testbed.")],
+    prompts: Prompts,
+    num_inference_steps: Steps = 50,
+    full_steps: Counts = "10",
+    methods: Annotated[str, typer.Option(help="all, or a comma list.")] = "all",
+    forecaster: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a trained forecaster.")
+    ] = None,
+    searched: Annotated[
+        bool, typer.Option("--searched", help="Peers also on lesa's full steps.")
+    ] = False,
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None,
+    guidance_scale: Guidance = None,
+    height: Size = None,
+    width: Size = None,
+    seed: Seed = 0,
+    batch_size: Batch = 8,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = None,
+) -> None:
+    """Measure methods against the plain run of the same prompts and seeds.
+
+    Example: lesa compare --pipeline testbed --prompts p.txt --forecaster my-lesa --json out.json
+    """
+    from lesa.evaluation import compare as run
+    from lesa.evaluation.methods import build_all, parse
+    from lesa.evaluation.report import rich_table, write_report
+
+    counts = parse_counts(full_steps, num_inference_steps)
+    names = parse(methods, with_lesa=forecaster is not None)
+    texts = read_prompts(prompts)
+    check_json(json)
+    if report is not None:
+        require_writable(report, "report")
+    trained = load_forecaster(forecaster) if forecaster else None
+    contenders = build_all(
+        names, counts, num_inference_steps, forecaster=trained, searched=searched
+    )
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
+    batches = -(-len(texts) // batch_size)
+    with progress("compare", batches * (len(contenders) + 1)) as advance:
+        result = run(
+            pipe, texts, contenders, settings, seed=seed, batch_size=batch_size, advance=advance
+        )
+    table = rich_table(result.rows, result.plain_seconds, num_inference_steps)
+    console(json).print(table, *result.notes, sep="\n")
+    if report is not None:
+        console(json).print(f"report: {write_report(result, report)['report.html']}")
+    emit(json, result.rows)
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def inspect(
+    folder: Annotated[str, typer.Argument(help="Folder or hub id of a trained forecaster.")],
+    picture: Annotated[
+        Path | None, typer.Option(help="Also draw the tables into this folder as PNG.")
+    ] = None,
+    json: Json = None,
+) -> None:
+    """Show a forecaster: its full steps, its tables as pictures, and where it comes from.
+
+    Example: lesa inspect my-lesa --picture tables
+    """
+    from lesa.commands import describe, draw_tables, print_forecaster
+    from lesa.forecasters.lesa import LesaForecaster
+
+    check_json(json)
+    if picture is not None:
+        require_writable(picture, "picture")
+    trained = LesaForecaster.from_pretrained(folder)
+    print_forecaster(trained, console(json))
+    for path, png in draw_tables(trained, picture).items():
+        console(json).print(f"drawn: {write_atomically(path, png)}")
+    emit(json, describe(trained))
+
+
+@app.command(cls=JsonCommand)
+@guarded
+def env(json: Json = None) -> None:
+    """Print versions, devices and active backends, for a bug report.
+
+    Example: lesa env --json
+    """
+    from lesa.commands import environment
+
+    check_json(json)
+    facts: dict[str, Any] = environment()
+    for name, value in facts.items():
+        console(json).print(f"{name:>16}  {value}")
+    emit(json, facts)
+
+
+def main() -> None:
+    """Entry point of `lesa`: also an interrupt outside of a command ends with 130, quietly."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        complain("interrupted; what was finished is kept")
+        sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

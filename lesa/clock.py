@@ -1,0 +1,284 @@
+"""Which step is this? Read from the cache context, the scheduler in use, or by counting calls."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from lesa.errors import LesaError
+
+__all__ = ["Step", "StepClock", "noise_levels"]
+
+# More calls than this under one name at one step: the scheduler is not the one of the loop.
+_MAX_ORDINAL = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of the denoiser: step `index` of `num_steps`, in one guidance branch.
+
+    `sigmas` holds `num_steps + 1` noise levels in [0, 1], strictly decreasing. `fresh` is true on
+    the first call of a generation. `problem` says why the position cannot be trusted, else None.
+    """
+
+    index: int
+    num_steps: int
+    sigmas: tuple[float, ...]
+    branch: str
+    fresh: bool
+    problem: str | None = None
+
+
+@dataclass
+class _Generation:
+    """One run of the denoising loop, as one thread sees it."""
+
+    timesteps: object = None
+    first: int = 0
+    num_steps: int = 0
+    sigmas: tuple[float, ...] = ()
+    problem: str | None = None
+    counting: bool = True
+    index: int = 0
+    calls: dict[str, int] = field(default_factory=dict)
+    last_time: float | None = None
+
+
+class _Thread(threading.local):
+    name: str = ""
+    fields: Mapping[str, Any] = {}
+    generation: _Generation | None = None
+
+
+class StepClock:
+    """Tells the step of every call, separately in every thread.
+
+    Sources, in this order: `cache_context` fields (`step_index`, `num_inference_steps`); the step
+    index of the pipeline's scheduler (weakly held, looked up at every call) or of `scheduler`; the
+    number of calls since the generation began. A generation begins when `scheduler.timesteps` is a
+    new object, when the step goes backwards or, without a scheduler, after `num_steps` steps or
+    when a `timestep` that lies on the CPU rises.
+
+    Args:
+        pipe: the pipeline whose loop calls the model.
+        scheduler: the scheduler of one's own loop, without a pipeline.
+        num_steps: steps of one's own loop, without a scheduler.
+        sigmas: its `num_steps + 1` noise levels in [0, 1]; evenly spaced if None.
+
+    Raises:
+        LesaError: `num_steps` or `sigmas` is no valid run.
+    """
+
+    def __init__(
+        self,
+        pipe: Any = None,
+        *,
+        scheduler: Any = None,
+        num_steps: int | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        self._pipes: list[weakref.ref[Any]] = []
+        self._scheduler = scheduler
+        self._own_sigmas = _own_loop(num_steps, sigmas)
+        self._thread = _Thread()
+        if pipe is not None:
+            self.add_pipe(pipe)
+
+    @property
+    def pipes(self) -> list[Any]:
+        """The pipelines that are still alive."""
+        return [pipe for known in self._pipes if (pipe := known()) is not None]
+
+    def add_pipe(self, pipe: Any) -> None:
+        """Let one more pipeline, which shares the model, be a source of steps."""
+        if all(known is not pipe for known in self.pipes):
+            self._pipes.append(weakref.ref(pipe))
+
+    def reset(self) -> None:
+        """Forget this thread's generation: the next call begins a new one."""
+        self._thread.generation = None
+
+    @contextmanager
+    def context(self, name: str, fields: Mapping[str, Any]) -> Iterator[None]:
+        """Give the calls inside a branch name and perhaps a step, as `cache_context` does."""
+        thread = self._thread
+        before = thread.name, thread.fields
+        thread.name, thread.fields = name, fields
+        try:
+            yield
+        finally:
+            thread.name, thread.fields = before
+
+    def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
+        """Step of the call that is about to run; to be asked exactly once per call."""
+        thread = self._thread
+        name = thread.name
+        pipe = self._pipe()
+        scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
+        timesteps = None if scheduler is None else getattr(scheduler, "timesteps", None)
+        run = thread.generation
+        fresh = run is None or run.timesteps is not timesteps
+        if run is None or fresh:
+            run = self._begin(pipe, scheduler, timesteps)
+        index = _index(run, scheduler, name, thread.fields)
+        if not fresh and (index < run.index or _is_over(run, scheduler, index, kwargs)):
+            fresh = True
+            run = self._begin(pipe, scheduler, timesteps)
+            index = _index(run, scheduler, name, thread.fields)
+        if index != run.index:
+            run.calls.clear()
+            run.index = index
+        ordinal = run.calls.get(name, 0)
+        run.calls[name] = ordinal + 1
+        branch = name or "default"
+        if ordinal:
+            branch = f"{branch}#{ordinal}"
+        return Step(index, run.num_steps, run.sigmas, branch, fresh, _problem(run, index, ordinal))
+
+    def _begin(self, pipe: Any, scheduler: Any, timesteps: Any) -> _Generation:
+        """Read what stays the same during a generation: no device is read at later steps."""
+        run = _Generation(timesteps=timesteps)
+        self._thread.generation = run
+        given = self._thread.fields.get("num_inference_steps")
+        if scheduler is not None and timesteps is not None:
+            run.first = getattr(scheduler, "begin_index", None) or 0
+            run.num_steps = int(given or _executed_steps(pipe, timesteps, run.first))
+            run.sigmas = noise_levels(scheduler, run.first, run.num_steps) or ()
+            run.counting = not hasattr(scheduler, "step_index")
+            order = getattr(scheduler, "order", 1)
+            if order > 1:
+                run.problem = f"scheduler of order {order}"
+        elif self._own_sigmas:
+            run.sigmas = self._own_sigmas
+            run.num_steps = len(run.sigmas) - 1
+        else:
+            run.problem = "no scheduler and no num_inference_steps"
+        if run.problem is None and not run.sigmas:
+            run.problem = "no decreasing noise levels in the scheduler"
+        return run
+
+    def _pipe(self) -> Any:
+        """The pipeline whose loop this call belongs to."""
+        pipes = self.pipes
+        if len(pipes) < 2:
+            return pipes[0] if pipes else None
+        return _pipe_on_stack(pipes) or pipes[-1]
+
+
+def noise_levels(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...] | None:
+    """The `num_steps + 1` noise levels of a diffusers scheduler, from step `first` on.
+
+    Flow time is taken as it is; a variance-preserving or EDM sigma becomes `sigma / (1 + sigma)`.
+    None where the scheduler has no such levels or they do not strictly decrease.
+    """
+    sigmas = getattr(scheduler, "sigmas", None)
+    config = getattr(scheduler, "config", {})
+    flow = (
+        "FlowMatch" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+        or config.get("use_flow_sigmas", False)
+    )
+    if sigmas is not None:
+        levels = [float(sigma) for sigma in torch.as_tensor(sigmas).tolist()]
+    else:
+        levels = _levels_of_alphas(scheduler)
+    levels = levels[first : first + num_steps + 1]
+    if len(levels) == num_steps:
+        levels.append(0.0)
+    if not flow:
+        levels = [sigma / (1.0 + sigma) for sigma in levels]
+    decreasing = all(a > b for a, b in pairwise(levels))
+    return tuple(levels) if decreasing and len(levels) == num_steps + 1 > 1 else None
+
+
+def _levels_of_alphas(scheduler: Any) -> list[float]:
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None:
+        return []
+    kept = alphas.double().cpu()[scheduler.timesteps.long().cpu()]
+    return ((1 - kept) / kept).sqrt().tolist()
+
+
+def _own_loop(num_steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:
+    if sigmas is None:
+        if num_steps is None:
+            return ()
+        if num_steps < 1:
+            raise LesaError(f"num_inference_steps is {num_steps}: give at least 1.")
+        return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
+    levels = tuple(float(sigma) for sigma in sigmas)
+    if num_steps is not None and len(levels) != num_steps + 1:
+        raise LesaError(
+            f"sigmas has {len(levels)} values for {num_steps} steps: give {num_steps + 1}, "
+            "the level at the start of each step and at the end."
+        )
+    inside = all(0.0 <= sigma <= 1.0 for sigma in levels)
+    if len(levels) < 2 or not inside or any(a <= b for a, b in pairwise(levels)):
+        raise LesaError(f"sigmas is {levels}: give strictly decreasing noise levels in [0, 1].")
+    return levels
+
+
+def _executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
+    """Steps of this run: fewer than the scheduler's with img2img strength or `denoising_end`."""
+    count = len(timesteps) - first
+    told = getattr(pipe, "_num_timesteps", None)
+    now = getattr(pipe, "_current_timestep", None)
+    if isinstance(now, torch.Tensor) and isinstance(timesteps, torch.Tensor):
+        # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
+        is_caller = now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+    else:
+        is_caller = not hasattr(pipe, "_current_timestep")
+    return told if told and is_caller and told <= count else count
+
+
+def _index(run: _Generation, scheduler: Any, name: str, fields: Mapping[str, Any]) -> int:
+    told = fields.get("step_index")
+    if told is not None:
+        return int(told)
+    if run.counting:  # a branch that comes round again is at the next step
+        return run.index + 1 if name in run.calls else run.index
+    position = scheduler.step_index
+    return 0 if position is None else int(position) - run.first
+
+
+def _is_over(
+    run: _Generation, scheduler: Any, index: int, kwargs: Mapping[str, Any] | None
+) -> bool:
+    """Whether a loop without a scheduler has begun anew: too many steps, or the time rose."""
+    if scheduler is not None:
+        return False
+    time = (kwargs or {}).get("timestep")
+    if isinstance(time, torch.Tensor):
+        time = float(time.flatten()[0]) if time.device.type == "cpu" and time.numel() else None
+    rises = time is not None and run.last_time is not None and time > run.last_time
+    run.last_time = time
+    return rises or index >= run.num_steps
+
+
+def _problem(run: _Generation, index: int, ordinal: int) -> str | None:
+    if run.problem is not None:
+        return run.problem
+    if not 0 <= index < run.num_steps:
+        return "step outside the run"
+    return "scheduler does not advance" if ordinal >= _MAX_ORDINAL else None
+
+
+def _pipe_on_stack(pipes: list[Any]) -> Any:
+    """The pipeline among `pipes` whose `__call__` this thread is in: two share the model."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "__call__":
+            owner = frame.f_locals.get("self")
+            found = next((pipe for pipe in pipes if pipe is owner), None)
+            if found is not None:
+                return found
+        frame = frame.f_back  # type: ignore[assignment]
+    return None

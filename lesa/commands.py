@@ -1,0 +1,182 @@
+"""The parts of commands that are more than one call."""
+
+from __future__ import annotations
+
+import io
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.files import write_atomically
+from lesa.schedule import Schedule
+from lesa.versions import versions
+
+SHADES = " ░▒▓█"
+
+
+def checked_schedule(
+    forecaster: str | None, full_steps: int | None, interval: int | None, num_steps: int
+) -> dict[str, Any]:
+    """Arguments of `lesa.enable` that say which steps are full.
+
+    Raises: LesaError unless exactly one of the two is given with a forecaster, none without.
+    """
+    from lesa.evaluation.methods import PEERS, build
+    from lesa.inputs import check_count
+
+    if forecaster is None:
+        if full_steps is not None or interval is not None:
+            raise LesaError("forecaster: full-steps or interval without one; give --forecaster")
+        return {}
+    if (full_steps is None) == (interval is None):
+        raise LesaError("full-steps: give either --full-steps or --interval with a forecaster")
+    if interval is not None:
+        return {"schedule": Schedule.every(interval).bind(num_steps)}
+    assert full_steps is not None
+    check_count(full_steps, num_steps, "full-steps")
+    if forecaster in PEERS:  # which have no calibrated lists, but a rule of their own
+        return {"schedule": build(forecaster, full_steps, num_steps).schedule}
+    return {"full_steps": full_steps}
+
+
+def make_pictures(
+    pipe: Any,
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    out: Path,
+    forecaster: Any,
+    cache: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Generate in batches and save each batch at once, so that an interrupt loses one at most."""
+    from lesa.api import accelerate, stats
+    from lesa.evaluation.runs import generate
+
+    files, seconds, counters = [], 0.0, None
+    with accelerate(pipe, forecaster, **cache) if cache else nullcontext():
+        for start in range(0, len(prompts), batch_size):
+            chunk = prompts[start : start + batch_size]
+            seeds = range(seed + start, seed + start + len(chunk))
+            run = generate(pipe, chunk, seeds, settings)
+            seconds += run.seconds
+            for row, (prompt, image) in enumerate(zip(chunk, run.images, strict=True)):
+                path = out / f"{start + row:04d}-{_slug(prompt)}.png"
+                files.append(write_atomically(path, picture_png(image)))
+        if cache:
+            counters = stats(pipe)
+    return {
+        "files": files,
+        "seconds": seconds,
+        "settings": dict(settings),
+        "stats": counters.to_dict() if counters else None,
+        "summary": str(counters) if counters else "plain run",
+    }
+
+
+def picture_png(image: Tensor) -> bytes:
+    """[3, H, W] in [0, 1] as PNG; a video [F, 3, H, W] as its frames side by side."""
+    from PIL import Image
+
+    if image.ndim == 4:
+        image = image.movedim(0, -2).flatten(-2)  # [3, H, F * W]
+    pixels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def describe(forecaster: Any) -> dict[str, Any]:
+    """A forecaster as plain values: settings, provenance, calibrated lists with their tables."""
+    return {
+        "name": forecaster.name,
+        "settings": forecaster.settings.to_dict(),
+        "metadata": forecaster.metadata,
+        "calibrated": [
+            {
+                "num_steps": entry.schedule.steps,
+                "full_steps": list(entry.schedule.full_steps),
+                "sigmas": list(entry.sigmas),
+                "tables": {
+                    branch: _table(forecaster, entry, branch).coefficients.tolist()
+                    for branch in forecaster.branches
+                },
+            }
+            for entry in forecaster.calibrations
+        ],
+    }
+
+
+def print_forecaster(forecaster: Any, console: Console) -> None:
+    """Provenance, then per calibrated list its full steps and each table as a strip per column."""
+    console.print(f"[bold]{forecaster.name}[/]  tap {forecaster.tap}")
+    for field, value in forecaster.metadata.items():
+        console.print(f"  {field}: {value}", markup=False, soft_wrap=True)
+    for entry in forecaster.calibrations:
+        schedule = entry.schedule
+        steps = "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
+        console.print(f"\n{len(schedule.full_steps)} of {schedule.steps} steps in full")
+        console.print(f"  {'full':>8} {steps}", soft_wrap=True)
+        for branch in forecaster.branches:
+            table = _table(forecaster, entry, branch)
+            for name, column in zip(_columns(table), table.coefficients.T, strict=True):
+                console.print(f"  {name:>8} {_strip(column)}  {branch}", soft_wrap=True)
+    console.print("\n  darker: a larger coefficient; its sign and value: --picture or --json")
+
+
+def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
+    """A heat map for every calibrated list and branch; nothing without a folder."""
+    from lesa.evaluation.plots import table_png
+
+    if folder is None:
+        return {}
+    drawn = {}
+    for entry in forecaster.calibrations:
+        count, steps = len(entry.schedule.full_steps), entry.schedule.steps
+        for branch in forecaster.branches:
+            title = f"{count} of {steps} steps in full, {branch}"
+            png = table_png(_table(forecaster, entry, branch), title)
+            drawn[folder / f"table-{count}-of-{steps}-{branch}.png"] = png
+    return drawn
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and backends, by name."""
+    import torch
+
+    from lesa.ops import active_backend
+
+    found: dict[str, Any] = {**versions(), "platform": platform.platform()}
+    found["cpu threads"] = torch.get_num_threads()
+    found["cuda"] = torch.version.cuda or "none in this torch"
+    found["devices"] = [
+        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
+    ] or ["cpu"]
+    found["backend"] = active_backend()
+    return found
+
+
+def _table(forecaster: Any, entry: Any, branch: str) -> Any:
+    return forecaster.table(entry.schedule, entry.sigmas, branch)
+
+
+def _columns(table: Any) -> list[str]:
+    names = [f"{k} back" for k in range(1, table.history + 1)]
+    return [*names, "latent"] if table.uses_latent else names
+
+
+def _strip(column: Tensor) -> str:
+    """One character per step, darker for a larger absolute value."""
+    size = column.abs() / max(float(column.abs().max()), 1e-9)
+    return "".join(SHADES[round(value * (len(SHADES) - 1))] for value in size.tolist())
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"

@@ -1,0 +1,99 @@
+"""What an accelerated model did so far."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+__all__ = ["Counters", "Stats"]
+
+
+@dataclass
+class Stats:
+    """Calls of the denoiser since it was enabled.
+
+    `full` and `skipped` count calls, so each guidance branch by itself; `fallbacks` counts, by
+    reason, the calls that had to be computed in full. `ring_bytes` is the cache of one generation,
+    all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
+    """
+
+    forecaster: str = ""
+    tap: str = ""
+    full: int = 0
+    skipped: int = 0
+    generations: int = 0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+    full_steps: tuple[int, ...] = ()
+    num_steps: int = 0
+    ring_bytes: int = 0
+    seconds_full: float = 0.0
+    seconds_skipped: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self) | {"full_steps": list(self.full_steps)}
+
+    def __str__(self) -> str:
+        full = _milliseconds(self.seconds_full, self.full)
+        skipped = _milliseconds(self.seconds_skipped, self.skipped)
+        lines = [
+            f"lesa: {self.forecaster}, {self.tap} tap, {self.generations} generation(s)",
+            f"  full     {self.full:6d}  {full} each",
+            f"  skipped  {self.skipped:6d}  {skipped} each",
+            f"  steps    {len(self.full_steps)} of {self.num_steps} full: {self.full_steps}",
+            f"  ring     {self.ring_bytes:,} bytes",
+        ]
+        lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
+        return "\n".join(lines)
+
+
+class Counters:
+    """`Stats` that several threads write."""
+
+    def __init__(self, forecaster: str, tap: str) -> None:
+        self._stats = Stats(forecaster, tap)
+        self._lock = threading.Lock()
+
+    def add_full(self, seconds: float) -> None:
+        """One call was computed in full."""
+        with self._lock:
+            self._stats.full += 1
+            self._stats.seconds_full += seconds
+
+    def add_skipped(self, seconds: float) -> None:
+        """One call was forecast."""
+        with self._lock:
+            self._stats.skipped += 1
+            self._stats.seconds_skipped += seconds
+
+    def add_fallback(self, reason: str) -> bool:
+        """One call could not be forecast; whether the reason is a new one."""
+        with self._lock:
+            known = self._stats.fallbacks.get(reason, 0)
+            self._stats.fallbacks[reason] = known + 1
+            return not known
+
+    def add_generation(self) -> None:
+        """A generation began."""
+        with self._lock:
+            self._stats.generations += 1
+
+    def set_schedule(self, full_steps: tuple[int, ...], num_steps: int) -> None:
+        """The schedule of the newest generation."""
+        with self._lock:
+            self._stats.full_steps, self._stats.num_steps = full_steps, num_steps
+
+    def set_ring_bytes(self, ring_bytes: int) -> None:
+        """The cache of the newest generation."""
+        with self._lock:
+            self._stats.ring_bytes = ring_bytes
+
+    def snapshot(self) -> Stats:
+        """A copy that does not change any more."""
+        with self._lock:
+            return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
+
+
+def _milliseconds(seconds: float, count: int) -> str:
+    return f"{1000 * seconds / count:9.3f} ms" if count else "        - ms"

@@ -1,0 +1,140 @@
+"""The engine: runs tables. Each call of the denoiser is full or skipped."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from lesa.clock import Step
+from lesa.config import LesaConfig
+from lesa.counters import Counters
+from lesa.errors import LesaError
+from lesa.hooks import Denoiser
+from lesa.plan import Planner
+from lesa.trajectory import Call, Refusal, Trajectory
+
+__all__ = ["CacheController"]
+
+logger = logging.getLogger("lesa")
+
+
+class CacheController:
+    """Computes the scheduled steps in full and forecasts the others from a table.
+
+    State belongs to one thread, generation and guidance branch. Whatever it does not understand
+    is computed in full, with a counted reason: it never raises on its own account. A disturbed
+    generation (changed prompt, missing history) goes on with a table for its remaining steps.
+    """
+
+    def __init__(self, config: LesaConfig) -> None:
+        self.config = config
+        self.tap = config.resolved_tap
+        self.counters = Counters(config.forecaster.name, self.tap)
+        self._planner = Planner(config)
+        self._local = threading.local()
+
+    def reset(self) -> None:
+        """Drop this thread's features."""
+        self._local.trajectories = {}
+
+    def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One call of the model: forecast it, or run it."""
+        begun = perf_counter()
+        call, trajectory = None, None
+        try:
+            call = Call(denoiser, denoiser.clock.tick(kwargs), args, kwargs)
+            trajectory = self._trajectory(call)
+            if trajectory is not None and trajectory.skips(call.step):
+                try:
+                    output = trajectory.forecast(call, self.tap)
+                    self.counters.add_skipped(perf_counter() - begun)
+                    return output
+                except Refusal as refusal:
+                    trajectory = self._restart(call, str(refusal))
+        except Exception as error:  # the user's picture matters more
+            self._fall_back(f"{type(error).__name__}: {error}")
+            self.reset()
+            trajectory = None
+        output = self._full(denoiser, args, kwargs, call, trajectory)
+        self.counters.add_full(perf_counter() - begun)
+        return output
+
+    def _full(
+        self,
+        denoiser: Denoiser,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call | None,
+        trajectory: Trajectory | None,
+    ) -> Any:
+        """Run the model and keep its feature."""
+        wanted = trajectory is not None and self.tap == "hidden"
+        try:
+            output, feature = denoiser.run(args, kwargs, tap=wanted)
+        except BaseException:
+            denoiser.reset()
+            raise
+        if call is None or trajectory is None:
+            return output
+        try:
+            if trajectory.keep(call, output, feature, self.tap):
+                rings = [t.ring for t in self._trajectories().values()]
+                self.counters.set_ring_bytes(sum(ring.nbytes for ring in rings if ring))
+        except Exception as error:  # as above; without this feature the history has a hole
+            self._fall_back(_reason(error))
+            self._trajectories().pop(call.step.branch, None)
+        return output
+
+    def _trajectory(self, call: Call) -> Trajectory | None:
+        """The trajectory of this call, begun anew where its features are of no use."""
+        step = call.step
+        if step.fresh:
+            self._begin(step)
+        if torch.is_grad_enabled() or step.problem is not None:
+            self._fall_back(step.problem or "grad is enabled")
+            self._trajectories().pop(step.branch, None)
+            return None
+        trajectory = self._trajectories().get(step.branch)
+        if trajectory is None:
+            return self._restart(call, "no history at a later step" if step.index else None)
+        disturbance = trajectory.disturbance(call)
+        return trajectory if disturbance is None else self._restart(call, disturbance)
+
+    def _begin(self, step: Step) -> None:
+        self.reset()
+        self.counters.add_generation()
+        try:
+            self.counters.set_schedule(self._planner.schedule(step).full_steps, step.num_steps)
+        except LesaError:  # counted where the plan is asked for
+            self.counters.set_schedule((), step.num_steps)
+
+    def _restart(self, call: Call, reason: str | None) -> Trajectory | None:
+        """A trajectory that begins with this call, or None where there is no table for it."""
+        if reason is not None:
+            self._fall_back(reason)
+        trajectories = self._trajectories()
+        trajectories.pop(call.step.branch, None)
+        plan = self._planner.plan(call.step)
+        if isinstance(plan, str):
+            if reason is None:
+                self._fall_back(plan)
+            return None
+        trajectory = trajectories[call.step.branch] = Trajectory(plan, call)
+        return trajectory
+
+    def _trajectories(self) -> dict[str, Trajectory]:
+        if not hasattr(self._local, "trajectories"):
+            self.reset()
+        return self._local.trajectories
+
+    def _fall_back(self, reason: str) -> None:
+        if self.counters.add_fallback(reason):
+            logger.warning("computed in full: %s", reason)
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,18 @@
+"""Measure accelerated runs against the plain run of the same prompts and seeds."""
+
+from lesa.evaluation.compare import Comparison, compare
+from lesa.evaluation.methods import METHODS, Method, build, parse
+from lesa.evaluation.metrics import lpips, psnr, psnr_u8wrap, ssim
+
+__all__ = [
+    "METHODS",
+    "Comparison",
+    "Method",
+    "build",
+    "compare",
+    "lpips",
+    "parse",
+    "psnr",
+    "psnr_u8wrap",
+    "ssim",
+]

@@ -1,0 +1,241 @@
+"""Run every method on the same prompts and seeds, and say how far from the plain run each ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.evaluation.methods import Method
+from lesa.evaluation.metrics import psnr, ssim
+from lesa.evaluation.runs import Run, generate, step_flops
+
+COLUMNS = (
+    "method",
+    "schedule",
+    "full_steps",
+    "psnr_mean",
+    "psnr_p10",
+    "psnr_min",
+    "ssim_mean",
+    "seconds",
+    "speedup",
+    "tflops",
+    "cache_bytes",
+)
+PLAIN = "plain"
+
+
+@dataclass
+class Comparison:
+    """What `compare` measured.
+
+    rows: one dict per method, with the keys `COLUMNS`; decibels against the plain run's pictures
+        (psnr_mean is the mean of the pictures' dB, psnr_p10 their 10th percentile), seconds of
+        the denoising loop for one batch, speedup over the plain loop in the same round, tflops
+        of one picture's loop, cache_bytes of the ring during a batch.
+    curves: label -> relative RMS error of the latent after each step, mean over prompts.
+    pictures: label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1].
+    notes: steps that a cache had to run in full, by reason.
+    """
+
+    prompts: list[str]
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    pictures: dict[str, Tensor] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    plain_seconds: float = 0.0
+    plain_tflops: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the pictures."""
+        return {
+            "settings": self.settings,
+            "prompts": self.prompts,
+            "plain": {"seconds": self.plain_seconds, "tflops": self.plain_tflops},
+            "rows": self.rows,
+            "error_per_step": self.curves,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class _Tally:
+    """One method's measurements, a batch at a time."""
+
+    psnr: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    speedup: list[float] = field(default_factory=list)
+    errors: list[Tensor] = field(default_factory=list)  # [B, S] each
+    pictures: list[Tensor] = field(default_factory=list)
+    cache_bytes: int = 0
+    tflops: float = 0.0
+    fallbacks: dict[str, int] = field(default_factory=dict)
+
+    def add(self, plain: Run, run: Run) -> None:
+        self.psnr += psnr(plain.images, run.images).tolist()
+        self.ssim += ssim(plain.images, run.images).tolist()
+        self.seconds.append(run.seconds)
+        self.speedup.append(plain.seconds / run.seconds)
+        if run.latents and len(run.latents) == len(plain.latents):
+            self.errors.append(_relative_error(plain.latents, run.latents))
+
+    def row(self, method: Method) -> dict[str, Any]:
+        decibels = torch.tensor(self.psnr, dtype=torch.float64)
+        finite = decibels.clamp(max=1e3)  # identical pictures are infinite: quantiles would be NaN
+        values = (
+            method.name,
+            method.schedule_text,
+            method.full_steps,
+            decibels.mean().item(),
+            _infinite_if_clamped(finite.quantile(0.1).item()),
+            decibels.min().item(),
+            fmean(self.ssim),
+            median(self.seconds),
+            median(self.speedup),
+            self.tflops,
+            self.cache_bytes,
+        )
+        return dict(zip(COLUMNS, values, strict=True))
+
+
+def compare(
+    pipe: Any,
+    prompts: Sequence[str],
+    methods: Sequence[Method],
+    settings: Mapping[str, Any],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    keep_pictures: int = 8,
+    advance: Callable[[str], object] = lambda label: None,
+) -> Comparison:
+    """Compare methods with the plain pipeline on the same prompts, seeds and settings.
+
+    The plain run is made once per batch, each method right after it, in rotating order, so that a
+    slow moment of the machine falls on all alike. Prompt i is drawn with seed + i.
+
+    Args:
+        settings: arguments of `pipe(...)`; num_inference_steps is needed.
+        advance: told the label of every run that has ended.
+
+    Raises: LesaError if there is no prompt or method, or batch_size is below 1.
+    """
+    _check(prompts, methods, settings, batch_size)
+    tallies = {method.label: _Tally() for method in methods}
+    result = Comparison(list(prompts), dict(settings))
+    plain_seconds, plain_pictures = [], []
+    _measure_flops(pipe, prompts[0], methods, settings, tallies, result)  # also warms the caches up
+    for batch, start in enumerate(range(0, len(prompts), batch_size)):
+        chunk = prompts[start : start + batch_size]
+        seeds = range(seed + start, seed + start + len(chunk))
+        kept = max(0, min(keep_pictures - start, len(chunk)))
+        plain = generate(pipe, chunk, seeds, settings, record=True)
+        plain_seconds.append(plain.seconds)
+        plain_pictures.append(plain.images[:kept])
+        advance(PLAIN)
+        for method in _rotated(methods, batch):
+            tally = tallies[method.label]
+            with _enabled(pipe, method, tally):
+                own = {**settings, "num_inference_steps": method.num_steps}
+                run = generate(pipe, chunk, seeds, own, record=True)
+            tally.add(plain, run)
+            tally.pictures.append(run.images[:kept])
+            advance(method.label)
+    result.plain_seconds = median(plain_seconds)
+    result.pictures[PLAIN] = torch.cat(plain_pictures)
+    _collect(result, methods, tallies)
+    return result
+
+
+def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, _Tally]) -> None:
+    for method in methods:
+        tally = tallies[method.label]
+        result.rows.append(tally.row(method))
+        result.pictures[method.label] = torch.cat(tally.pictures)
+        if tally.errors:
+            result.curves[method.label] = torch.cat(tally.errors).mean(0).tolist()
+        for reason, count in tally.fallbacks.items():
+            result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
+
+
+@contextmanager
+def _enabled(pipe: Any, method: Method, tally: _Tally | None = None) -> Iterator[None]:
+    """The method's cache on the pipeline for a while; its counters go into `tally`."""
+    from lesa.api import accelerate, stats
+
+    cache: AbstractContextManager[Any] = (
+        accelerate(pipe, method.forecaster, schedule=method.schedule)
+        if method.schedule is not None
+        else nullcontext()
+    )
+    with cache:
+        yield
+        if tally is not None and method.schedule is not None:
+            counters = stats(pipe)
+            tally.cache_bytes = max(tally.cache_bytes, counters.ring_bytes)
+            for reason, count in counters.fallbacks.items():
+                tally.fallbacks[reason] = tally.fallbacks.get(reason, 0) + count
+
+
+def _measure_flops(
+    pipe: Any,
+    prompt: str,
+    methods: Sequence[Method],
+    settings: Mapping[str, Any],
+    tallies: dict[str, _Tally],
+    result: Comparison,
+) -> None:
+    """Count one full and one skipped step of each method, and extrapolate to its whole run."""
+    full = step_flops(pipe, prompt, settings, 1)[0]
+    result.plain_tflops = full * settings["num_inference_steps"] / 1e12
+    for method in methods:
+        tally = tallies[method.label]
+        skipped = method.schedule.skipped_steps if method.schedule else ()
+        cost = 0
+        if skipped:
+            with _enabled(pipe, method):
+                cost = step_flops(pipe, prompt, settings, skipped[0] + 1)[skipped[0]]
+        tally.tflops = (full * method.full_steps + cost * len(skipped)) / 1e12
+
+
+def _relative_error(reference: list[Tensor], latents: list[Tensor]) -> Tensor:
+    """RMS(x - x_ref) / RMS(x_ref) of each prompt after each step, [B, S]."""
+    columns = [
+        (ours.float() - base.float()).flatten(1).norm(dim=1) / base.float().flatten(1).norm(dim=1)
+        for base, ours in zip(reference, latents, strict=True)
+    ]
+    return torch.stack(columns, 1).cpu()
+
+
+def _rotated(methods: Sequence[Method], by: int) -> list[Method]:
+    by %= len(methods)
+    return [*methods[by:], *methods[:by]]
+
+
+def _infinite_if_clamped(decibels: float) -> float:
+    return decibels if decibels < 1e3 else float("inf")
+
+
+def _check(
+    prompts: Sequence[str], methods: Sequence[Method], settings: Mapping[str, Any], batch_size: int
+) -> None:
+    if not prompts:
+        raise LesaError("prompts: the list is empty; give at least one prompt")
+    if not methods:
+        raise LesaError("methods: the list is empty; give at least one")
+    if batch_size < 1:
+        raise LesaError(f"batch_size: {batch_size} is below 1; give at least 1")
+    if "num_inference_steps" not in settings:
+        raise LesaError("settings: num_inference_steps is missing; give the number of steps")
+    labels = [method.label for method in methods]
+    if len(set(labels)) < len(labels):
+        raise LesaError(f"methods: {labels} holds one twice; give each method once")

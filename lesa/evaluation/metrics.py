@@ -1,0 +1,111 @@
+"""How far apart two batches of pictures are, one number per picture."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+def psnr(reference: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture: 10 log10(1 / mean((a - b)^2)).
+
+    Both [N, ...] floats in [0, 1] (peak 1) -> [N] float64; infinite where the two are identical.
+    Nothing is quantised, so it has no ceiling at 8-bit rounding.
+
+    Raises: LesaError if the shapes differ or the pictures are not floats.
+    """
+    _check(reference, images)
+    squared = (reference.double() - images.double()).square().flatten(1).mean(1)  # [N]
+    return -10 * torch.log10(squared)
+
+
+def psnr_u8wrap(reference: Tensor, images: Tensor) -> Tensor:
+    """The PSNR column of the paper's FLUX and Qwen tables, kept only to stand beside those rows.
+
+    The paper's release subtracts and squares uint8 arrays, which wrap modulo 256. The mean of
+    d^2 mod 256 over random d is 105.5, so it reads about 27.9 dB however different two pictures
+    are, and every large error looks smaller than it is. Do not judge by it: use `psnr`.
+    """
+    _check(reference, images)
+    difference = _to_uint8(reference) - _to_uint8(images)  # uint8: wraps, on purpose
+    squared = (difference * difference).flatten(1).double().mean(1)
+    return 20 * torch.log10(torch.tensor(255.0, dtype=torch.float64)) - 10 * torch.log10(squared)
+
+
+def ssim(reference: Tensor, images: Tensor) -> Tensor:
+    """Structural similarity of the grey pictures, [N, 3, H, W] in [0, 1] -> [N], at most 1.
+
+    Videos [N, F, 3, H, W] give the mean over their frames. Computed by torchmetrics (Gaussian
+    window of 11, sigma 1.5).
+
+    Raises: LesaError if the shapes differ or torchmetrics is not installed.
+    """
+    _check(reference, images)
+    try:
+        from torchmetrics.functional.image import structural_similarity_index_measure
+    except ImportError as error:
+        raise LesaError(
+            f"ssim: torchmetrics is not usable ({error}); run pip install '.[report]'"
+        ) from None
+    scores = structural_similarity_index_measure(
+        _grey(images), _grey(reference), data_range=1.0, reduction="none"
+    )
+    assert isinstance(scores, Tensor)
+    return scores.reshape(len(images), -1).mean(1)
+
+
+def lpips(reference: Tensor, images: Tensor, net: str = "alex") -> Tensor:
+    """Learned perceptual distance (LPIPS), [N, 3, H, W] in [0, 1] -> [N]; 0 where equal.
+
+    Needs the extra `eval`, a torchvision that fits the installed torch, and the trunk's published
+    weights in torch's hub cache (the lpips package downloads them on first use).
+
+    Raises: LesaError if one of those is missing or the shapes differ.
+    """
+    _check(reference, images)
+    with torch.inference_mode():
+        return _lpips_model(net)(reference.float(), images.float(), normalize=True).flatten()
+
+
+@cache
+def _lpips_model(net: str) -> Any:
+    try:
+        import lpips as package
+
+        return package.LPIPS(net=net, verbose=False)
+    # No package, a torchvision made for another torch, no weights:
+    except (ImportError, RuntimeError, OSError) as error:
+        raise LesaError(
+            f"lpips: net={net!r} is not usable ({error}); install the extra `eval` with a"
+            " torchvision made for this torch, and put the weights into torch's hub cache"
+        ) from None
+
+
+def _check(reference: Tensor, images: Tensor) -> None:
+    if reference.shape != images.shape:
+        raise LesaError(
+            f"images: shape {tuple(images.shape)} differs from the reference's"
+            f" {tuple(reference.shape)}; compare runs with the same prompts and size"
+        )
+    if not (reference.is_floating_point() and images.is_floating_point()):
+        raise LesaError(
+            f"images: dtype {images.dtype} against {reference.dtype}; give floats in [0, 1]"
+            " (output_type='pt')"
+        )
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    return (images.double().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _grey(images: Tensor) -> Tensor:
+    weights = torch.tensor(LUMA, device=images.device)[:, None, None]
+    frames = images.float().flatten(0, -4)  # [N (* F), 3, H, W]
+    return (frames * weights).sum(1, keepdim=True)

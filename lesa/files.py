@@ -1,0 +1,87 @@
+"""Files in and out: checked before any work starts, complete or absent afterwards."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lesa.errors import LesaError
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The non-empty lines of a UTF-8 text file, one prompt each.
+
+    Raises: LesaError if the file is missing, not a text file, or holds no prompt.
+    """
+    remedy = "give a UTF-8 text file with one prompt per line"
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except FileNotFoundError:
+        raise LesaError(f"prompts: the file {str(path)!r} does not exist; {remedy}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise LesaError(f"prompts: cannot read {str(path)!r} ({error}); {remedy}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise LesaError(f"prompts: the file {str(path)!r} holds no prompt; {remedy}")
+    return prompts
+
+
+def require_writable(folder: str | Path, field: str = "out") -> Path:
+    """Make `folder` and prove that a file can be written into it.
+
+    Raises: LesaError if it cannot be made, is a file, or refuses a file.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        raise LesaError(
+            f"{field}: cannot write into the folder {str(folder)!r} ({reason}); give another folder"
+        ) from None
+    return folder
+
+
+def require_writable_file(path: str | Path, field: str = "json") -> Path:
+    """`require_writable` for the folder that a file goes into; a folder in its place is refused."""
+    path = Path(path)
+    if path.is_dir():
+        raise LesaError(f"{field}: {str(path)!r} is a folder; give a file name")
+    require_writable(path.parent, field)
+    return path
+
+
+def write_atomically(path: str | Path, content: bytes | str) -> Path:
+    """Write under a temporary name beside `path`, then rename: never half a file at `path`."""
+    path = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+        os.chmod(temporary, 0o644)  # mkstemp makes 0600
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: a number that is not finite (the PSNR of identical images) becomes null."""
+    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

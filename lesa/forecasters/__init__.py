@@ -1,0 +1,10 @@
+"""Forecasters: each makes a table of coefficients from a schedule and its noise levels."""
+
+from lesa.forecasters.base import Forecaster
+from lesa.forecasters.hicache import HiCache
+from lesa.forecasters.lesa import LesaForecaster
+from lesa.forecasters.reuse import Reuse
+from lesa.forecasters.spectrum import Spectrum
+from lesa.forecasters.taylor import Taylor
+
+__all__ = ["Forecaster", "HiCache", "LesaForecaster", "Reuse", "Spectrum", "Taylor"]

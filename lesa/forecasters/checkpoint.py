@@ -1,0 +1,166 @@
+"""A LesaForecaster as a folder: model.safetensors and a readable config.json, nothing pickled."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+import lesa
+from lesa.errors import LesaError
+from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.lesa import LesaForecaster
+from lesa.schedule import Schedule
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+def save(forecaster: LesaForecaster, folder: str | os.PathLike[str]) -> None:
+    """Writes the folder; each file appears under its name only when it is complete.
+
+    Raises LesaError when the folder cannot be written or the metadata are not JSON.
+    """
+    target = Path(folder)
+    weights = tensors_to_bytes(_tensors(forecaster))
+    try:
+        config = json.dumps(_config(forecaster, weights), indent=2)
+    except TypeError as error:
+        raise LesaError(f"metadata cannot be written as JSON ({error}); use plain values") from None
+    lists = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers goes on one line
+    config = lists.sub(lambda found: " ".join(found[0].split()), config)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        _write(target / WEIGHTS, weights)
+        _write(target / CONFIG, (config + "\n").encode())
+    except OSError as error:
+        raise LesaError(
+            f"folder {str(target)!r} cannot be written ({error.strerror}); choose another one"
+        ) from None
+
+
+def load(source: str | os.PathLike[str]) -> LesaForecaster:
+    """The forecaster in a folder or a Hugging Face Hub repository ("owner/name").
+
+    Raises LesaError, naming the file, what was found and the remedy, when a file is missing,
+    truncated or altered, of another format version, or does not fit its config.
+    """
+    config_path, weights_path = _locate(source)
+    config = _read_config(config_path)
+    weights = _read(weights_path)
+    if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
+        raise LesaError(
+            f"{weights_path} ({len(weights)} bytes) is truncated or altered: its sha256 is not the "
+            f"one in {CONFIG}; copy both files again or train anew"
+        )
+    try:
+        return _build(config, tensors_from_bytes(weights))
+    except SafetensorError as error:
+        raise LesaError(f"{weights_path} is no safetensors file ({error}); copy it again") from None
+    except LesaError as error:
+        raise LesaError(f"{config_path}: {error}") from None
+    except (KeyError, TypeError, RuntimeError) as error:
+        told = " ".join(str(error).split())
+        raise LesaError(
+            f"{config_path} and {WEIGHTS} do not fit each other ({told}); copy both again"
+        ) from None
+
+
+def _tensors(forecaster: LesaForecaster) -> dict[str, Tensor]:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in forecaster.state_dict().items()}
+    for i, entry in enumerate(forecaster.calibrations):
+        tensors |= {f"rows.{i}.{name}": rows.contiguous() for name, rows in entry.rows.items()}
+    return tensors
+
+
+def _config(forecaster: LesaForecaster, weights: bytes) -> dict[str, Any]:
+    parameter = next(forecaster.parameters(), torch.empty(0))
+    return {
+        "format_version": FORMAT_VERSION,
+        "lesa_version": getattr(lesa, "__version__", "unknown"),
+        "metadata": forecaster.metadata,
+        "settings": forecaster.settings.to_dict(),
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "calibrated": [
+            {
+                "full_steps": list(entry.schedule.full_steps),
+                "schedule": entry.schedule.to_dict(),
+                "sigmas": list(entry.sigmas),
+                "branches": list(entry.rows),
+            }
+            for entry in forecaster.calibrations
+        ],
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+    }
+
+
+def _build(config: dict[str, Any], tensors: dict[str, Tensor]) -> LesaForecaster:
+    forecaster = LesaForecaster(metadata=config["metadata"], **config["settings"])
+    for i, listed in enumerate(config["calibrated"]):
+        rows = {name: tensors.pop(f"rows.{i}.{name}") for name in listed["branches"]}
+        schedule = Schedule.from_dict(listed["schedule"])
+        forecaster.calibrations.append(Calibration(schedule, tuple(listed["sigmas"]), rows))
+    forecaster.to(DTYPES[config["dtype"]])
+    forecaster.load_state_dict(tensors)
+    return forecaster
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(_read(path))
+        version, _ = config["format_version"], config["weights_sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, LesaError):
+            raise
+        raise LesaError(f"{path} is no config of a forecaster ({error}); save it again") from None
+    if version != FORMAT_VERSION:
+        raise LesaError(
+            f"{path} has format_version={version!r}, this lesa reads {FORMAT_VERSION}; "
+            "install the lesa that wrote it or train anew"
+        )
+    return config
+
+
+def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
+    folder = Path(source)
+    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+        return folder / CONFIG, folder / WEIGHTS
+    from huggingface_hub import hf_hub_download
+
+    try:
+        found = [Path(hf_hub_download(str(source), name)) for name in (CONFIG, WEIGHTS)]
+    except (OSError, ValueError) as error:  # every hub error is one of the two
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise LesaError(
+            f"{str(source)!r} is no folder here and cannot be had from the Hub ({told}); "
+            "check the name or the network"
+        ) from None
+    return found[0], found[1]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise LesaError(
+            f"{path} cannot be read ({error.strerror}); give the folder that save_pretrained wrote"
+        ) from None
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,60 @@
+"""TaylorSeer's differences weighed by scaled Hermite polynomials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import factorial
+
+from lesa.errors import LesaError
+from lesa.forecasters.base import Tap
+from lesa.forecasters.taylor import check_order, difference_table
+from lesa.schedule import Schedule
+from lesa.table import Table
+
+
+@dataclass(frozen=True)
+class HiCache:
+    """h_hat_s = sum_i F_i sigma^i H_i(sigma k) / i!, k = s - p, F_i as in `Taylor`.
+
+    H_0 = 1, H_1 = 2x, H_{n+1} = 2x H_n - 2n H_{n-1} (physicists' Hermite polynomials).
+    Raises LesaError for an order outside 0..4 or a sigma that is not positive.
+    Source: HiCache (arXiv 2508.16984).
+    """
+
+    order: int = 2
+    sigma: float = 0.5
+    tap: Tap | None = None
+
+    uses_latent = False
+
+    def __post_init__(self) -> None:
+        check_order(self.order)
+        if not 0 < self.sigma < float("inf"):
+            raise LesaError(f"sigma={self.sigma!r} is not positive; HiCache publishes 0.5 to 0.7")
+
+    @property
+    def name(self) -> str:
+        """ "hicache" and the order."""
+        return f"hicache{self.order}"
+
+    def history(self, schedule: Schedule) -> int:
+        """order + 1 features, or all full steps where there are fewer."""
+        return min(self.order + 1, len(schedule.full_steps))
+
+    def table(
+        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+    ) -> Table:
+        """The forecast as coefficients; steps are the unit, `sigmas` are not used."""
+        return difference_table(schedule, self.order, self._weight)
+
+    def _weight(self, i: int, k: int) -> float:
+        return self.sigma**i * hermite(i, self.sigma * k) / factorial(i)
+
+
+def hermite(n: int, x: float) -> float:
+    """The physicists' Hermite polynomial H_n(x)."""
+    before, now = 0.0, 1.0
+    for i in range(n):
+        before, now = now, 2 * x * now - 2 * i * before
+    return now

@@ -1,0 +1,214 @@
+"""The learned forecaster: a form, and rows calibrated to particular step lists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.forecasters.base import Tap, check_sigmas
+from lesa.forecasters.calibration import Calibration, schedule_for
+from lesa.forecasters.continuous import ContinuousForm, TableForm
+from lesa.forecasters.kan import FullPrecision
+from lesa.forecasters.paper import PaperForm
+from lesa.forecasters.settings import Settings
+from lesa.schedule import Schedule
+from lesa.table import Table
+
+_NETS: dict[str, type[TableForm] | type[PaperForm]] = {
+    "continuous": ContinuousForm,
+    "paper": PaperForm,
+    "table": TableForm,
+}
+
+
+class LesaForecaster(FullPrecision):
+    """A forecaster whose coefficients are learned; its parameters are fp32 or fp64, never less.
+
+    `LesaForecaster(form="continuous", metadata=None, **fields)`, fields as in `Settings`.
+    continuous: extrapolation in sigma + a KAN of continuous time, for any steps (untrained: the
+    extrapolation). paper: eqs. 4-7, for one step count. table: only the calibrated rows, elsewhere
+    the extrapolation. For a calibrated (schedule, sigmas), `table` returns the calibrated rows.
+    `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `metadata` says what it
+    was trained for. Raises LesaError for a wrong field.
+    """
+
+    net: TableForm | PaperForm
+
+    def __init__(
+        self, form: str = "continuous", *, metadata: Mapping[str, Any] | None = None, **fields: Any
+    ) -> None:
+        super().__init__()
+        self.settings = Settings(form=form, **fields)
+        self.metadata = dict(metadata or {})
+        self.calibrations: list[Calibration] = []
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.settings.seed)
+            self.net = _NETS[form](self.settings)
+
+    @property
+    def name(self) -> str:
+        """ "lesa" for the default form, else "lesa-" and what differs."""
+        s = self.settings
+        if s.form != "paper":
+            return "lesa" if s.form == "continuous" else "lesa-table"
+        return f"lesa-paper-{'mlp' if s.gate == 'mlp' else s.spline}"
+
+    @property
+    def form(self) -> str:
+        """ "continuous", "paper" or "table"."""
+        return self.settings.form
+
+    @property
+    def uses_latent(self) -> bool:
+        """Is the current latent one more regressor (last column)?"""
+        return bool(self.settings.uses_latent)
+
+    @property
+    def tap(self) -> Tap:
+        """The feature it was trained on."""
+        return self.settings.tap
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """The guidance branches that have parameters of their own."""
+        return self.settings.branches
+
+    def history(self, schedule: Schedule) -> int:
+        """K, the same for every schedule."""
+        return self.net.history
+
+    def stage_of(self, sigma: float) -> int:
+        """The expert for a noise level: 0 above stages[0], the last at and below stages[-1]."""
+        return self.settings.stage_of(sigma)
+
+    def coefficients(
+        self, target_sigma: Tensor, cached_sigmas: Tensor, valid: Tensor, branch: str = "cond"
+    ) -> Tensor:
+        """The form's differentiable float64 [N, K + uses_latent], without calibrated rows.
+
+        target_sigma [N]; cached_sigmas [N, K], newest first; valid [N, K] bool, a prefix of each
+        row, at least its first. LesaError in the paper form, which knows no continuous time.
+        """
+        if isinstance(self.net, PaperForm):
+            raise LesaError("form='paper' has no coefficients of continuous time; use net.rows")
+        return self.net.coefficients(target_sigma, cached_sigmas, valid, self.branch(branch))
+
+    def table(self, schedule: Schedule, sigmas: Sequence[float], branch: str = "cond") -> Table:
+        """The table to run: the calibrated rows of this very (schedule, sigmas), else the form's.
+
+        Raises LesaError for an unbound schedule, wrong sigmas, an unknown branch or, in the paper
+        form, another step count.
+        """
+        levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
+        entry = self.calibration(schedule, levels)
+        if entry is not None and branch in entry.rows:
+            return Table(schedule, entry.rows[branch], self.uses_latent)
+        with torch.no_grad():
+            rows, bias = self.net.rows(schedule, levels, branch)
+        return Table(schedule, rows, self.uses_latent, bias, self.net.autoregressive)
+
+    def correct(
+        self, schedule: Schedule, sigmas: Sequence[float], branch: str, coefficients: Tensor
+    ) -> None:
+        """Makes `table(schedule, sigmas, branch)` return exactly these rows [S, K + uses_latent].
+
+        Raises LesaError in the paper form or when the rows do not make a valid Table.
+        """
+        if self.form == "paper":
+            raise LesaError("form='paper' holds no correction rows; use 'continuous' or 'table'")
+        branch = self.branch(branch)
+        table = Table(schedule, coefficients, self.uses_latent)
+        if table.history != self.net.history:
+            raise LesaError(
+                f"coefficients weigh {table.history} features but history={self.net.history}; "
+                "fit rows of that width"
+            )
+        self.recommend(schedule, sigmas).rows[branch] = table.coefficients
+
+    def correction(self, schedule: Schedule, sigmas: Sequence[float], branch: str) -> Tensor:
+        """What the calibrated rows add to the form's: float64 [S, K + uses_latent], 0 elsewhere."""
+        levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
+        with torch.no_grad():
+            rows = self.net.rows(schedule, levels, branch)[0].cpu()
+        entry = self.calibration(schedule, levels)
+        stored = entry.rows.get(branch) if entry else None
+        return torch.zeros_like(rows) if stored is None else stored - rows
+
+    def recommend(self, schedule: Schedule, sigmas: Sequence[float]) -> Calibration:
+        """Records a bound schedule as calibrated, with or without rows; known ones are kept."""
+        levels = check_sigmas(schedule, sigmas)
+        entry = self.calibration(schedule, levels)
+        if entry is None:
+            entry = Calibration(schedule, levels)
+            self.calibrations.append(entry)
+        return entry
+
+    def calibration(self, schedule: Schedule, sigmas: Sequence[float]) -> Calibration | None:
+        """The entry of this schedule and these noise levels (within 1e-4), if there is one."""
+        return next((c for c in self.calibrations if c.matches(schedule, sigmas)), None)
+
+    @property
+    def calibrated(self) -> list[Schedule]:
+        """The schedules it was calibrated on, without repeats."""
+        return list(dict.fromkeys(entry.schedule for entry in self.calibrations))
+
+    def schedule_for(
+        self, full_steps: int, num_steps: int, sigmas: Sequence[float] | None = None
+    ) -> Schedule:
+        """The calibrated schedule of that count; see `calibration.schedule_for`."""
+        return schedule_for(self.calibrations, full_steps, num_steps, sigmas)
+
+    def branch(self, asked: str) -> str:
+        """The stored branch for an asked one; "cond" and "default" stand for each other."""
+        for name in (asked, {"cond": "default", "default": "cond"}.get(asked)):
+            if name in self.branches:
+                return name
+        raise LesaError(
+            f"branch={asked!r} was not trained, only {', '.join(map(repr, self.branches))}; "
+            "train with this guidance, or run without it"
+        )
+
+    def check_model(
+        self,
+        model_class: str,
+        tap: str | None = None,
+        branches: Sequence[str] = (),
+        **identity: Any,
+    ) -> None:
+        """LesaError, naming both sides, unless it was trained for such a model.
+
+        `identity` are further metadata to compare (model_id, model_hash, ...); what was not
+        recorded in training, or is None, is not compared.
+        """
+        for field, found in {"model_class": model_class, **identity}.items():
+            trained = self.metadata.get(field)
+            if trained is not None and found is not None and trained != found:
+                raise LesaError(
+                    f"the forecaster was trained for {field}={trained!r}, this model has "
+                    f"{found!r}; train one for this model with lesa.train"
+                )
+        if tap is not None and tap != self.tap:
+            raise LesaError(
+                f"the forecaster was trained on tap={self.tap!r}, asked is {tap!r}; "
+                f"leave tap out or train with tap={tap!r}"
+            )
+        for name in branches:
+            self.branch(name)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes model.safetensors and config.json; see `lesa.forecasters.checkpoint.save`."""
+        from lesa.forecasters.checkpoint import save
+
+        save(self, folder)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> LesaForecaster:
+        """Reads a folder or a Hub id; see `lesa.forecasters.checkpoint.load`."""
+        from lesa.forecasters.checkpoint import load
+
+        return load(source)

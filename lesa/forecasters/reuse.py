@@ -1,0 +1,29 @@
+"""Reuse of the last full step's feature."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lesa.forecasters.base import Tap
+from lesa.schedule import Schedule
+from lesa.table import Table
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """h_hat_s = h_p, p the last full step. Source: FORA (arXiv 2407.01425)."""
+
+    name: str = "reuse"
+    uses_latent: bool = False
+    tap: Tap | None = None
+
+    def history(self, schedule: Schedule) -> int:
+        """One feature."""
+        return 1
+
+    def table(
+        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+    ) -> Table:
+        """Weight 1 on the newest feature at every skipped step; `sigmas` are not used."""
+        return Table.from_rows(schedule, 1, lambda step, cached: [1.0])

@@ -1,0 +1,97 @@
+"""What a LesaForecaster is made of, checked once."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from lesa.errors import LesaError
+from lesa.forecasters.base import Tap
+
+FORMS = ("continuous", "paper", "table")
+GATES = ("kan", "mlp")
+SPLINES = ("ridge", "edge")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields of a LesaForecaster; LesaError names the wrong one.
+
+    form: "continuous", "paper" or "table". history: K cached features (continuous, table).
+    uses_latent: weigh the current latent too (output tap only; None: wherever it is possible).
+    stages: noise levels that part the experts, decreasing. branches: the guidance branches, each
+    with parameters of its own. hidden: inner widths of the continuous KAN. intervals: of every
+    spline (None: 8 in the continuous form, 5 as in LESA's release in the paper's).
+    Paper form only: num_steps it is tied to, windows (steps per stage), gate, spline, nodes
+    (ridge nodes, or the two hidden widths of the edge and mlp gates). seed: of the initial values.
+    """
+
+    form: str = "continuous"
+    history: int = 3
+    uses_latent: bool | None = None
+    tap: Tap = "output"
+    stages: tuple[float, ...] = (0.9, 0.5)
+    branches: tuple[str, ...] = ("cond",)
+    hidden: tuple[int, ...] = (16,)
+    intervals: int | None = None
+    num_steps: int = 50
+    windows: tuple[int, ...] | None = None
+    gate: str = "kan"
+    spline: str = "ridge"
+    nodes: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._choice("form", FORMS)
+        self._choice("tap", get_args(Tap))
+        self._choice("gate", GATES)
+        self._choice("spline", SPLINES)
+        for name in ("stages", "branches", "hidden", "windows"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("history", "num_steps", "nodes"):
+            self._positive(name, getattr(self, name))
+        for value in (*self.hidden, *(() if self.intervals is None else (self.intervals,))):
+            self._positive("hidden or intervals", value)
+        self._check_stages()
+        self._check_latent()
+        if not self.branches or not all(name.isidentifier() for name in self.branches):
+            raise LesaError(f"branches={self.branches!r} must be names such as 'cond', 'uncond'")
+
+    def _choice(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            listed = ", ".join(map(repr, known))
+            raise LesaError(f"{name}={getattr(self, name)!r} is unknown; use one of {listed}")
+
+    def _positive(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LesaError(f"{name}={value!r} is not a whole number >= 1; use 1 or more")
+
+    def _check_stages(self) -> None:
+        bounds = (1.0, *self.stages, 0.0)
+        if not all(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise LesaError(f"stages={self.stages} do not decrease within (0, 1); try (0.9, 0.5)")
+        if self.windows is None:
+            object.__setattr__(self, "windows", (4, *(8 for _ in self.stages)))
+        for width in self.windows or ():
+            self._positive("windows entry", width)
+        if len(self.windows or ()) != len(self.stages) + 1:
+            raise LesaError(f"windows={self.windows} must hold one width for each stage")
+
+    def _check_latent(self) -> None:
+        possible = self.tap == "output" and self.form != "paper"
+        if self.uses_latent and not possible:
+            raise LesaError(
+                f"uses_latent=True does not go with tap={self.tap!r}, form={self.form!r}; "
+                "the latent is a regressor of the output tap's continuous and table forms only"
+            )
+        if self.uses_latent is None:
+            object.__setattr__(self, "uses_latent", possible)
+
+    def stage_of(self, sigma: float) -> int:
+        """The expert for a noise level: 0 above stages[0], the last one at and below stages[-1]."""
+        return sum(sigma <= bound for bound in self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, JSON-ready; Settings(**fields) gives them back."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}

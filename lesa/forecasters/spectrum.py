@@ -1,0 +1,73 @@
+"""Chebyshev ridge regression over all full steps so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.forecasters.base import Tap
+from lesa.forecasters.taylor import lagrange
+from lesa.schedule import Schedule
+from lesa.table import Table
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """h_hat_s = weight * fit + (1 - weight) * linear.
+
+    fit: ridge regression of all features so far on T_0..T_degree(x), x = 2 s / S - 1;
+    linear: the straight line in the step through the last two full steps (reuse with one).
+    The ring holds every full step. Raises LesaError for degree < 1, ridge <= 0 or a weight outside
+    [0, 1]. Source: Spectrum (arXiv 2603.01623).
+    """
+
+    degree: int = 4
+    ridge: float = 0.1
+    weight: float = 0.5
+    tap: Tap | None = None
+
+    uses_latent = False
+    name = "spectrum"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.degree, int) or self.degree < 1:
+            raise LesaError(f"degree={self.degree!r} is not a whole number >= 1; the usual is 4")
+        if not 0 < self.ridge < float("inf"):
+            raise LesaError(f"ridge={self.ridge!r} is not positive; the usual value is 0.1")
+        if not 0 <= self.weight <= 1:
+            raise LesaError(f"weight={self.weight!r} is not in [0, 1]; use 0.5 to 1")
+
+    def history(self, schedule: Schedule) -> int:
+        """As many features as full steps come before the last skipped step."""
+        last = max(schedule.skipped_steps, default=1)
+        return max(len(schedule.cached_before(last, last)), 1)
+
+    def table(
+        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+    ) -> Table:
+        """Both parts as coefficients over all cached steps; `sigmas` are not used."""
+        steps = schedule.steps
+
+        def row(step: int, cached: tuple[int, ...]) -> list[float]:
+            design = chebyshev(torch.tensor(cached), steps, self.degree)  # [n, degree + 1]
+            gram = design.T @ design + self.ridge * torch.eye(self.degree + 1, dtype=torch.float64)
+            target = chebyshev(torch.tensor([step]), steps, self.degree)[0]
+            weights = self.weight * (design @ torch.linalg.solve(gram, target))
+            line = lagrange(step, cached[:2])
+            weights[: len(line)] += (1 - self.weight) * torch.tensor(line, dtype=torch.float64)
+            return weights.tolist()
+
+        return Table.from_rows(schedule, self.history(schedule), row)
+
+
+def chebyshev(steps: Tensor, num_steps: int, degree: int) -> Tensor:
+    """T_0..T_degree at x = 2 s / S - 1 for steps [n]: float64 [n, degree + 1]."""
+    x = steps.double() * 2 / num_steps - 1
+    columns = [torch.ones_like(x), x]
+    for _ in range(degree - 1):
+        columns.append(2 * x * columns[-1] - columns[-2])
+    return torch.stack(columns[: degree + 1], dim=1)

@@ -1,0 +1,403 @@
+"""Attach a controller to a denoiser: it decides each call and may skip the blocks.
+
+The model instance gets a subclass of its own class, the block containers a subclass of theirs that
+can iterate over nothing, and the first tail module one pre-hook. `detach` undoes all three.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, NoReturn, Protocol
+
+import torch
+from torch import nn
+
+from lesa.clock import StepClock
+from lesa.errors import LesaError
+from lesa.models import ModelSpec, model_spec
+
+__all__ = [
+    "Controller",
+    "Denoiser",
+    "attach",
+    "attached",
+    "core_of",
+    "detach",
+    "make_output",
+    "read_sample",
+]
+
+
+class Controller(Protocol):
+    """Decides one call of the model: `denoiser.run(...)`, `denoiser.run_tail(...)` or neither.
+
+    An optional method `reset()` is told when a pipeline call has ended.
+    """
+
+    def __call__(
+        self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], /
+    ) -> Any: ...
+
+
+class _Slot:
+    """What the forward may see: plain attributes, since dynamo cannot trace a ContextVar."""
+
+    def __init__(self) -> None:
+        self.skip = False
+        self.capture = False
+        self.feature: torch.Tensor | None = None
+        self.captured: torch.Tensor | None = None
+        self.mismatch = False
+
+
+class Denoiser:
+    """A model under a controller.
+
+    Attributes:
+        spec: its row in `lesa.models`.
+        clock: tells the step of each call.
+        controller: decides each call.
+        original_class: the class of the model before `attach`.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: ModelSpec, controller: Controller, clock: StepClock
+    ) -> None:
+        self.spec = spec
+        self.clock = clock
+        self.controller = controller
+        self.original_class = type(model)
+        self._model = weakref.ref(model)
+        self._call: Callable[..., Any] = type(model).__call__
+        self._slot = _Slot()
+        # The slot is one per model: two threads that share it take turns.
+        self._turn = threading.RLock()
+        names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
+        self._position = {name: position for position, name in enumerate(names)}
+
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser; held weakly, the controller never keeps it alive."""
+        model = self._model()
+        if model is None:
+            raise LesaError("model: it has been freed; attach to a live one.")
+        return model
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Value of the forward's argument `name` in this call, or None."""
+        if name in kwargs or not args:
+            return kwargs.get(name)
+        position = self._position.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The current latent in this call."""
+        return self.argument(self.spec.latent, args, kwargs)
+
+    def run(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False
+    ) -> tuple[Any, torch.Tensor | None]:
+        """Run the whole model.
+
+        Returns:
+            Its output and, with `tap`, the feature before the tail (`[B, L, C]`; perhaps a view of
+            a larger tensor, so copy it to keep it). None where the tail was not reached.
+        """
+        slot = self._slot
+        with self._turn:
+            slot.capture = tap
+            try:
+                output = self._call(self.model, *args, **kwargs)
+                feature = slot.captured
+            finally:
+                slot.capture, slot.captured = False, None
+        if feature is not None and self.spec.upcast:
+            latent = self.latent(args, kwargs)
+            feature = feature.to(latent.dtype)
+        return output, feature
+
+    def run_tail(self, feature: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model without its blocks, with `feature` in front of the tail.
+
+        Returns:
+            The output, or None where the shape of `feature` is not the one that the tail gets.
+        """
+        slot = self._slot
+        if self.spec.dropped:
+            kwargs = {name: kwargs[name] for name in kwargs if name not in self.spec.dropped}
+        with self._turn:
+            slot.skip, slot.feature, slot.mismatch = True, feature, False
+            try:
+                output = self._call(self.model, *args, **kwargs)
+                return None if slot.mismatch else output
+            finally:
+                slot.skip, slot.feature = False, None
+
+    def reset(self) -> None:
+        """Tell the clock and the controller that this thread's generation is over."""
+        self.clock.reset()
+        reset = getattr(self.controller, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def attach(
+    model: nn.Module,
+    controller: Controller,
+    pipe: Any = None,
+    *,
+    clock: StepClock | None = None,
+    config: object = None,
+) -> Denoiser:
+    """Let `controller(denoiser, args, kwargs) -> output` decide every call of `model`.
+
+    Args:
+        model: a denoiser of a known class, or `torch.compile(denoiser)`.
+        controller: see `Controller`.
+        pipe: the pipeline whose loop calls the model.
+        clock: instead of a `StepClock(pipe)`, for one's own loop.
+        config: what `model._cache_config` shows; the controller if None.
+
+    Raises:
+        LesaError: unknown class, or another cache on the model.
+    """
+    core = core_of(model)
+    spec = model_spec(core)
+    _refuse_other_cache(model, core)
+    denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
+    for name in spec.blocks:
+        _swap(core.get_submodule(name), _Skippable, _lesa_slot=denoiser._slot)
+    for name in spec.identities:
+        _swap(core.get_submodule(name), _Identity, _lesa_slot=denoiser._slot)
+    tail = core.get_submodule(spec.tail)
+    tail.register_forward_pre_hook(_Tap(denoiser._slot), with_kwargs=True)
+    core.__dict__["_cache_config"] = controller if config is None else config
+    _swap(model, _Controlled, _lesa_denoiser=denoiser)
+    return denoiser
+
+
+def detach(model: nn.Module) -> None:
+    """Give the model back its class, its containers and its tail; no effect if not attached.
+
+    Raises:
+        LesaError: something else has swapped the class of the model since `attach`.
+    """
+    denoiser = attached(model)
+    if denoiser is None:
+        return
+    if "_lesa_original" not in type(model).__dict__:
+        raise LesaError(
+            f"model: its class became {type(model).__name__} after lesa was enabled; "
+            "undo that first, then disable."
+        )
+    core = core_of(model)
+    for name in (*denoiser.spec.blocks, *denoiser.spec.identities):
+        _restore(core.get_submodule(name))
+    _clean(core, denoiser.spec)
+    _restore(model)
+
+
+def attached(model: nn.Module) -> Denoiser | None:
+    """The denoiser that `attach` made for this model, if it is attached."""
+    return model.__dict__.get("_lesa_denoiser")
+
+
+def read_sample(output: Any) -> torch.Tensor | None:
+    """The one tensor of a model output (tensor, 1-tuple or `.sample`), or None if it has others."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, (tuple, dict)) and len(output) != 1:
+        return None
+    sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+    return sample if isinstance(sample, torch.Tensor) else None
+
+
+def make_output(kind: Any, sample: torch.Tensor) -> Any:
+    """An output of class `kind` around `sample`: the inverse of `read_sample`."""
+    if issubclass(kind, torch.Tensor):
+        return sample
+    return (sample,) if issubclass(kind, tuple) else kind(sample=sample)
+
+
+class _Swapped:
+    """Base of the mixins: a copy of a swapped module is a plain module of its own class."""
+
+    _lesa_original: type[nn.Module]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        shell = object.__new__(self._lesa_original)
+        state = {key: value for key, value in self.__dict__.items() if key not in _OWN}
+        shell.__dict__.update(state)
+        clone = copy.deepcopy(shell, memo)
+        memo[id(self)] = clone
+        return clone
+
+
+class _Controlled(_Swapped):
+    """The model: every call goes to the controller."""
+
+    is_cache_enabled = True
+    _lesa_denoiser: Denoiser
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        denoiser = self._lesa_denoiser
+        return denoiser.controller(denoiser, args, kwargs)
+
+    @contextmanager
+    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+        """As in diffusers; also tells the branch and the step to the clock."""
+        inherited = self._inherited("cache_context")
+        with self._lesa_denoiser.clock.context(name, fields):
+            if inherited is None:
+                yield
+            else:
+                with inherited(name, **fields):
+                    yield
+
+    def disable_cache(self) -> None:
+        """As in diffusers: remove the cache from this model."""
+        detach(self)  # type: ignore[arg-type]
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Called by pipelines at the end of a call."""
+        self._lesa_denoiser.reset()
+        inherited = self._inherited("_reset_stateful_cache")
+        if inherited is not None:
+            inherited(recurse)
+
+    def _inherited(self, name: str) -> Any:
+        core: Any = core_of(self)  # type: ignore[arg-type]
+        return getattr(super() if core is self else core, name, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        clone = super().__deepcopy__(memo)
+        _clean(core_of(clone), self._lesa_denoiser.spec)
+        return clone
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise LesaError(
+            "model: it is accelerated by lesa and cannot be pickled; call lesa.disable first."
+        )
+
+
+class _Skippable(_Swapped):
+    """A block container that iterates over nothing on a skipped step."""
+
+    _lesa_slot: _Slot
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(()) if self._lesa_slot.skip else super().__iter__()  # type: ignore[misc]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):  # a slice would be built with this class, without a slot
+            return nn.ModuleList(list(self._modules.values())[index])  # type: ignore[attr-defined]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
+class _Identity(_Swapped):
+    """A module that returns its first argument on a skipped step."""
+
+    _lesa_slot: _Slot
+
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._lesa_slot.skip:
+            return hidden_states
+        return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+_OWN = ("_lesa_denoiser", "_lesa_slot")
+
+
+class _Tap:
+    """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one."""
+
+    def __init__(self, slot: _Slot) -> None:
+        self.slot = slot
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        slot = self.slot
+        if slot.capture:
+            slot.captured = args[0]
+        if not slot.skip or slot.feature is None:
+            return None
+        if slot.feature.shape != args[0].shape:
+            slot.mismatch = True
+            return None
+        return (slot.feature.to(args[0]), *args[1:]), kwargs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
+        return self
+
+
+class _Alias(type):
+    """A class that equals the one it stands in for: `from_pipe` asks `type(model) in expected`."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__dict__.get("_lesa_original")
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls.__dict__.get("_lesa_original", cls))
+
+
+@cache
+def _swapped(mixin: Any, original: Any) -> type:
+    """Subclass of `original` that keeps its name, so that saved configurations do not change."""
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_lesa_original": original,
+    }
+    plain = type(original) is type
+    alias: Any = _Alias if plain else type("_Alias", (_Alias, type(original)), {})
+    return alias(original.__name__, (mixin, original), names)
+
+
+def _swap(module: nn.Module, mixin: type, **own: object) -> None:
+    original: Any = type(module)
+    module.__class__ = _swapped(mixin, original)
+    module.__dict__.update(own)
+
+
+def _restore(module: nn.Module) -> None:
+    module.__class__ = type(module)._lesa_original  # type: ignore[attr-defined]
+    for name in _OWN:
+        module.__dict__.pop(name, None)
+
+
+def _clean(core: nn.Module, spec: ModelSpec) -> None:
+    """Remove the pre-hook and the configuration that `attach` left on the model or its copy."""
+    core.__dict__.pop("_cache_config", None)
+    tail = core.get_submodule(spec.tail)
+    for key, hook in list(tail._forward_pre_hooks.items()):
+        if isinstance(hook, _Tap):
+            del tail._forward_pre_hooks[key]
+            tail._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The denoiser inside `torch.compile(denoiser)`, or the model itself."""
+    core = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return model if core is None else core
+
+
+def _refuse_other_cache(model: nn.Module, core: nn.Module) -> None:
+    if attached(model) is not None or attached(core) is not None:
+        raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first.")
+    config = getattr(core, "_cache_config", None)
+    if config is not None:
+        raise LesaError(
+            f"model: {type(config).__name__} is enabled on it; call model.disable_cache() first."
+        )
+    for module in core.modules():
+        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for name, hook in hooks.items():
+            if getattr(hook, "_is_stateful", False):
+                raise LesaError(f"model: the cache hook {name!r} is on it; remove it first.")

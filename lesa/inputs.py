@@ -1,0 +1,143 @@
+"""What a user names on the command line, turned into objects, or into one clear sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lesa.errors import LesaError
+
+TESTBED = "testbed"
+
+
+def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+    """A pipeline from a folder, a hub id, or the word "testbed" (the embedded one).
+
+    Without `device` CUDA is taken where there is any. Without `dtype` it is bfloat16 on CUDA and
+    float32 elsewhere; the embedded pipeline is always float32.
+
+    Raises: LesaError if it cannot be loaded or lesa does not know its denoiser.
+    """
+    import torch
+
+    from lesa.api import find_denoiser
+    from lesa.models import model_spec
+
+    quieten()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = _device(device)
+    if name == TESTBED or name in _embedded():
+        from lesa import testbed
+
+        pipe = testbed.load(testbed.PIPELINES[0] if name == TESTBED else name)
+    else:
+        default = "bfloat16" if target.type == "cuda" else "float32"
+        pipe = _from_pretrained(name, _dtype(dtype or default))
+    model_spec(find_denoiser(pipe))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return pipe.to(target)
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it has no CUDA
+        raise LesaError(
+            f"device: {device!r} is not usable here ({_first_line(error)}); choose cpu or cuda"
+        ) from None
+
+
+def call_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments for `pipe(...)`: the given ones that are not None, over the embedded pipeline's."""
+    base: dict[str, Any] = {"num_inference_steps": 50}
+    if name == TESTBED or name in _embedded():
+        from lesa import testbed
+
+        base |= testbed.settings(testbed.PIPELINES[0] if name == TESTBED else name)
+    return base | {key: value for key, value in given.items() if value is not None}
+
+
+def parse_counts(
+    text: str, num_steps: int | None = None, field: str = "full-steps"
+) -> tuple[int, ...]:
+    """ "13,10,8" -> (13, 10, 8); LesaError unless each is at least 1, at most `num_steps`."""
+    try:
+        counts = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        counts = ()
+    if not counts:
+        raise LesaError(f"{field}: {text!r} is no list of whole numbers; write 10 or 13,10,8")
+    for count in counts:
+        check_count(count, num_steps or max(count, 1), field)
+    return tuple(dict.fromkeys(counts))
+
+
+def check_count(full_steps: int, num_steps: int, field: str = "full_steps") -> None:
+    """Raises LesaError unless 1 <= full_steps <= num_steps."""
+    if num_steps < 1:
+        raise LesaError(f"num_inference_steps: {num_steps} is below 1; give at least 1")
+    if not 1 <= full_steps <= num_steps:
+        raise LesaError(
+            f"{field}: {full_steps} of {num_steps} steps is not possible;"
+            f" choose from 1 to num_inference_steps = {num_steps}"
+        )
+
+
+def load_forecaster(name: str) -> Any:
+    """A trained forecaster from a folder or hub id, or a training-free one by its method's name."""
+    from lesa.evaluation.methods import PEERS
+
+    if name in PEERS:
+        return PEERS[name].forecaster()
+    from lesa.forecasters.lesa import LesaForecaster
+
+    return LesaForecaster.from_pretrained(name)
+
+
+def quieten() -> None:
+    """Loading bars and advice of the libraries below would drown the command's own words."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
+def _from_pretrained(name: str, dtype: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+    except MemoryError:
+        raise
+    except Exception as error:  # every kind of broken folder raises something else
+        raise LesaError(
+            f"pipeline: cannot load {name!r} ({_first_line(error)}); give a folder saved with"
+            f" save_pretrained, a hub id, or {TESTBED}"
+        ) from error
+
+
+def _embedded() -> tuple[str, ...]:
+    from lesa import testbed
+
+    return tuple(testbed.PIPELINES)
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise LesaError(f"device: {name!r} is unknown; choose cpu, cuda, cuda:1 or mps") from None
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = {"float32", "bfloat16", "float16"}
+    if name not in known:
+        raise LesaError(f"dtype: {name!r} is unknown; choose from {', '.join(sorted(known))}")
+    return getattr(torch, name)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200].rstrip(" .:")

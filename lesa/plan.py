@@ -1,0 +1,81 @@
+"""A table unpacked for the step path, and where to get it."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from lesa.clock import Step
+from lesa.config import LesaConfig
+from lesa.errors import LesaError
+from lesa.schedule import Schedule
+from lesa.table import Table
+
+__all__ = ["Plan", "Planner", "Row"]
+
+_MAX_PLANS = 64
+
+
+class Row(NamedTuple):
+    """One skipped step's coefficients as plain floats: nothing is converted on the step path."""
+
+    coefficients: tuple[float, ...]
+    latent: float
+    bias: float
+
+
+class Plan:
+    """A table, unpacked.
+
+    `rows[s]` is None at a full step; `pushes[s]` says whether step s's feature enters the ring and
+    `expected[s]` how many have entered before it. Features that no later step needs do not enter.
+    """
+
+    def __init__(self, table: Table) -> None:
+        schedule = table.schedule
+        self.history = table.history
+        self.uses_latent = table.uses_latent
+        self.rows: list[Row | None] = [None] * schedule.steps
+        coefficients = table.coefficients.tolist()
+        biases = [0.0] * schedule.steps if table.bias is None else table.bias.tolist()
+        for s in schedule.skipped_steps:
+            latent = coefficients[s][-1] if table.uses_latent else 0.0
+            self.rows[s] = Row(tuple(coefficients[s][: table.history]), latent, biases[s])
+        last = max(schedule.skipped_steps, default=0)
+        enters = [table.autoregressive or row is None for row in self.rows]
+        self.pushes = [enter and s < last for s, enter in enumerate(enters)]
+        self.expected = list(accumulate(self.pushes, initial=0))
+
+
+class Planner:
+    """Asks the forecaster for tables and remembers them."""
+
+    def __init__(self, config: LesaConfig) -> None:
+        self._config = config
+        self._plans: dict[tuple[Any, ...], Plan | str] = {}
+
+    def schedule(self, step: Step) -> Schedule:
+        """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
+        return self._config.bound_schedule(step.num_steps, step.sigmas)
+
+    def plan(self, step: Step) -> Plan | str:
+        """Plan for the steps from `step` on, as a run of their own, or why there is none."""
+        key = (step.num_steps, step.sigmas, step.branch, step.index)
+        found = self._plans.get(key)
+        if found is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            found = self._plans[key] = self._make(step)
+        return found
+
+    def _make(self, step: Step) -> Plan | str:
+        start = step.index
+        try:
+            schedule = self.schedule(step)
+            if start:
+                later = [s - start for s in schedule.full_steps if s > start]
+                schedule = Schedule.explicit([0, *later], step.num_steps - start)
+            table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
+        except LesaError as error:
+            return f"no table: {error}"
+        return Plan(table)

@@ -1,0 +1,135 @@
+"""One generation in one guidance branch: its plan, its ring, and what must not change."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.clock import Step
+from lesa.errors import LesaError
+from lesa.hooks import Denoiser, make_output, read_sample
+from lesa.ops import mix
+from lesa.plan import Plan
+from lesa.ring import Ring
+
+__all__ = ["Call", "Refusal", "Trajectory"]
+
+
+class Call(NamedTuple):
+    """One call of the denoiser."""
+
+    denoiser: Denoiser
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def argument(self, name: str) -> Any:
+        """Value of an argument of the forward, or None."""
+        return self.denoiser.argument(name, self.args, self.kwargs)
+
+
+class Refusal(LesaError):
+    """Why one call cannot be forecast; the engine computes it in full."""
+
+
+class Trajectory:
+    """The steps from `origin` on, of one generation in one branch.
+
+    Keeps K features in `ring` and weak references to the conditioning; nothing else.
+    """
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self.plan = plan
+        self.origin = call.step.index
+        self.ring: Ring | None = None
+        self._kind: Any = None
+        self._latent = _layout(call.argument(call.denoiser.spec.latent))
+        self._return_dict = call.argument("return_dict")
+        self._conditioning: list[tuple[str, weakref.ref[Tensor] | None, int]] = []
+        for name in call.denoiser.spec.conditioning:
+            value = call.argument(name)
+            if isinstance(value, Tensor):
+                self._conditioning.append((name, weakref.ref(value), _version(value)))
+            else:
+                self._conditioning.append((name, None, 0))
+
+    def skips(self, step: Step) -> bool:
+        """Whether the plan forecasts this step."""
+        return self.plan.rows[step.index - self.origin] is not None
+
+    def disturbance(self, call: Call) -> str | None:
+        """Why the cached features do not fit this call, if so."""
+        if self.origin + len(self.plan.rows) != call.step.num_steps:
+            return "number of steps changed"
+        if _layout(call.argument(call.denoiser.spec.latent)) != self._latent:
+            return "latent changed in shape, dtype or device"
+        if call.argument("return_dict") is not self._return_dict:
+            return "return_dict changed"
+        for name, known, version in self._conditioning:
+            value = call.argument(name)
+            if isinstance(value, Tensor):
+                if known is None or known() is not value or _version(value) != version:
+                    return f"{name} changed"
+            elif known is not None:
+                return f"{name} changed"
+        return None
+
+    def forecast(self, call: Call, tap: str) -> Any:
+        """The output of a skipped step; Refusal where there is none."""
+        plan, ring, index = self.plan, self.ring, call.step.index - self.origin
+        row = plan.rows[index]
+        if row is None or ring is None or ring.pushed != plan.expected[index]:
+            raise Refusal("missing history")
+        latent = None
+        if plan.uses_latent:
+            latent = call.argument(call.denoiser.spec.latent)
+            if not isinstance(latent, Tensor) or latent.shape != ring.features[0].shape:
+                raise Refusal("latent and output differ in shape")
+        feature = torch.empty_like(ring.features[0])
+        mix(ring.features, ring.order, row.coefficients, feature, latent, row.latent, row.bias)
+        if tap == "hidden":
+            output = call.denoiser.run_tail(feature, call.args, call.kwargs)
+            if output is None:
+                raise Refusal("feature and tail differ in shape")
+        else:
+            output = make_output(self._kind, feature)
+        if plan.pushes[index]:
+            ring.push(feature)
+        return output
+
+    def keep(self, call: Call, output: Any, feature: Tensor | None, tap: str) -> bool:
+        """Take the feature of a full step into the ring if a later step needs it.
+
+        Returns:
+            Whether a ring was made for it.
+
+        Raises:
+            Refusal: the model gave no such feature, or one that does not fit the ring.
+        """
+        if not self.plan.pushes[call.step.index - self.origin]:
+            return False
+        if tap == "output":
+            feature, self._kind = read_sample(output), type(output)
+        if feature is None:
+            raise Refusal(f"no single tensor at the {tap} tap")
+        made = self.ring is None
+        if self.ring is None:
+            self.ring = Ring(self.plan.history, feature)
+        elif not self.ring.matches(feature):
+            raise Refusal("feature changed in shape, dtype or device")
+        self.ring.push(feature)
+        return made
+
+
+def _layout(latent: Any) -> tuple[Any, ...]:
+    if isinstance(latent, Tensor):
+        return latent.shape, latent.dtype, latent.device
+    return tuple(_layout(part) for part in latent or ())
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts in-place writes; inference tensors have no such counter."""
+    return 0 if tensor.is_inference() else tensor._version

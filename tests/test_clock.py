@@ -1,0 +1,269 @@
+"""Steps, branches and generations, told from real schedulers and pipelines."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    FluxImg2ImgPipeline,
+    UniPCMultistepScheduler,
+)
+
+from lesa.clock import StepClock, noise_levels
+from lesa.errors import LesaError
+from lesa.hooks import attach, detach
+
+
+class Recorder:
+    """A controller that runs every call in full and notes its step."""
+
+    def __init__(self):
+        self.steps = []
+
+    def __call__(self, denoiser, args, kwargs):
+        self.steps.append(denoiser.clock.tick(kwargs))
+        return denoiser.run(args, kwargs)[0]
+
+
+def flow(steps, begin=None):
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    if begin is not None:
+        scheduler.set_begin_index(begin)
+    return scheduler
+
+
+def advance(scheduler, sample=None):
+    sample = torch.zeros(1, 2) if sample is None else sample
+    index = scheduler.step_index or scheduler.begin_index or 0
+    scheduler.step(sample, scheduler.timesteps[index], sample)
+
+
+def test_pipeline_steps_and_sigmas(tiny_flux, inputs):
+    recorder = Recorder()
+    attach(tiny_flux.transformer, recorder, tiny_flux)
+    tiny_flux(**inputs(steps=5))
+    steps = recorder.steps
+    assert [s.index for s in steps] == [0, 1, 2, 3, 4]
+    assert {(s.num_steps, s.branch, s.problem) for s in steps} == {(5, "cond", None)}
+    assert [s.fresh for s in steps] == [True, False, False, False, False]
+    assert list(steps[0].sigmas) == tiny_flux.scheduler.sigmas.tolist()
+    assert steps[0].sigmas[0] == 1.0 and steps[0].sigmas[-1] == 0.0
+
+
+def test_true_cfg_has_two_branches(tiny_flux, inputs):
+    recorder = Recorder()
+    attach(tiny_flux.transformer, recorder, tiny_flux)
+    tiny_flux(**inputs(steps=3, cfg=True))
+    assert [(s.index, s.branch) for s in recorder.steps] == [
+        (index, branch) for index in range(3) for branch in ("cond", "uncond")
+    ]
+    assert [s.fresh for s in recorder.steps] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("strength, executed", [(0.5, 6), (0.9, 10), (1.0, 12)])
+def test_img2img_counts_only_the_executed_steps(tiny_flux, inputs, strength, executed):
+    recorder = Recorder()
+    attach(tiny_flux.transformer, recorder, tiny_flux)
+    tiny_flux(**inputs(steps=4))  # leaves `_num_timesteps` of another run behind
+    recorder.steps.clear()
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    other = FluxImg2ImgPipeline.from_pipe(tiny_flux)
+    other.set_progress_bar_config(disable=True)
+    other(**inputs(image=image, strength=strength, cfg=True))
+    steps = recorder.steps
+    assert [s.index for s in steps[::2]] == list(range(executed))
+    assert {s.num_steps for s in steps} == {executed}
+    assert {s.problem for s in steps} == {None}
+    assert {s.branch for s in steps[::2]} == {"default"}  # this pipeline sets no context
+    assert {s.branch for s in steps[1::2]} == {"default#1"}
+    assert len(steps[0].sigmas) == executed + 1
+
+
+def test_new_timesteps_or_a_backward_step_begin_a_generation():
+    scheduler = flow(4)
+    clock = StepClock(scheduler=scheduler)
+    assert clock.tick().fresh
+    advance(scheduler)
+    assert (clock.tick().index, clock.tick().fresh) == (1, False)
+    scheduler.set_timesteps(4)
+    step = clock.tick()
+    assert (step.index, step.fresh) == (0, True)
+    advance(scheduler)
+    clock.tick()
+    scheduler._step_index = 0
+    assert clock.tick().fresh
+
+
+def test_reset_begins_a_generation():
+    clock = StepClock(scheduler=flow(4))
+    clock.tick()
+    clock.reset()
+    assert clock.tick().fresh
+
+
+def test_context_fields_come_first():
+    clock = StepClock(scheduler=flow(4))
+    with clock.context("cond", {"step_index": 2, "num_inference_steps": 4}):
+        step = clock.tick()
+    assert (step.index, step.num_steps, step.branch) == (2, 4, "cond")
+    with clock.context("a", {}), clock.context("b", {}):
+        assert clock.tick().branch == "b"
+    assert clock.tick().branch == "default"
+
+
+def test_begin_index_shifts_steps():
+    scheduler = flow(10, begin=4)
+    clock = StepClock(scheduler=scheduler)
+    indices = []
+    for _ in range(6):
+        indices.append(clock.tick().index)
+        advance(scheduler)
+    assert indices == [0, 1, 2, 3, 4, 5]
+    assert clock.tick().problem == "step outside the run"
+
+
+def test_counting_with_branches_and_a_restart():
+    clock = StepClock(num_steps=3)
+    seen = []
+    for _ in range(2):
+        for _ in range(3):
+            for name in ("cond", "uncond"):
+                with clock.context(name, {}):
+                    step = clock.tick({"timestep": torch.tensor([0.5])})
+                seen.append((step.index, step.branch, step.fresh))
+    once = [(i, name, False) for i in range(3) for name in ("cond", "uncond")]
+    once[0] = (0, "cond", True)
+    assert seen == once * 2
+    assert step.sigmas == (1.0, pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0)
+
+
+def test_counting_sees_a_rising_time_after_an_interrupted_loop():
+    clock = StepClock(sigmas=[1.0, 0.6, 0.3, 0.0])
+    for time in (1.0, 0.6):
+        clock.tick({"timestep": torch.tensor([time])})
+    step = clock.tick({"timestep": torch.tensor([1.0])})
+    assert (step.index, step.fresh) == (0, True)
+
+
+def test_a_scheduler_without_a_step_index_is_counted():
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    clock = StepClock(scheduler=scheduler)
+    assert [clock.tick().index for _ in range(3)] == [0, 1, 2]
+    assert clock.tick().problem == "step outside the run"
+    scheduler.set_timesteps(3)
+    assert clock.tick().fresh
+
+
+def test_nothing_known_is_a_problem_not_an_error():
+    assert StepClock().tick().problem == "no scheduler and no num_inference_steps"
+
+
+def test_a_scheduler_that_stands_still_is_noticed():
+    clock = StepClock(scheduler=flow(4))
+    problems = [clock.tick().problem for _ in range(6)]
+    assert problems[0] is None and problems[-1] == "scheduler does not advance"
+
+
+def test_second_order_schedulers_are_named():
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    assert StepClock(scheduler=scheduler).tick().problem == "scheduler of order 2"
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        EulerDiscreteScheduler(),
+        EulerDiscreteScheduler(use_karras_sigmas=True),
+        DPMSolverMultistepScheduler(),
+        UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        DDIMScheduler(timestep_spacing="trailing"),
+        FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_noise_levels_decrease_within_the_unit_interval(scheduler):
+    scheduler.set_timesteps(7)
+    levels = noise_levels(scheduler, 2, 5)
+    assert levels is not None and len(levels) == 6
+    assert all(1 >= a > b >= 0 for a, b in zip(levels, levels[1:], strict=False))
+
+
+def test_variance_preserving_sigmas_are_mapped():
+    euler, ddim = EulerDiscreteScheduler(), DDIMScheduler(timestep_spacing="linspace")
+    euler.set_timesteps(5)
+    ddim.set_timesteps(5)
+    sigma = euler.sigmas[0].item()
+    assert noise_levels(euler, 0, 5)[0] == pytest.approx(sigma / (1 + sigma))
+    assert noise_levels(ddim, 0, 5) == pytest.approx(noise_levels(euler, 0, 5), abs=2e-3)
+
+
+def test_inverted_sigmas_are_a_problem():
+    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
+    scheduler.set_timesteps(4)
+    assert "decreasing" in StepClock(scheduler=scheduler).tick().problem
+
+
+@pytest.mark.parametrize(
+    "options, field",
+    [
+        ({"num_steps": 0}, "num_inference_steps is 0"),
+        ({"num_steps": 3, "sigmas": [1.0, 0.0]}, "give 4"),
+        ({"sigmas": [0.5, 0.5]}, "strictly decreasing"),
+        ({"sigmas": [14.6, 0.0]}, "strictly decreasing"),
+    ],
+)
+def test_a_wrong_loop_is_refused(options, field):
+    with pytest.raises(LesaError, match=field):
+        StepClock(**options)
+
+
+def test_two_pipelines_in_two_threads_keep_their_own_steps(tiny_flux, inputs):
+    from diffusers import FluxPipeline
+
+    recorder = Recorder()
+    parts = {**tiny_flux.components, "scheduler": FlowMatchEulerDiscreteScheduler()}
+    other = FluxPipeline(**parts)
+    other.set_progress_bar_config(disable=True)
+    denoiser = attach(tiny_flux.transformer, recorder, tiny_flux)
+    denoiser.clock.add_pipe(other)
+    by_thread = {}
+
+    class PerThread:
+        def __call__(self, denoiser, args, kwargs):
+            step = denoiser.clock.tick(kwargs)
+            by_thread.setdefault(threading.get_ident(), []).append((step.index, step.num_steps))
+            return denoiser.run(args, kwargs)[0]
+
+    denoiser.controller = PerThread()
+    threads = [
+        threading.Thread(target=pipe, kwargs=inputs(steps=steps))
+        for pipe, steps in ((tiny_flux, 5), (other, 9))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    found = sorted(by_thread.values(), key=len)
+    assert found == [[(i, n) for i in range(n)] for n in (5, 9)]
+
+
+def test_the_pipeline_and_its_scheduler_are_not_kept_alive(tiny_flux):
+    clock = StepClock(tiny_flux)
+    assert clock.pipes == [tiny_flux]
+    reference = clock._pipes[0]
+    with nullcontext():
+        detach(tiny_flux.transformer)
+    assert reference() is tiny_flux
+    clock.add_pipe(tiny_flux)
+    assert len(clock.pipes) == 1

@@ -1,0 +1,530 @@
+import copy
+import json
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from lesa.errors import LesaError
+from lesa.forecasters import Forecaster, LesaForecaster
+from lesa.forecasters.continuous import extrapolation, fold, time_inputs
+from lesa.forecasters.kan import KAN, MLP, RidgeSpline
+from lesa.schedule import Schedule
+
+PLAN = Schedule.every(7, 50)
+GATES: dict[str, dict[str, Any]] = {"ridge": {}, "edge": {"spline": "edge"}, "mlp": {"gate": "mlp"}}
+
+
+def levels(steps, shift=3.0):
+    """Flow times of a shifted Euler run."""
+    times = [1 - s / steps for s in range(steps + 1)]
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
+
+
+SIGMAS = levels(50)
+
+
+def shaken(**fields):
+    """A forecaster whose parameters are all random, in fp64: as if trained."""
+    forecaster = LesaForecaster(**fields).double()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in forecaster.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.1 * noise)
+    return forecaster
+
+
+def random_rows(forecaster, plan=PLAN, sigmas=SIGMAS):
+    rows = forecaster.table(plan, sigmas).coefficients
+    return rows + 0.1 * torch.rand(rows.shape, dtype=torch.float64) * (rows != 0)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    full=st.sets(st.integers(1, 29)),
+    shift=st.floats(0.5, 5),
+    history=st.integers(1, 5),
+    form=st.sampled_from(["continuous", "table"]),
+)
+def test_untrained_is_first_order_extrapolation_in_sigma(full, shift, history, form):
+    plan, sigmas = Schedule.explicit({0, *full}, 30), levels(30, shift)
+    table = LesaForecaster(form, history=history).table(plan, sigmas)
+    line = torch.tensor(sigmas, dtype=torch.float64) * 2.5 - 1
+    for s in plan.skipped_steps:
+        cached = plan.cached_before(s, history)
+        value = table.apply(line[list(cached)], s, latent=torch.tensor(9.0))
+        expected = line[s] if len(cached) > 1 else line[cached[0]]
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-9)
+
+
+def test_table_evaluates_the_batched_coefficients():
+    forecaster = shaken()
+    table = forecaster.table(PLAN, SIGMAS)
+    step, cached = 20, PLAN.cached_before(20, 3)
+    one = forecaster.coefficients(
+        torch.tensor([SIGMAS[step]], dtype=torch.float64),
+        torch.tensor([[SIGMAS[p] for p in cached]], dtype=torch.float64),
+        torch.ones(1, 3, dtype=torch.bool),
+    )
+    torch.testing.assert_close(one[0].detach(), table.row(step), rtol=0, atol=1e-13)
+
+
+def test_coefficients_are_the_stages_kan_over_the_base():
+    forecaster = shaken(branches=("cond", "uncond"))
+    target = torch.tensor([0.95, 0.9, 0.7, 0.5, 0.2], dtype=torch.float64)
+    cached = target[:, None] + torch.tensor([0.02, 0.03, 0.05], dtype=torch.float64)
+    valid = torch.ones(5, 3, dtype=torch.bool)
+    got = forecaster.coefficients(target, cached, valid, "uncond").detach()
+    base, inputs = extrapolation(target, cached, valid), time_inputs(target, cached, valid)
+    for n, stage in enumerate([0, 1, 1, 2, 2]):
+        assert forecaster.stage_of(float(target[n])) == stage
+        learned = forecaster.net.experts["uncond"][stage](inputs[n : n + 1]).detach()[0]
+        expected = learned + nn.functional.pad(base[n], (0, 1))
+        torch.testing.assert_close(got[n], expected, rtol=0, atol=1e-12)
+
+
+def test_time_inputs_stay_on_the_grid():
+    times = torch.linspace(1, 0, 9, dtype=torch.float64)
+    inputs = time_inputs(times[3:], times[:3].flip(0).expand(6, 3), torch.ones(6, 3).bool())
+    assert inputs.abs().max() <= 1
+
+
+def test_missing_features_keep_the_sum_and_get_no_weight():
+    forecaster = shaken(history=4)
+    target = torch.full((4,), 0.8, dtype=torch.float64)
+    cached = torch.tensor([[0.85, 0.9, 0.95, 0.99]], dtype=torch.float64).repeat(4, 1)
+    valid = torch.ones(4, 4).tril().bool()
+    rows = forecaster.coefficients(target, cached, valid).detach()
+    assert not rows[:, :4][~valid].any()
+    junk = torch.where(valid, cached, torch.randn(4, 4).double())
+    torch.testing.assert_close(forecaster.coefficients(target, junk, valid).detach(), rows)
+    learned = torch.randn(4, 5, dtype=torch.float64)
+    folded = fold(learned, valid)
+    torch.testing.assert_close(folded[:, :4].sum(1), learned[:, :4].sum(1))
+    assert torch.equal(folded[:, 4], learned[:, 4])
+    assert torch.equal(folded[3], learned[3])
+
+
+def test_gradients_reach_every_expert_of_the_branch_and_no_other():
+    forecaster = shaken(branches=("cond", "uncond"))
+    target = torch.tensor([0.95, 0.7, 0.2], dtype=torch.float64)
+    cached = target[:, None] + torch.tensor([0.01, 0.02, 0.03], dtype=torch.float64)
+    forecaster.coefficients(
+        target, cached, torch.ones(3, 3).bool(), "cond"
+    ).square().sum().backward()
+    for expert in forecaster.net.experts["cond"]:
+        assert all(p.grad is not None and p.grad.any() for p in expert.parameters())
+    assert all(p.grad is None for p in forecaster.net.experts["uncond"].parameters())
+
+
+@pytest.mark.parametrize("steps", [1, 4, 28, 100])
+def test_one_forecaster_serves_any_step_count(steps):
+    plan = Schedule.every(4, steps)
+    table = shaken().table(plan, levels(steps))
+    assert table.coefficients.shape == (steps, 4)
+
+
+@pytest.mark.parametrize("form", ["continuous", "table"])
+def test_correct_makes_table_return_exactly_the_rows(form):
+    forecaster = shaken(form=form)
+    before = forecaster.table(PLAN, SIGMAS).coefficients
+    rows = random_rows(forecaster)
+    forecaster.correct(PLAN, SIGMAS, "cond", rows)
+    assert torch.equal(forecaster.table(PLAN, SIGMAS).coefficients, rows)
+    nearly = [sigma + 9e-5 * (0 < sigma < 1) for sigma in SIGMAS]
+    assert torch.equal(forecaster.table(PLAN, nearly).coefficients, rows)
+    assert torch.equal(forecaster.correction(PLAN, SIGMAS, "cond"), rows - before)
+    assert forecaster.calibrated == [PLAN]
+
+
+def test_rows_serve_only_their_own_list_sigmas_and_branch():
+    forecaster = shaken(branches=("cond", "uncond"))
+    plain = copy.deepcopy(forecaster)
+    forecaster.correct(PLAN, SIGMAS, "cond", random_rows(forecaster))
+    asked = [
+        (Schedule.every(10, 50), SIGMAS, "cond"),
+        (PLAN, levels(50, shift=3.1), "cond"),
+        (PLAN, SIGMAS, "uncond"),
+    ]
+    for question in asked:
+        same = plain.table(*question).coefficients
+        assert torch.equal(forecaster.table(*question).coefficients, same)
+        assert not forecaster.correction(*question).any()
+
+
+def test_correct_again_replaces_and_recommend_keeps():
+    forecaster = LesaForecaster()
+    for _ in range(2):
+        rows = random_rows(forecaster)
+        forecaster.correct(PLAN, SIGMAS, "cond", rows)
+    forecaster.recommend(PLAN, SIGMAS)
+    assert len(forecaster.calibrations) == 1
+    assert torch.equal(forecaster.table(PLAN, SIGMAS).coefficients, rows)
+
+
+def test_schedule_for():
+    forecaster = LesaForecaster()
+    searched = Schedule.explicit((0, 3, 11, 19, 27, 34, 40, 44, 47, 49), 50)
+    forecaster.recommend(searched, SIGMAS)
+    forecaster.recommend(Schedule.explicit((0, 1, 5, 9, 13, 17, 20, 23, 25, 27), 28), levels(28))
+    forecaster.recommend(Schedule.every(10, 50), SIGMAS)
+    assert forecaster.schedule_for(10, 50) == searched
+    assert forecaster.schedule_for(10, 28).full_steps[2] == 5
+    assert forecaster.schedule_for(8, 50) == Schedule.every(10, 50)
+    by_fraction = forecaster.schedule_for(10, 100)
+    assert by_fraction.full_steps == (0, 6, 22, 38, 54, 68, 80, 88, 94, 98)
+    assert forecaster.schedule_for(10, 100, levels(100)) == by_fraction
+    other = forecaster.schedule_for(10, 100, levels(100, shift=1.0))
+    for here, there in zip(searched.full_steps, other.full_steps, strict=True):
+        assert abs(levels(100, shift=1.0)[there] - SIGMAS[here]) <= 0.011
+
+
+def test_schedule_for_prefers_the_nearest_sigmas():
+    forecaster = LesaForecaster()
+    lists = [Schedule.every(7, 50), Schedule.taylorseer(6, 50)]
+    for plan, shift in zip(lists, (1.0, 3.0), strict=True):
+        forecaster.recommend(plan, levels(50, shift))
+    assert forecaster.schedule_for(10, 50) == lists[0]
+    assert forecaster.schedule_for(10, 50, levels(50, 2.9)) == lists[1]
+
+
+def test_schedule_for_lists_what_is_calibrated():
+    forecaster = LesaForecaster()
+    with pytest.raises(LesaError, match="full_steps=10 is not calibrated; calibrated are none"):
+        forecaster.schedule_for(10, 50)
+    forecaster.recommend(PLAN, SIGMAS)
+    with pytest.raises(LesaError, match="full_steps=9 is not calibrated; calibrated are 10 of 50"):
+        forecaster.schedule_for(9, 50)
+    with pytest.raises(LesaError, match="full_steps=60"):
+        forecaster.schedule_for(60, 50)
+
+
+def paper_loop(forecaster, plan, sigmas, truth, branch):
+    """Eqs. 4-7 on features, step by step: the window holds real and predicted features."""
+    net, trajectory = forecaster.net, []
+    for s in range(plan.num_steps):
+        if plan.is_full(s):
+            trajectory.append(truth[s])
+            continue
+        stage = 0 if sigmas[s] > 0.9 else 1 if sigmas[s] > 0.5 else 2
+        tau = torch.tensor([[sigmas[s] - t for t in sigmas]], dtype=torch.float64)
+        alpha = net.gate(branch, stage, tau)[0]
+        z = net.b[branch][stage] * torch.ones_like(truth[0])
+        for k in range(1, (4, 8, 8)[stage] + 1):
+            z = z + net.w[branch][stage][k - 1] * trajectory[max(s - k, 0)]
+        trajectory.append((trajectory[s - 1] + alpha * z).detach())
+    return trajectory
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("plan", [PLAN, Schedule.explicit((0, 5, 30), 50)], ids=["every", "rare"])
+def test_paper_form_is_its_recursion(gate, plan):
+    forecaster = shaken(form="paper", branches=("cond", "uncond"), nodes=16, **GATES[gate])
+    table = forecaster.table(plan, SIGMAS, "uncond")
+    assert table.autoregressive and table.bias is not None and table.bias.any()
+    truth = torch.randn(50, 4, dtype=torch.float64)
+    expected = paper_loop(forecaster, plan, SIGMAS, truth, "uncond")
+    ring: list[torch.Tensor] = []
+    for s in range(50):
+        feature = truth[s] if plan.is_full(s) else table.apply(ring, s)
+        torch.testing.assert_close(feature, expected[s], rtol=1e-9, atol=1e-9)
+        ring = [feature, *ring][: table.history]
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_untrained_paper_form_is_reuse(gate):
+    table = LesaForecaster("paper", **GATES[gate]).table(PLAN, SIGMAS)
+    assert (table.coefficients[list(PLAN.skipped_steps), 0] == 1).all()
+    assert not table.coefficients[:, 1:].any()
+
+
+def test_paper_gates_have_the_stated_sizes():
+    nets: dict[str, Any] = {}
+    for name, fields in GATES.items():
+        net: Any = LesaForecaster("paper", **fields).net
+        nets[name] = net.gates["cond"]
+    assert all(len(gates) == 3 for gates in nets.values())
+    assert isinstance(nets["ridge"][0], RidgeSpline) and nets["ridge"][0].projection.shape == (
+        256,
+        51,
+    )
+    assert isinstance(nets["edge"][0], KAN)
+    assert [layer.spline.shape for layer in nets["edge"][0]] == [
+        (256, 51, 8),
+        (256, 256, 8),
+        (1, 256, 8),
+    ]
+    assert isinstance(nets["mlp"][0], MLP)
+    assert [layer.weight.shape for layer in nets["mlp"][0].layers] == [
+        (256, 51),
+        (256, 256),
+        (1, 256),
+    ]
+
+
+def test_paper_rows_are_differentiable_in_every_parameter_of_the_branch():
+    forecaster = shaken(form="paper", nodes=8)
+    rows, bias = forecaster.net.rows(PLAN, SIGMAS, "cond")
+    (rows.square().sum() + bias.square().sum()).backward()
+    untouched = [name for name, p in forecaster.named_parameters() if p.grad is None]
+    assert untouched == []
+    assert forecaster.net.offsets(SIGMAS).shape == (50, 51)
+    assert [forecaster.net.window(stage) for stage in range(3)] == [4, 8, 8]
+    assert forecaster.history(PLAN) == 8
+
+
+def test_paper_form_is_tied_to_its_step_count_and_holds_no_rows():
+    forecaster = LesaForecaster("paper", num_steps=28, nodes=8)
+    with pytest.raises(LesaError, match="num_steps=50.*tied to 28"):
+        forecaster.table(PLAN, SIGMAS)
+    plan, sigmas = Schedule.every(4, 28), levels(28)
+    rows = forecaster.table(plan, sigmas).coefficients
+    with pytest.raises(LesaError, match="form='paper' holds no correction"):
+        forecaster.correct(plan, sigmas, "cond", rows)
+    with pytest.raises(LesaError, match="no coefficients of continuous time"):
+        forecaster.coefficients(torch.ones(1), torch.ones(1, 3), torch.ones(1, 3).bool())
+
+
+@pytest.mark.parametrize("form", ["continuous", "paper", "table"])
+def test_protocol(form):
+    forecaster = LesaForecaster(form)
+    assert isinstance(forecaster, Forecaster)
+    assert forecaster.table(PLAN, SIGMAS).history == forecaster.history(PLAN)
+    assert forecaster.uses_latent is (form != "paper")
+    assert LesaForecaster("table", tap="hidden").uses_latent is False
+
+
+def test_bf16_does_not_cast_and_the_seed_decides():
+    state = torch.get_rng_state()
+    first, second = LesaForecaster(), LesaForecaster()
+    assert torch.equal(state, torch.get_rng_state())
+    nn.ModuleDict({"inner": first}).to(torch.bfloat16)
+    first.half()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+    other = LesaForecaster(seed=1)
+    assert not all(map(torch.equal, first.parameters(), other.parameters()))
+
+
+def test_cond_and_default_stand_for_each_other_but_uncond_does_not():
+    forecaster = shaken(branches=("cond",))
+    table = forecaster.table(PLAN, SIGMAS, "default")
+    assert torch.equal(table.coefficients, forecaster.table(PLAN, SIGMAS, "cond").coefficients)
+    with pytest.raises(LesaError, match="branch='uncond' was not trained, only 'cond'"):
+        forecaster.table(PLAN, SIGMAS, "uncond")
+
+
+def test_check_model_names_both_sides():
+    facts = {"model_class": "FluxTransformer2DModel", "model_hash": "aa"}
+    forecaster = LesaForecaster(metadata=facts)
+    forecaster.check_model("FluxTransformer2DModel", tap="output", branches=("cond",))
+    forecaster.check_model("FluxTransformer2DModel", model_hash=None, revision="unrecorded")
+    with pytest.raises(LesaError, match="'FluxTransformer2DModel'.*'SD3Transformer2DModel'"):
+        forecaster.check_model("SD3Transformer2DModel")
+    with pytest.raises(LesaError, match="model_hash='aa'.*'bb'"):
+        forecaster.check_model("FluxTransformer2DModel", model_hash="bb")
+    with pytest.raises(LesaError, match="tap='output'.*'hidden'"):
+        forecaster.check_model("FluxTransformer2DModel", tap="hidden")
+    with pytest.raises(LesaError, match="'uncond' was not trained"):
+        forecaster.check_model("FluxTransformer2DModel", branches=("uncond",))
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"form": "fancy"}, "form='fancy' is unknown"),
+        ({"tap": "middle"}, "tap='middle' is unknown"),
+        ({"gate": "cnn"}, "gate='cnn' is unknown"),
+        ({"spline": "round"}, "spline='round' is unknown"),
+        ({"history": 0}, "history=0"),
+        ({"hidden": (0,)}, "hidden or intervals=0"),
+        ({"stages": (0.5, 0.9)}, "stages="),
+        ({"windows": (4, 8)}, "windows="),
+        ({"windows": (4, 0, 8)}, "windows entry=0"),
+        ({"branches": ()}, "branches="),
+        ({"branches": ("a.b",)}, "branches="),
+        ({"tap": "hidden", "uses_latent": True}, "uses_latent=True"),
+        ({"form": "paper", "uses_latent": True}, "uses_latent=True"),
+    ],
+)
+def test_settings_errors_name_the_field_and_value(fields, told):
+    with pytest.raises(LesaError, match=told):
+        LesaForecaster(**fields)
+
+
+def test_wrong_sigmas_and_rows_are_refused():
+    forecaster = LesaForecaster()
+    with pytest.raises(LesaError, match="sigmas holds 29 values but a schedule of 50"):
+        forecaster.table(PLAN, levels(28))
+    with pytest.raises(LesaError, match="do not strictly decrease"):
+        forecaster.table(PLAN, SIGMAS[::-1])
+    with pytest.raises(LesaError, match="do not strictly decrease"):
+        forecaster.table(PLAN, [sigma * 14 for sigma in SIGMAS])
+    with pytest.raises(LesaError, match="weigh 4 features but history=3"):
+        forecaster.correct(PLAN, SIGMAS, "cond", torch.zeros(50, 5))
+    with pytest.raises(LesaError, match="step 0 is full"):
+        forecaster.correct(PLAN, SIGMAS, "cond", torch.ones(50, 4))
+    with pytest.raises(LesaError, match="was not trained"):
+        forecaster.correct(PLAN, SIGMAS, "uncond", torch.zeros(50, 4))
+    assert forecaster.calibrated == []
+
+
+@pytest.fixture
+def saved(tmp_path):
+    forecaster = shaken(branches=("cond", "uncond"), metadata={"model_class": "M", "seed": 3})
+    forecaster.correct(PLAN, SIGMAS, "cond", random_rows(forecaster))
+    forecaster.recommend(Schedule.every(4, 28), levels(28))
+    forecaster.save_pretrained(tmp_path / "made" / "folder")
+    return forecaster, tmp_path / "made" / "folder"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"form": "continuous"}, {"form": "table"}, *({"form": "paper", **g} for g in GATES.values())],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_roundtrip_is_bit_exact(tmp_path, fields, dtype):
+    forecaster = shaken(nodes=8, **fields).to(dtype)
+    forecaster.save_pretrained(tmp_path)
+    back = LesaForecaster.from_pretrained(tmp_path)
+    assert back.settings == forecaster.settings
+    assert back.state_dict().keys() == forecaster.state_dict().keys()
+    for name, value in forecaster.state_dict().items():
+        assert back.state_dict()[name].dtype == value.dtype
+        assert torch.equal(back.state_dict()[name], value)
+    table, again = (f.table(PLAN, SIGMAS) for f in (forecaster, back))
+    assert torch.equal(table.coefficients, again.coefficients)
+
+
+def test_roundtrip_keeps_rows_schedules_and_metadata(saved):
+    forecaster, folder = saved
+    back = LesaForecaster.from_pretrained(str(folder))
+    assert back.metadata == forecaster.metadata
+    assert back.calibrated == forecaster.calibrated
+    for a, b in zip(back.calibrations, forecaster.calibrations, strict=True):
+        assert a.sigmas == b.sigmas and a.rows.keys() == b.rows.keys()
+    for branch in ("cond", "uncond"):
+        table, again = (f.table(PLAN, SIGMAS, branch) for f in (forecaster, back))
+        assert torch.equal(table.coefficients, again.coefficients)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_saving_over_a_folder_replaces_it(saved):
+    _, folder = saved
+    LesaForecaster(history=2).save_pretrained(folder)
+    assert LesaForecaster.from_pretrained(folder).settings.history == 2
+
+
+def test_truncated_weights(saved):
+    _, folder = saved
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(LesaError, match=r"model\.safetensors.*truncated.*copy"):
+        LesaForecaster.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file(saved, name):
+    _, folder = saved
+    (folder / name).unlink()
+    with pytest.raises(LesaError, match=f"{name}.*No such file.*save_pretrained"):
+        LesaForecaster.from_pretrained(folder)
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(LesaError, match="nowhere.config.json cannot be read"):
+        LesaForecaster.from_pretrained(tmp_path / "nowhere")
+
+
+def edit(**changes):
+    def change(config):
+        return {**config, **changes}
+
+    return change
+
+
+def settings_with(**changes):
+    return lambda config: {**config, "settings": {**config["settings"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (edit(format_version=2), "format_version=2, this lesa reads 1"),
+        (settings_with(form="fancy"), "config.json: form='fancy' is unknown"),
+        (settings_with(history=5), "do not fit each other"),
+        (settings_with(colour="red"), "do not fit each other.*colour"),
+        (edit(calibrated=[{"schedule": {"rule": "every", "value": 7}}]), "branches"),
+        (edit(dtype="bfloat16"), "bfloat16"),
+        (lambda config: {"format_version": 1}, "weights_sha256"),
+        (lambda config: [], "no config"),
+    ],
+)
+def test_wrong_config(saved, change, told):
+    _, folder = saved
+    path = folder / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(LesaError, match=told) as caught:
+        LesaForecaster.from_pretrained(folder)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\xff"])
+def test_config_that_is_no_json(saved, text):
+    _, folder = saved
+    (folder / "config.json").write_text(text)
+    with pytest.raises(LesaError, match="config.json is no config"):
+        LesaForecaster.from_pretrained(folder)
+
+
+def test_unwritable_folder_and_metadata(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(LesaError, match="folder '.*file.*cannot be written"):
+        LesaForecaster().save_pretrained(tmp_path / "file" / "inner")
+    with pytest.raises(LesaError, match="metadata cannot be written as JSON"):
+        LesaForecaster(metadata={"model": object()}).save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_interrupted_saving_leaves_the_old_checkpoint(saved, monkeypatch):
+    forecaster, folder = saved
+
+    def interrupt(source, target):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lesa.forecasters.checkpoint.os.replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        LesaForecaster(history=2).save_pretrained(folder)
+    assert LesaForecaster.from_pretrained(folder).settings == forecaster.settings
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_hub_id_downloads_the_two_files(saved, monkeypatch, tmp_path):
+    _, folder = saved
+    asked = []
+
+    def download(repo, name):
+        asked.append((repo, name))
+        return shutil.copy(folder / name, tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert LesaForecaster.from_pretrained("owner/forecaster").calibrated[0] == PLAN
+    assert asked == [
+        ("owner/forecaster", "config.json"),
+        ("owner/forecaster", "model.safetensors"),
+    ]
+
+
+def test_hub_failure_is_one_sentence(monkeypatch):
+    def download(repo, name):
+        raise OSError("Offline mode is on.\nmore lines")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    with pytest.raises(LesaError, match="'owner/none' is no folder here.*Offline mode is on"):
+        LesaForecaster.from_pretrained("owner/none")

@@ -1,0 +1,89 @@
+"""The peers run on their published full steps, at the wanted number of them."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lesa.errors import LesaError
+from lesa.evaluation.methods import METHODS, PEERS, build, build_all, parse
+from lesa.schedule import Schedule
+
+PUBLISHED = {
+    ("fora", 10): (0, 5, 10, 15, 20, 25, 30, 35, 40, 45),
+    ("fora", 8): (0, 7, 14, 21, 28, 35, 42, 49),
+    ("taylorseer-1", 10): (0, 1, 2, 8, 14, 20, 26, 32, 38, 44),
+    ("taylorseer-2", 8): (0, 1, 2, 11, 20, 29, 38, 47),
+    ("hicache", 14): (0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46),
+    ("spectrum", 14): (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46),
+    ("spectrum", 10): (0, 1, 2, 3, 4, 6, 11, 19, 30, 44),
+    ("spectrum", 9): (0, 1, 2, 3, 4, 6, 12, 22, 36),
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PUBLISHED)
+def test_published_lists(name, count):
+    assert build(name, count, 50).schedule.full_steps == PUBLISHED[name, count]
+
+
+@given(
+    name=st.sampled_from(sorted(PEERS)), num_steps=st.integers(6, 60), share=st.floats(0.05, 1.0)
+)
+def test_a_peer_never_gets_fewer_full_steps_than_wanted(name, num_steps, share):
+    wanted = max(1, round(share * num_steps))
+    method = build(name, wanted, num_steps)
+    assert wanted <= method.full_steps <= num_steps
+    assert method.schedule.num_steps == num_steps
+
+
+def test_fewer_steps_has_no_cache():
+    method = build("fewer-steps", 8, 50)
+    assert (method.forecaster, method.schedule, method.num_steps) == (None, None, 8)
+    assert method.schedule_text == "own: 8 steps"
+
+
+def test_an_explicit_list_is_marked_as_searched():
+    method = build("fora", 3, 9, searched=Schedule.explicit((0, 4, 7)))
+    assert method.schedule_text == "searched: 0,4,7"
+    assert method.label == "fora (searched steps) @3"
+
+
+class Trained:
+    """As much of a trained forecaster as `build` asks for."""
+
+    def schedule_for(self, full_steps, num_steps):
+        return Schedule.explicit((0, *range(num_steps - full_steps + 1, num_steps)), num_steps)
+
+
+def test_every_method_at_every_count_once():
+    methods = build_all(METHODS, (13, 14), 50, forecaster=Trained(), searched=True)
+    labels = [method.label for method in methods]
+    assert len(labels) == len(set(labels))
+    assert labels.count("taylorseer-1 @14") == 1  # interval 4 is the nearest for 13 and for 14
+    assert {"lesa @13", "lesa @14", "taylorseer-1 (searched steps) @13"} <= set(labels)
+
+
+@pytest.mark.parametrize(
+    ("names", "with_lesa", "message"),
+    [
+        ("teacache", True, "unknown 'teacache'; choose all, or from fewer-steps"),
+        (" , ", True, "none given"),
+        ("fora,lesa", False, "needs a trained forecaster"),
+    ],
+)
+def test_wrong_names(names, with_lesa, message):
+    with pytest.raises(LesaError, match=message):
+        parse(names, with_lesa=with_lesa)
+
+
+def test_all_means_all_that_can_run():
+    assert parse("all") == METHODS
+    assert "lesa" not in parse("all", with_lesa=False)
+    assert parse("lesa, fora,lesa") == ("lesa", "fora")
+
+
+@pytest.mark.parametrize(("count", "steps"), [(0, 50), (51, 50), (1, 0)])
+def test_impossible_counts(count, steps):
+    with pytest.raises(LesaError, match="full_steps|num_inference_steps"):
+        build("fora", count, steps)

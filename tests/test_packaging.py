@@ -1,0 +1,121 @@
+"""What a plain install is: pure Python, importable without any extra, in nobody's way."""
+
+from __future__ import annotations
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, *path: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    return done.stdout
+
+
+def test_import_needs_no_extra_and_costs_nothing():
+    """triton, nvtx, flash-attn and the report's packages are made unimportable."""
+    code = (
+        "import sys\n"
+        "for name in ('triton', 'nvtx', 'flash_attn', 'lpips', 'torchmetrics', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import lesa\n"
+        "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"
+        "for name in lesa.__all__: getattr(lesa, name)\n"
+        "print('fine')"
+    )
+    assert run(code, ROOT).strip() == "fine"
+
+
+def test_setup_imports_nothing_but_setuptools():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    imported = {
+        name.split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    assert imported == {"setuptools"}
+
+
+def test_the_kernels_folder_does_not_shadow_hugging_faces_package(tmp_path):
+    """diffusers imports `kernels`; from the repository's root it must find the installed one."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    installed = tmp_path / "kernels"
+    installed.mkdir()
+    (installed / "__init__.py").write_text("def get_kernel(): return 'theirs'\n")
+    code = "import kernels; print(kernels.get_kernel())"
+    assert run(code, ROOT, tmp_path).strip() == "theirs"
+    assert run("import lesa_kernels; print(lesa_kernels.__name__)", ROOT / "kernels").strip()
+
+
+def test_lesa_kernels_tells_which_triton_it_found():
+    code = "import sys, lesa_kernels as k; print(k.triton_version(), 'triton' in sys.modules)"
+    version, imported = run(code, ROOT / "kernels").split()
+    assert imported == "False"
+    assert version == "None" or version[0].isdigit()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """Built without network from a copy, so that nothing is left in the checkout."""
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path_factory.mktemp("source")
+    ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for folder in ("lesa", "kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, copy)
+    (copy / "lesa" / "stale.so").write_bytes(b"left over from a native build")
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=copy, capture_output=True, text=True, check=True
+    )
+    return zipfile.ZipFile(copy / done.stdout.splitlines()[-1])
+
+
+def test_the_wheel_is_pure_python(wheel):
+    assert Path(wheel.filename).name.endswith("-py3-none-any.whl")
+    assert not [name for name in wheel.namelist() if name.endswith(".so")]
+
+
+def test_the_wheel_holds_everything_that_is_read_at_run_time(wheel):
+    names = set(wheel.namelist())
+    assert {"lesa/py.typed", "lesa/evaluation/report.html.j2", "lesa_kernels/__init__.py"} <= names
+    assert not [name for name in names if name.startswith("kernels/")]
+    data = {
+        path.relative_to(ROOT).as_posix()
+        for path in (ROOT / "lesa" / "testbed").rglob("*")
+        if path.suffix in {".json", ".safetensors", ".txt"}
+    }
+    assert data <= names
+
+
+def test_the_wheel_has_the_command_and_the_extras(wheel):
+    (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    assert "lesa = lesa.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
+    metadata = wheel.read(f"{folder}/METADATA").decode()
+    for extra in ("kernels", "flash", "report", "eval", "dev"):
+        assert f"Provides-Extra: {extra}" in metadata
+    required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
+    base = [line for line in required if "extra ==" not in line]
+    assert not [line for line in base if "triton" in line or "nvtx" in line]
+    flash = [line for line in required if "flash-attn" in line]
+    assert len(flash) == 1, "flash-attn has no wheel: it must be in no other extra"
+    assert "Classifier: Private :: Do Not Upload" in metadata
+
+
+def test_constraints_pin_what_the_issue_asks_for():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert "torch==2.13.0" in lines
+    assert all("==" in line for line in lines if line and not line.startswith("#"))
