@@ -193,13 +193,15 @@ def test_schedule_for_prefers_the_nearest_sigmas():
     assert forecaster.schedule_for(10, 50, levels(50, 2.9)) == lists[1]
 
 
-def test_schedule_for_lists_what_is_calibrated():
+def test_schedule_for_other_counts_keeps_the_density():
     forecaster = LesaForecaster()
-    with pytest.raises(LesaError, match="full_steps=10 is not calibrated; calibrated are none"):
+    with pytest.raises(LesaError, match="full_steps=10 has no schedule to follow"):
         forecaster.schedule_for(10, 50)
-    forecaster.recommend(PLAN, SIGMAS)
-    with pytest.raises(LesaError, match="full_steps=9 is not calibrated; calibrated are 10 of 50"):
-        forecaster.schedule_for(9, 50)
+    forecaster.recommend(Schedule.explicit((0, 10, 20, 30, 35, 40, 45), 50), SIGMAS)
+    assert forecaster.schedule_for(6, 50).full_steps == (0, 12, 23, 32, 38, 44)
+    for count in (1, 9, 50):
+        assert len(forecaster.schedule_for(count, 50).full_steps) == count
+    assert len(forecaster.schedule_for(5, 28).full_steps) == 5
     with pytest.raises(LesaError, match="full_steps=60"):
         forecaster.schedule_for(60, 50)
 

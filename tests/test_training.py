@@ -1,4 +1,4 @@
-"""Training against the truth: inner products, least squares, and the engine's own accelerated runs."""
+"""Training against the truth: inner products, least squares, the engine's accelerated runs."""
 
 from __future__ import annotations
 
@@ -84,11 +84,15 @@ def test_interrupted_collection_resumes_to_the_same_statistics(pipe, call, stati
 
     options = dict(batch_size=1, folder=tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        collect(pipe, captions(3), STEPS, call={**call, "callback_on_step_end": interrupt}, **options)
+        collect(
+            pipe, captions(3), STEPS, call={**call, "callback_on_step_end": interrupt}, **options
+        )
     assert len(Statistics.load(tmp_path / f"statistics-{STEPS}.safetensors").prompts) == 1
     finished = collect(pipe, captions(3), STEPS, call=call, **options)
     assert finished.prompts == captions(3)
-    torch.testing.assert_close(finished.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        finished.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6
+    )
 
 
 def test_continuing_with_other_prompts_is_refused(pipe, call, tmp_path):
@@ -100,7 +104,9 @@ def test_continuing_with_other_prompts_is_refused(pipe, call, tmp_path):
 def test_open_loop_coefficients_are_least_squares(statistics):
     judge = OpenLoop(statistics, history=2, ridge=0.0)
     indices, weights = judge.coefficients("cond", 7, (5, 3))
-    root = torch.linalg.cholesky(statistics.mean("cond") + 1e-12 * torch.eye(statistics.size)).T.numpy()
+    root = torch.linalg.cholesky(
+        statistics.mean("cond") + 1e-12 * torch.eye(statistics.size)
+    ).T.numpy()
     exact = np.linalg.lstsq(root[:, indices], root[:, 7], rcond=None)[0]
     np.testing.assert_allclose(weights, exact, rtol=1e-3, atol=1e-5)
 
@@ -125,23 +131,38 @@ def test_impossible_count_is_told(statistics, count):
 
 
 def test_take_rows_reduces_batched_tensors_only():
-    batched, ids, scalar = torch.arange(6).reshape(6, 1), torch.arange(18).reshape(6, 3), torch.tensor(1.0)
-    args, kwargs = take_rows(((batched,), {"img_ids": ids, "t": scalar, "extra": {"text": [batched]}}), [1, 4], 6, ("img_ids",))
-    assert args[0].flatten().tolist() == [1, 4] and kwargs["img_ids"] is ids and kwargs["t"] is scalar
+    batched, ids, scalar = (
+        torch.arange(6).reshape(6, 1),
+        torch.arange(18).reshape(6, 3),
+        torch.tensor(1.0),
+    )
+    args, kwargs = take_rows(
+        ((batched,), {"img_ids": ids, "t": scalar, "extra": {"text": [batched]}}),
+        [1, 4],
+        6,
+        ("img_ids",),
+    )
+    assert (
+        args[0].flatten().tolist() == [1, 4] and kwargs["img_ids"] is ids and kwargs["t"] is scalar
+    )
     assert kwargs["extra"]["text"][0].flatten().tolist() == [1, 4]
 
 
 def test_lanes_are_what_the_engine_does(pipe, call):
-    """A frozen lane's coefficients, run by the engine, end where the lane ended; a full lane is the base run."""
+    """The engine ends where a frozen lane ended; a lane of full steps is the base run."""
     prompts, schedule = captions(2), Schedule.explicit((0, 2, 5, 9), STEPS)
     lanes = [Lane(schedule, 3, frozen=True), Lane(schedule, 3), Lane(Schedule.every(1, STEPS), 3)]
     run_lanes(pipe, prompts, lanes, reuse, num_inference_steps=STEPS, call=call)
     assert lanes[2].score.min() > 80  # float32 noise of another batch size
     assert balanced(lanes[1].score) > balanced(lanes[0].score)
     generators = lambda: [torch.Generator().manual_seed(row) for row in range(2)]  # noqa: E731
-    plain = pipe(prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call).images
+    plain = pipe(
+        prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call
+    ).images
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
-        fast = pipe(prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call).images
+        fast = pipe(
+            prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call
+        ).images
     plain, fast = plain.double().flatten(1), fast.double().flatten(1)
     score = -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
     torch.testing.assert_close(score, lanes[0].score, rtol=0, atol=0.01)

@@ -51,23 +51,38 @@ def schedule_for(
     """The calibrated schedule with this many full steps, resampled when the step count differs.
 
     Resampling goes by noise level when the run's S + 1 `sigmas` are given, else by the fraction of
-    the steps. Raises LesaError that lists what is calibrated when no list has that many full steps.
+    the steps. A count that was not calibrated gets the nearest calibrated list, its full steps
+    spread anew with the same density. Raises LesaError when nothing is calibrated.
     """
     if not 1 <= full_steps <= num_steps:
         raise LesaError(f"full_steps={full_steps} is not in 1..num_steps={num_steps}; choose less")
-    found = [c for c in calibrations if len(c.schedule.full_steps) == full_steps]
-    if not found:
-        lists = [f"{len(c.schedule.full_steps)} of {c.schedule.steps}" for c in calibrations]
+    if not calibrations:
         raise LesaError(
-            f"full_steps={full_steps} is not calibrated; calibrated are "
-            f"{', '.join(dict.fromkeys(lists)) or 'none'}: use one of them, pass schedule=..., "
-            "or train with this count"
+            f"full_steps={full_steps} has no schedule to follow: the forecaster is not calibrated; "
+            "pass schedule=..., or train with this count"
         )
+    best = min(abs(len(c.schedule.full_steps) - full_steps) for c in calibrations)
+    found = [c for c in calibrations if abs(len(c.schedule.full_steps) - full_steps) == best]
     nearest = min(found, key=lambda c: abs(c.schedule.steps - num_steps))
-    if nearest.schedule.steps != num_steps:
-        return nearest.resampled(sigmas) if sigmas else nearest.schedule.resampled(num_steps)
-    same = [c for c in found if c.schedule.steps == num_steps]
-    return min(same, key=lambda c: c.distance(sigmas or c.sigmas)).schedule
+    if nearest.schedule.steps == num_steps:
+        same = [c for c in found if c.schedule.steps == num_steps]
+        schedule = min(same, key=lambda c: c.distance(sigmas or c.sigmas)).schedule
+    elif sigmas:
+        schedule = nearest.resampled(sigmas)
+    else:
+        schedule = nearest.schedule.resampled(num_steps)
+    return schedule if best == 0 else thinned(schedule, full_steps)
+
+
+def thinned(schedule: Schedule, full_steps: int) -> Schedule:
+    """A bound schedule with another number of full steps, spread with the same density."""
+    known = [*schedule.full_steps, schedule.steps]
+    places = []
+    for index in range(full_steps):
+        at, share = divmod(index * (len(known) - 1), full_steps)
+        gap = known[min(at + 1, len(known) - 1)] - known[at]
+        places.append(known[at] + gap * share / full_steps)
+    return Schedule.explicit(spread(places, schedule.steps), schedule.steps)
 
 
 def _place(sigma: float, sigmas: Sequence[float]) -> float:

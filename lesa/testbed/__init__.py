@@ -1,4 +1,5 @@
-"""Small, truly trained pipelines of the diffusers classes, shipped with the package; see scenes.py and train.py."""
+"""Small, truly trained pipelines of the diffusers classes, shipped with the package; see
+scenes.py and train.py."""
 
 from __future__ import annotations
 
@@ -21,7 +22,10 @@ def load(name: str = "flux") -> Any:
 
     folder = _HERE / name if name in PIPELINES else Path(name)
     if not (folder / "model_index.json").exists():
-        raise LesaError(f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline folder: pass one of these")
+        raise LesaError(
+            f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
+            "folder: pass one of these"
+        )
     pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -31,4 +35,6 @@ def settings(name: str = "flux") -> dict[str, Any]:
     """Call arguments that the pipeline was trained for: ``pipe(prompt, **settings(name))``."""
     if name not in PIPELINES:
         raise LesaError(f"pipeline {name!r} is not embedded: choose one of {', '.join(PIPELINES)}")
-    return dict(num_inference_steps=50, guidance_scale=3.5, height=64, width=64, max_sequence_length=24)
+    return dict(
+        num_inference_steps=50, guidance_scale=3.5, height=64, width=64, max_sequence_length=20
+    )

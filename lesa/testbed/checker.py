@@ -1,8 +1,10 @@
-"""Are shape, colour and place of a generated picture what its caption says? Pure geometry, no learned judge.
+"""Are shape, colour and place of a generated picture what its caption says? Pure geometry, no
+learned judge.
 
-Shapes are saturated and backgrounds are not, so hue finds each named item; its mask is compared with every shape's own
-mask over a grid of tilts (best intersection over union wins); its centroid tells place and relation.
-``python -m lesa.testbed.checker`` measures the embedded pipeline on unseen captions.
+Shapes are saturated and backgrounds are not, so hue finds each named item; its mask is compared
+with every shape's own mask over a grid of tilts (best intersection over union wins); its centroid
+tells place and relation. ``python -m lesa.testbed.checker`` measures the embedded pipeline on
+unseen captions.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ class Verdict:
 
 def _hue_masks(picture: Array) -> dict[str, np.ndarray]:
     """Saturated pixels by nearest named hue; ``picture`` is ``[size, size, 3]`` in [0, 1]."""
-    hsv = np.asarray(Image.fromarray((picture * 255).round().astype(np.uint8)).convert("HSV"), np.float32)
+    hsv = np.asarray(
+        Image.fromarray((picture * 255).round().astype(np.uint8)).convert("HSV"), np.float32
+    )
     hue, saturated = hsv[..., 0] * 360 / 255, (hsv[..., 1] > 115) & (hsv[..., 2] > 65)
     distance = np.stack([np.abs((hue - HUES[name] + 180) % 360 - 180) for name in COLOURS])
     nearest = distance.argmin(0)
@@ -61,7 +65,9 @@ def recognise(mask: np.ndarray) -> str:
             (lambda union, both: both / union)((target | template).sum(), (target & template).sum())
             for radius in np.arange(0.10, 0.25, 0.01)
             for tilt in np.arange(-MAX_TILT, MAX_TILT + 1, 5)
-            for template in (_centred(_template(shape, mask.shape[0], round(float(radius), 3), float(tilt))),)
+            for template in (
+                _centred(_template(shape, mask.shape[0], round(float(radius), 3), float(tilt))),
+            )
         )
     return max(scores, key=lambda name: scores[name])
 
@@ -69,7 +75,11 @@ def recognise(mask: np.ndarray) -> str:
 def _items(caption: str) -> tuple[list[tuple[str, str]], str]:
     """(colour, shape) of each item and the relation or place."""
     words = caption.split()
-    items = [(word, next(w for w in words[i:] if w in SHAPES)) for i, word in enumerate(words) if word in COLOURS]
+    items = [
+        (word, next(w for w in words[i:] if w in SHAPES))
+        for i, word in enumerate(words)
+        if word in COLOURS
+    ]
     known = PLACES if len(items) == 1 else RELATIONS
     relation = max((phrase for phrase in known if f" {phrase} " in f" {caption} "), key=len)
     return items, relation
@@ -92,17 +102,26 @@ def check(picture: Array, caption: str) -> Verdict:
     largest = sorted(masks, key=lambda name: masks[name].sum(), reverse=True)[: len(items)]
     colours = [colour for colour, _ in items]
     colour = sum(name in largest for name in colours) / len(items)
-    shape = sum(name in masks and recognise(masks[name]) == form for name, form in items) / len(items)
+    shape = sum(name in masks and recognise(masks[name]) == form for name, form in items) / len(
+        items
+    )
     if any(name not in masks for name in colours):
         return Verdict(shape, colour, 0.0)
-    centres = [tuple((np.argwhere(masks[name]).mean(0) / picture.shape[0])[::-1]) for name in colours]
+    centres = [
+        tuple((np.argwhere(masks[name]).mean(0) / picture.shape[0])[::-1]) for name in colours
+    ]
     return Verdict(shape, colour, float(_in_place(centres, relation)))
 
 
 def accuracy(pictures: Array, captions: list[str]) -> dict[str, float]:
     """Mean shape, colour and place accuracy over ``[N, size, size, 3]`` pictures."""
-    verdicts = [check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)]
-    return {name: float(np.mean([getattr(v, name) for v in verdicts])) for name in ("shape", "colour", "place")}
+    verdicts = [
+        check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)
+    ]
+    return {
+        name: float(np.mean([getattr(v, name) for v in verdicts]))
+        for name in ("shape", "colour", "place")
+    }
 
 
 def main() -> None:
@@ -110,8 +129,12 @@ def main() -> None:
 
     from lesa.testbed import captions, load, settings
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pipeline", default="flux", help="name of an embedded pipeline or a folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pipeline", default="flux", help="name of an embedded pipeline or a folder"
+    )
     parser.add_argument("--count", type=int, default=200)
     options = parser.parse_args()
     pipe, wanted = load(options.pipeline), captions(options.count, seed=0, split="test")
@@ -119,7 +142,9 @@ def main() -> None:
     for start in range(0, len(wanted), 20):
         part = wanted[start : start + 20]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        pictures.append(pipe(part, generator=generators, output_type="np", **settings("flux")).images)
+        pictures.append(
+            pipe(part, generator=generators, output_type="np", **settings("flux")).images
+        )
     print(json.dumps({"captions": len(wanted), **accuracy(np.concatenate(pictures), wanted)}))
 
 

@@ -1,14 +1,15 @@
 """Procedural captioned scenes: the data that every embedded pipeline is trained on.
 
-A scene is one or two coloured, textured shapes on a muted background. What the caption names is fixed (shape, colour,
-size, texture, place or relation, background tones); what it leaves open varies freely (exact place, tilt, texture phase,
-gradient direction, background waves), so that a denoiser has something to decide along its trajectory.
+A scene is one or two coloured, textured shapes on a muted background. What the caption names is
+fixed (shape, colour, size, texture, place or relation, background tones); what it leaves open
+varies freely (exact place, tilt, texture phase, gradient direction, background waves), so that a
+denoiser has something to decide along its trajectory.
 """
 
 from __future__ import annotations
 
 import colorsys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -18,24 +19,49 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float32]
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
-HUES = {"red": 0, "orange": 28, "yellow": 56, "green": 120, "cyan": 180, "blue": 222, "purple": 272, "pink": 322}
+HUES = {
+    "red": 0,
+    "orange": 28,
+    "yellow": 56,
+    "green": 120,
+    "cyan": 180,
+    "blue": 222,
+    "purple": 272,
+    "pink": 322,
+}
 COLOURS = tuple(HUES)
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 SIZES = {"small": (0.12, 0.145), "large": (0.20, 0.235)}  # radius as a share of the image side
-TONES = {"white": (0.93, 0.93, 0.93), "gray": (0.55, 0.55, 0.55), "black": (0.10, 0.10, 0.10),
-         "brown": (0.42, 0.36, 0.31), "slate": (0.28, 0.32, 0.38)}  # fmt: skip
+TONES = {
+    "white": (0.93, 0.93, 0.93),
+    "gray": (0.55, 0.55, 0.55),
+    "black": (0.10, 0.10, 0.10),
+    "brown": (0.42, 0.36, 0.31),
+    "slate": (0.28, 0.32, 0.38),
+}
 RELATIONS = ("left of", "right of", "above", "below")
 PLACES = tuple(
     f"at the {name}"
-    for name in ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+    for name in (
+        "top left",
+        "top",
+        "top right",
+        "left",
+        "center",
+        "right",
+        "bottom left",
+        "bottom",
+        "bottom right",
+    )
 )
 MAX_TILT = 15.0  # degrees; more would turn a square into a diamond
-TEST_SEED_OFFSET = 1_000_003  # training never draws from seeds at or above this
+_SPLIT = {"train": 0, "test": 1_000_003}  # first seed of each split
 
 
 @dataclass(frozen=True)
 class Item:
-    """One shape: what the caption says of it, and where it is (centre, radius in shares of the side; tilt in degrees)."""
+    """One shape: what the caption says of it, and where it is (centre, radius in shares of the
+    side; tilt in degrees)."""
 
     shape: str
     colour: str
@@ -55,7 +81,8 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Items and background of one picture; ``relation`` is a place for one item, a relation for two."""
+    """Items and background of one picture; ``relation`` is a place for one item, a relation for
+    two."""
 
     items: tuple[Item, ...]
     relation: str
@@ -65,7 +92,11 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        ground = self.tones[0] if self.tones[0] == self.tones[1] else f"{self.tones[0]} to {self.tones[1]}"
+        ground = (
+            self.tones[0]
+            if self.tones[0] == self.tones[1]
+            else f"{self.tones[0]} to {self.tones[1]}"
+        )
         subject = f" {self.relation} ".join(item.words for item in self.items)
         if len(self.items) == 1:
             subject = f"{subject} {self.relation}"
@@ -94,34 +125,61 @@ def sample_scene(rng: Random) -> Scene:
     sizes = [rng.choice(tuple(SIZES)) for _ in range(count)]
     radii = tuple(rng.uniform(*SIZES[size]) for size in sizes)
     items = tuple(
-        Item(rng.choice(SHAPES), colour, size, rng.choice(TEXTURES), x, y, radius,
-             rng.uniform(-MAX_TILT, MAX_TILT), rng.random())
-        for colour, size, radius, (x, y) in zip(colours, sizes, radii, _centres(rng, relation, radii), strict=True)
-    )  # fmt: skip
+        Item(
+            rng.choice(SHAPES),
+            colour,
+            size,
+            rng.choice(TEXTURES),
+            x,
+            y,
+            radius,
+            rng.uniform(-MAX_TILT, MAX_TILT),
+            rng.random(),
+        )
+        for colour, size, radius, (x, y) in zip(
+            colours, sizes, radii, _centres(rng, relation, radii), strict=True
+        )
+    )
     tones = (rng.choice(tuple(TONES)), rng.choice(tuple(TONES)))
     waves = (rng.uniform(2.0, 5.0), rng.uniform(0, 2 * np.pi), rng.uniform(0, np.pi))
     return Scene(items, relation, tones, rng.choice((0.0, 90.0, 45.0, 135.0)), waves)
 
 
-def scenes(count: int, seed: int = 0, split: str = "train") -> list[Scene]:
-    """``count`` scenes of a split; the splits share no seed and no caption is checked for repetition within one."""
-    offset = {"train": 0, "test": TEST_SEED_OFFSET}[split]
-    rng = Random(offset + seed)
-    return [sample_scene(rng) for _ in range(count)]
+def scenes(count: int, seed: int = 0, split: str = "train", crowd: int = 0) -> list[Scene]:
+    """``count`` scenes of a split; the splits share no seed.
+
+    With ``crowd`` that many uncaptioned shapes are scattered over each scene: pictures in which
+    colour and texture fill more of the area, for the autoencoder.
+    """
+    rng = Random(_SPLIT[split] + seed)
+    return [_crowded(sample_scene(rng), rng, crowd) for _ in range(count)]
+
+
+def _crowded(scene: Scene, rng: Random, crowd: int) -> Scene:
+    if not crowd:
+        return scene
+    more = [sample_scene(rng).items[0] for _ in range(crowd)]
+    placed = [replace(item, x=rng.uniform(0.1, 0.9), y=rng.uniform(0.1, 0.9)) for item in more]
+    return replace(
+        scene, items=tuple(rng.sample([*scene.items, *placed], crowd + len(scene.items)))
+    )
 
 
 def captions(count: int, seed: int = 0, split: str = "test") -> list[str]:
-    """Distinct captions of a split; test captions are redrawn until they differ from one another."""
-    offset = {"train": 0, "test": TEST_SEED_OFFSET}[split]
-    rng = Random(offset + seed)
+    """Distinct captions of a split; test captions are redrawn until they differ from one
+    another."""
+    rng = Random(_SPLIT[split] + seed)
     found: dict[str, None] = {}
     while len(found) < count:
         found.setdefault(sample_scene(rng).caption)
     return list(found)
 
 
-def coverage(shape: str, dx: Array, dy: Array, radius: float, tilt: float, softness: float) -> Array:
-    """Antialiased mask in [0, 1] of a shape from its signed distance; ``dx, dy`` are offsets from its centre."""
+def coverage(
+    shape: str, dx: Array, dy: Array, radius: float, tilt: float, softness: float
+) -> Array:
+    """Antialiased mask in [0, 1] of a shape from its signed distance; ``dx, dy`` are offsets from
+    its centre."""
     angle = np.deg2rad(tilt)
     u = np.cos(angle) * dx + np.sin(angle) * dy
     v = -np.sin(angle) * dx + np.cos(angle) * dy
@@ -147,8 +205,12 @@ def _paint(item: Item, dx: Array, dy: Array) -> Array:
     dark = np.array(colorsys.hsv_to_rgb(HUES[item.colour] / 360, 0.95, 0.50), np.float32)
     turn = 2 * np.pi * (dx + item.phase) * 11
     lift = 2 * np.pi * (dy + item.phase) * 11
-    wave = {"plain": np.full_like(dx, -1.0), "striped": np.sin((turn + lift) / np.sqrt(2)),
-            "dotted": np.sin(turn) + np.sin(lift) - 0.9, "checkered": 1.6 * np.sin(turn) * np.sin(lift)}[item.texture]  # fmt: skip
+    wave = {
+        "plain": np.full_like(dx, -1.0),
+        "striped": np.sin((turn + lift) / np.sqrt(2)),
+        "dotted": np.sin(turn) + np.sin(lift) - 0.9,
+        "checkered": 1.6 * np.sin(turn) * np.sin(lift),
+    }[item.texture]
     share = np.clip(0.5 + 1.6 * wave, 0, 1)[..., None]
     return (base * (1 - share) + dark * share).astype(np.float32)
 
@@ -158,10 +220,14 @@ def render(scene: Scene, size: int = 64) -> Array:
     axis = (np.arange(size, dtype=np.float32) + 0.5) / size
     x, y = np.meshgrid(axis, axis)
     angle = np.deg2rad(scene.direction)
-    ramp = np.clip(0.5 + ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)) * 1.1, 0, 1)[..., None]
+    ramp = np.clip(0.5 + ((x - 0.5) * np.cos(angle) + (y - 0.5) * np.sin(angle)) * 1.1, 0, 1)[
+        ..., None
+    ]
     first, second = (np.array(TONES[tone], np.float32) for tone in scene.tones)
     frequency, phase, heading = scene.waves
-    wave = np.sin(2 * np.pi * frequency * (x * np.cos(heading) + y * np.sin(heading)) + phase)[..., None]
+    wave = np.sin(2 * np.pi * frequency * (x * np.cos(heading) + y * np.sin(heading)) + phase)[
+        ..., None
+    ]
     picture = first * (1 - ramp) + second * ramp + 0.045 * wave
     for item in scene.items:
         dx, dy = x - np.float32(item.x), y - np.float32(item.y)

@@ -1,9 +1,11 @@
-"""Phase 3: fit coefficients in lock-step with the base run, on the states that the accelerated run really visits.
+"""Phase 3: fit coefficients in lock-step with the base run, on the states that the accelerated
+run really visits.
 
-One call of the plain pipeline carries several copies of the calibration prompts in its batch: the base run and one *lane*
-per step list. At a step that a lane skips, its rows of the denoiser's output are replaced by the forecast that has just
-been fitted, so the sampler, the guidance and everything else of the pipeline act on all lanes alike. A lane's full steps
-and the base rows are the only ones that are computed.
+One call of the plain pipeline carries several copies of the calibration prompts in its batch: the
+base run and one *lane* per step list. At a step that a lane skips, its rows of the denoiser's
+output are replaced by the forecast that has just been fitted, so the sampler, the guidance and
+everything else of the pipeline act on all lanes alike. A lane's full steps and the base rows are
+the only ones that are computed.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa.api import find_denoiser
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser, attach, detach, make_output, read_sample
 from lesa.schedule import Schedule
-from lesa.training.collect import denoiser_of, generators
+from lesa.training.collect import followed, generators
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
 
@@ -27,9 +30,9 @@ Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + u
 class Lane:
     """One accelerated run beside the base run.
 
-    ``drift`` is beta of the target v* = v_base + beta (x_base - x) / dsigma, which also pulls the latent back to the base
-    path. ``ridge`` ties the fit to the prior coefficients, relative to the mean energy of the regressors. With ``frozen`` the
-    prior is run as it is, without a fit.
+    ``drift`` is beta of the target v* = v_base + beta (x_base - x) / dsigma, which also pulls the
+    latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
+    mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
     """
 
     schedule: Schedule
@@ -47,18 +50,29 @@ class Lane:
 class LockStep:
     """Controller of the shared call: computes base rows and full rows, forecasts the others."""
 
-    def __init__(self, lanes: Sequence[Lane], prior: Prior, tap: str, chunk: int, correctable: bool) -> None:
-        self.lanes, self.prior, self.tap, self.chunk, self.correctable = lanes, prior, tap, chunk, correctable
+    def __init__(
+        self, lanes: Sequence[Lane], prior: Prior, tap: str, chunk: int, correctable: bool
+    ) -> None:
+        self.lanes, self.prior, self.tap, self.chunk, self.correctable = (
+            lanes,
+            prior,
+            tap,
+            chunk,
+            correctable,
+        )
         self._priors: dict[tuple[int, str], Tensor] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = denoiser.clock.tick(kwargs)
-        if step.problem is not None:
-            raise LesaError(f"closed-loop fit: step {step.index} of this pipeline cannot be followed ({step.problem})")
+        step = followed(denoiser, kwargs)
         latent = denoiser.latent(args, kwargs)
         total, count = len(latent), len(latent) // (1 + len(self.lanes))
         full = [lane.schedule.is_full(step.index) for lane in self.lanes]
-        rows = [row for copy, needed in enumerate([True, *full]) for row in range(copy * count, (copy + 1) * count) if needed]
+        rows = [
+            row
+            for copy, needed in enumerate([True, *full])
+            for row in range(copy * count, (copy + 1) * count)
+            if needed
+        ]
         kind, output, feature = self._compute(denoiser, args, kwargs, rows, total)
         base = feature[:count]
         for number, lane in enumerate(self.lanes):
@@ -69,27 +83,52 @@ class LockStep:
                 del ring[lane.history :]
                 continue
             rate = step.sigmas[step.index + 1] - step.sigmas[step.index]
-            row = self._fit(number, step.index, step.branch, step.sigmas, latent[place], latent[:count], base, rate)
+            row = self._fit(
+                number,
+                step.index,
+                step.branch,
+                step.sigmas,
+                latent[place],
+                latent[:count],
+                base,
+                rate,
+            )
             forecast = self._mix(lane, step.branch, row, latent[place])
             if self.tap == "output":
                 output[place] = forecast
             else:
-                part = take_rows((args, kwargs), list(range(place.start, place.stop)), total, denoiser.spec.unbatched)
+                part = take_rows(
+                    (args, kwargs),
+                    list(range(place.start, place.stop)),
+                    total,
+                    denoiser.spec.unbatched,
+                )
                 output[place] = read_sample(denoiser.run_tail(forecast, *part))
         return make_output(kind, output)
 
-    def _compute(self, denoiser: Denoiser, args: Any, kwargs: Any, rows: list[int], total: int) -> tuple[type, Tensor, Tensor]:
-        """Run the model on the needed rows, ``chunk`` at a time; the other rows of the results are zero."""
+    def _compute(
+        self, denoiser: Denoiser, args: Any, kwargs: Any, rows: list[int], total: int
+    ) -> tuple[type, Tensor, Tensor]:
+        """Run the model on the needed rows, ``chunk`` at a time; the other rows of the results
+        are zero."""
         output = feature = None
         for start in range(0, len(rows), self.chunk):
             part = rows[start : start + self.chunk]
-            result, hidden = denoiser.run(*take_rows((args, kwargs), part, total, denoiser.spec.unbatched), tap=self.tap == "hidden")
+            result, hidden = denoiser.run(
+                *take_rows((args, kwargs), part, total, denoiser.spec.unbatched),
+                tap=self.tap == "hidden",
+            )
             sample = read_sample(result)
             tapped = hidden if self.tap == "hidden" else sample
             if sample is None or tapped is None:
-                raise LesaError(f"closed-loop fit: {type(denoiser.model).__name__} gave no single tensor to tap")
+                raise LesaError(
+                    f"closed-loop fit: {type(denoiser.model).__name__} gave no single tensor to tap"
+                )
             if output is None or feature is None:
-                output, feature = sample.new_zeros(total, *sample.shape[1:]), tapped.new_zeros(total, *tapped.shape[1:])
+                output, feature = (
+                    sample.new_zeros(total, *sample.shape[1:]),
+                    tapped.new_zeros(total, *tapped.shape[1:]),
+                )
             output[part] = sample
             feature[part] = tapped
         assert output is not None and feature is not None
@@ -103,9 +142,19 @@ class LockStep:
             lane.coefficients[branch] = torch.zeros_like(self._priors[key])
         return self._priors[key]
 
-    def _fit(self, number: int, step: int, branch: str, sigmas: tuple[float, ...], latent: Tensor, base_latent: Tensor,
-             base: Tensor, rate: float) -> Tensor:  # fmt: skip
-        """Ridge regression of the drift-correcting target on ring and latent, over all prompts at once, in float64."""
+    def _fit(
+        self,
+        number: int,
+        step: int,
+        branch: str,
+        sigmas: tuple[float, ...],
+        latent: Tensor,
+        base_latent: Tensor,
+        base: Tensor,
+        rate: float,
+    ) -> Tensor:
+        """Ridge regression of the drift-correcting target on ring and latent, over all prompts at
+        once, in float64."""
         lane, prior = self.lanes[number], self._prior_rows(number, branch, sigmas)[step]
         if not lane.frozen:
             ring = lane._rings[branch]
@@ -114,14 +163,24 @@ class LockStep:
             matrix = torch.stack([r.double().flatten() for r in regressors])
             target = base.double().flatten()
             if self.correctable:
-                target = target + lane.drift / rate * (base_latent.double() - latent.double()).flatten()
+                target = (
+                    target + lane.drift / rate * (base_latent.double() - latent.double()).flatten()
+                )
             start = prior[columns]
             moments = matrix @ matrix.T
-            pull = lane.ridge * moments.diagonal().mean() * torch.eye(len(columns), dtype=torch.float64)
-            solution = start + torch.linalg.solve(moments + pull, matrix @ (target - start @ matrix))
+            pull = (
+                lane.ridge
+                * moments.diagonal().mean()
+                * torch.eye(len(columns), dtype=torch.float64)
+            )
+            solution = start + torch.linalg.solve(
+                moments + pull, matrix @ (target - start @ matrix)
+            )
             prior = torch.zeros_like(prior)
             prior[columns] = solution
-            rest = (solution @ matrix - base.double().flatten()).square().mean() / base.double().square().mean()
+            rest = (
+                solution @ matrix - base.double().flatten()
+            ).square().mean() / base.double().square().mean()
             lane.residual.setdefault(branch, []).append(float(rest))
         lane.coefficients[branch][step] = prior
         return prior
@@ -136,36 +195,54 @@ class LockStep:
 
 
 def take_rows(value: Any, rows: list[int], total: int, unbatched: Sequence[str] = ()) -> Any:
-    """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through tuples, lists and dicts."""
+    """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
+    tuples, lists and dicts."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == total else value
     if isinstance(value, dict):
-        return {k: v if k in unbatched else take_rows(v, rows, total, unbatched) for k, v in value.items()}
+        return {
+            k: v if k in unbatched else take_rows(v, rows, total, unbatched)
+            for k, v in value.items()
+        }
     if isinstance(value, (tuple, list)):
         return type(value)(take_rows(item, rows, total, unbatched) for item in value)
     return value
 
 
 def run_lanes(
-    pipe: Any, prompts: Sequence[str], lanes: Sequence[Lane], prior: Prior, *, num_inference_steps: int, tap: str = "output",
-    seed: int = 0, chunk: int = 8, call: dict[str, Any] | None = None,
-) -> None:  # fmt: skip
+    pipe: Any,
+    prompts: Sequence[str],
+    lanes: Sequence[Lane],
+    prior: Prior,
+    *,
+    num_inference_steps: int,
+    tap: str = "output",
+    seed: int = 0,
+    chunk: int = 8,
+    call: dict[str, Any] | None = None,
+) -> None:
     """Run base and lanes side by side; fills each lane's coefficients, residuals and score.
 
-    The score is the PSNR-like -10 log10 of the mean squared error of the final latent per prompt, ``[P]``, relative to the
-    base latent's mean square.
+    The score is the PSNR-like -10 log10 of the mean squared error of the final latent per prompt,
+    ``[P]``, relative to the base latent's mean square.
     """
-    model, copies = denoiser_of(pipe), 1 + len(lanes)
+    model, copies = find_denoiser(pipe), 1 + len(lanes)
     for lane in lanes:
         lane._rings, lane.residual = {}, {}
     flow = "FlowMatch" in type(pipe.scheduler).__name__
     attach(model, LockStep(lanes, prior, tap, chunk, correctable=flow and tap == "output"), pipe)
     try:
-        final = pipe(list(prompts) * copies, num_inference_steps=num_inference_steps, generator=[g for _ in range(copies) for g in generators(len(prompts), seed)],
-                     **{**(call or {}), "output_type": "latent"})[0]  # fmt: skip
+        final = pipe(
+            list(prompts) * copies,
+            num_inference_steps=num_inference_steps,
+            generator=[g for _ in range(copies) for g in generators(len(prompts), seed)],
+            **{**(call or {}), "output_type": "latent"},
+        )[0]
     finally:
         detach(model)
     runs = final.detach().double().flatten(1).reshape(copies, len(prompts), -1)
     for lane, run in zip(lanes, runs[1:], strict=True):
         lane._rings = {}
-        lane.score = -10 * torch.log10((run - runs[0]).square().mean(1) / runs[0].square().mean(1) + 1e-12)
+        lane.score = -10 * torch.log10(
+            (run - runs[0]).square().mean(1) / runs[0].square().mean(1) + 1e-12
+        )

@@ -17,26 +17,49 @@ LONGEST_GAP = 12  # steps between full steps that random step lists reach
 
 
 def fit_continuous(
-    forecaster: LesaForecaster, statistics: Sequence[Statistics], *, iterations: int = 600, batch: int = 512, lr: float = 3e-3,
-    seed: int = 0, progress: Progress | None = None,
-) -> float:  # fmt: skip
-    """Fit the KAN on random step lists: minimise the relative RMS error of forecasts of the base features.
+    forecaster: LesaForecaster,
+    statistics: Sequence[Statistics],
+    *,
+    iterations: int = 600,
+    batch: int = 512,
+    lr: float = 3e-3,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> float:
+    """Fit the KAN on random step lists: minimise the relative RMS error of forecasts of the base
+    features.
 
-    Every draw is a target step and K cached steps before it; its squared error is c^T G c over their (K + 2)-square part of
-    the mean Gram matrix. Step counts and branches take turns. Returns the last loss (a relative RMS error).
+    Every draw is a target step and K cached steps before it; its squared error is c^T G c over
+    their (K + 2)-square part of the mean Gram matrix. Step counts and branches take turns.
+    Returns the last loss (a relative RMS error).
     """
     progress = progress or Progress(quiet=True)
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(forecaster.net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimiser = torch.optim.AdamW(
+        forecaster.net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0
+    )
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=lr / 50)
-    parts = [(s, torch.tensor(s.sigmas, dtype=torch.float64), b, s.mean(b)) for s in statistics for b in s.grams]
+    parts = [
+        (s, torch.tensor(s.sigmas, dtype=torch.float64), b, s.mean(b))
+        for s in statistics
+        for b in s.grams
+    ]
     smooth = 0.0
     with progress.bar("ground-truth fit", iterations) as advance:
         for iteration in range(iterations):
             source, sigmas, branch, gram = parts[iteration % len(parts)]
-            target, cached, valid = draw_steps(source.num_steps, forecaster.settings.history, batch, generator)
+            target, cached, valid = draw_steps(
+                source.num_steps, forecaster.settings.history, batch, generator
+            )
             weights = forecaster.coefficients(sigmas[target], sigmas[cached], valid, branch)
-            columns = torch.cat([cached, *([target[:, None] + source.num_steps] if forecaster.uses_latent else []), target[:, None]], 1)
+            columns = torch.cat(
+                [
+                    cached,
+                    *([target[:, None] + source.num_steps] if forecaster.uses_latent else []),
+                    target[:, None],
+                ],
+                1,
+            )
             error = torch.cat([weights, -torch.ones_like(weights[:, :1])], 1)
             moments = gram[columns[:, :, None], columns[:, None, :]]
             energy = torch.einsum("ni,nij,nj->n", error, moments, error) / gram[target, target]
@@ -48,41 +71,61 @@ def fit_continuous(
             decay.step()
             smooth = float(loss) if iteration == 0 else 0.95 * smooth + 0.05 * float(loss)
             advance(1)
-    progress.line(f"ground-truth fit: relative RMS error {smooth:.4f} after {iterations} iterations")
+    progress.line(
+        f"ground-truth fit: relative RMS error {smooth:.4f} after {iterations} iterations"
+    )
     return smooth
 
 
-def draw_steps(num_steps: int, history: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Random targets ``[N]``, cached steps ``[N, K]`` newest first and which of them exist; step 0 is always cached."""
+def draw_steps(
+    num_steps: int, history: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random targets ``[N]``, cached steps ``[N, K]`` newest first and which of them exist; step
+    0 is always cached."""
     target = torch.randint(1, num_steps, (count,), generator=generator)
     longest = torch.randint(1, LONGEST_GAP + 1, (count, 1), generator=generator)
     gaps = 1 + (torch.rand(count, history, generator=generator) * longest).long()
     cached = target[:, None] - gaps.cumsum(1)
     valid = cached >= 0
-    first_missing = ~valid & (torch.cat([torch.full((count, 1), True), valid[:, :-1]], 1)) & (torch.cat([target[:, None], cached[:, :-1]], 1) > 0)
+    first_missing = (
+        ~valid
+        & (torch.cat([torch.full((count, 1), True), valid[:, :-1]], 1))
+        & (torch.cat([target[:, None], cached[:, :-1]], 1) > 0)
+    )
     return target, cached.clamp(min=0), valid | first_missing
 
 
 def fit_paper(
-    forecaster: LesaForecaster, statistics: Statistics, schedule: Schedule, *, iterations: int = 400, lr: float = 5e-3,
+    forecaster: LesaForecaster,
+    statistics: Statistics,
+    schedule: Schedule,
+    *,
+    iterations: int = 400,
+    lr: float = 5e-3,
     progress: Progress | None = None,
-) -> tuple[float, float]:  # fmt: skip
+) -> tuple[float, float]:
     """The paper's two phases for its own form, on the statistics.
 
-    Ground-truth guided: the window holds base features. Closed loop: it holds the forecasts themselves, unrolled over the
-    whole run; forecasts are linear in the base features of the full steps, so that their error is again c^T G c. Returns
-    the relative RMS errors of both phases.
+    Ground-truth guided: the window holds base features. Closed loop: it holds the forecasts
+    themselves, unrolled over the whole run; forecasts are linear in the base features of the full
+    steps, so that their error is again c^T G c. Returns the relative RMS errors of both phases.
     """
     progress = progress or Progress(quiet=True)
     net = forecaster.net
     assert isinstance(net, PaperForm)
     results = []
-    for title, unrolled, rate in (("ground-truth fit", False, lr), ("closed-loop fit", True, lr / 4)):
+    for title, unrolled, rate in (
+        ("ground-truth fit", False, lr),
+        ("closed-loop fit", True, lr / 4),
+    ):
         optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0)
         decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=rate / 50)
         with progress.bar(title, iterations) as advance:
             for _ in range(iterations):
-                losses = [_window_error(net, statistics, schedule, branch, unrolled) for branch in statistics.grams]
+                losses = [
+                    _window_error(net, statistics, schedule, branch, unrolled)
+                    for branch in statistics.grams
+                ]
                 loss = torch.stack(losses).mean()
                 optimiser.zero_grad()
                 loss.backward()
@@ -91,12 +134,17 @@ def fit_paper(
                 decay.step()
                 advance(1)
         results.append(float(loss))
-        progress.line(f"{title}: relative RMS error {results[-1]:.4f} after {iterations} iterations")
+        progress.line(
+            f"{title}: relative RMS error {results[-1]:.4f} after {iterations} iterations"
+        )
     return results[0], results[1]
 
 
-def _window_error(net: PaperForm, statistics: Statistics, schedule: Schedule, branch: str, unrolled: bool) -> Tensor:
-    """Mean relative RMS error over the skipped steps, with base features or own forecasts in the window."""
+def _window_error(
+    net: PaperForm, statistics: Statistics, schedule: Schedule, branch: str, unrolled: bool
+) -> Tensor:
+    """Mean relative RMS error over the skipped steps, with base features or own forecasts in the
+    window."""
     rows, bias = net.rows(schedule, statistics.sigmas, branch)
     gram = statistics.mean(branch)
     unit = torch.eye(statistics.size, dtype=torch.float64)

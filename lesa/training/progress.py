@@ -10,7 +10,10 @@ from tqdm.auto import tqdm
 
 
 class Progress:
-    """One bar per phase and one line per result on stderr; silent when ``quiet``. Lines are kept in ``lines``."""
+    """One bar per phase and one line per result on stderr; silent when ``quiet``.
+
+    Lines are kept in ``lines``.
+    """
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet

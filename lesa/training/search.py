@@ -1,4 +1,5 @@
-"""Which steps to compute in full: local search on the statistics, then on true accelerated runs."""
+"""Which steps to compute in full: local search on the statistics, then on true accelerated
+runs."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
-TAIL_SHARE = 0.5  # weight of the worst decile beside the mean: a schedule that is good on average alone loses the tail
+TAIL_SHARE = 0.5  # of the worst decile beside the mean, which alone would sacrifice the tail
 
 
 def balanced(scores: Vector | torch.Tensor) -> float:
-    """Mean and worst decile of per-prompt scores in dB, equally weighted; the objective of every choice here."""
+    """Mean and worst decile of per-prompt scores in dB, equally weighted; the objective of every
+    choice here."""
     values = np.asarray(scores, dtype=np.float64)
     return float((1 - TAIL_SHARE) * values.mean() + TAIL_SHARE * np.quantile(values, 0.1))
 
@@ -26,8 +28,9 @@ def balanced(scores: Vector | torch.Tensor) -> float:
 class OpenLoop:
     """Predicted quality of a step list from Gram matrices alone.
 
-    Each skipped step gets its least-squares forecast on the base features; the forecast errors e_s, times the step sizes,
-    add up to the error of the final latent, sum_s dsigma_s e_s, whose energy per prompt is again an inner product.
+    Each skipped step gets its least-squares forecast on the base features; the forecast errors
+    e_s, times the step sizes, add up to the error of the final latent, sum_s dsigma_s e_s, whose
+    energy per prompt is again an inner product.
     """
 
     def __init__(self, statistics: Statistics, history: int, ridge: float = 1e-6) -> None:
@@ -37,15 +40,22 @@ class OpenLoop:
         self.rates = np.diff(np.array(statistics.sigmas))
         self._errors: dict[tuple[str, int, Steps], tuple[npt.NDArray[np.int64], Vector]] = {}
 
-    def coefficients(self, branch: str, step: int, cached: Steps) -> tuple[npt.NDArray[np.int64], Vector]:
-        """Basis indices of the regressors (cached features, then the latent) and their least-squares weights."""
-        indices = np.array([*cached, *([self.statistics.latent(step)] if self.statistics.has_latent else [])])
+    def coefficients(
+        self, branch: str, step: int, cached: Steps
+    ) -> tuple[npt.NDArray[np.int64], Vector]:
+        """Basis indices of the regressors (cached features, then the latent) and their least-
+        squares weights."""
+        indices = np.array(
+            [*cached, *([self.statistics.latent(step)] if self.statistics.has_latent else [])]
+        )
         gram = self.means[branch]
         moments = gram[np.ix_(indices, indices)]
         start = np.zeros(len(indices))
         start[0] = 1.0
         pull = self.ridge * np.trace(moments) / len(indices) * np.eye(len(indices))
-        return indices, start + np.linalg.solve(moments + pull, gram[indices, step] - moments @ start)
+        return indices, start + np.linalg.solve(
+            moments + pull, gram[indices, step] - moments @ start
+        )
 
     def _error(self, branch: str, step: int, cached: Steps) -> tuple[npt.NDArray[np.int64], Vector]:
         key = (branch, step, cached)
@@ -55,13 +65,15 @@ class OpenLoop:
         return self._errors[key]
 
     def scores(self, full_steps: Steps) -> Vector:
-        """-10 log10 of the final latent's squared error per prompt, over the branches' mean; higher is better."""
+        """-10 log10 of the final latent's squared error per prompt; higher is better."""
         schedule = Schedule.explicit(full_steps, self.statistics.num_steps)
         energy = 0.0
         for branch, grams in self.grams.items():
             total = np.zeros(self.statistics.size)
             for step in schedule.skipped_steps:
-                indices, weights = self._error(branch, step, schedule.cached_before(step, self.history))
+                indices, weights = self._error(
+                    branch, step, schedule.cached_before(step, self.history)
+                )
                 np.add.at(total, indices, self.rates[step] * weights)
             energy = energy + (grams @ total) @ total
         return -10 * np.log10(np.maximum(energy / len(self.grams), 1e-12))
@@ -71,7 +83,8 @@ class OpenLoop:
 
 
 def neighbours(full_steps: Steps, num_steps: int, reach: int) -> Iterable[Steps]:
-    """Every list in which one full step other than 0 has moved by at most ``reach`` to a free place."""
+    """Every list in which one full step other than 0 has moved by at most ``reach`` to a free
+    place."""
     taken = set(full_steps)
     for old in full_steps[1:]:
         for new in range(max(1, old - reach), min(num_steps, old + reach + 1)):
@@ -79,11 +92,16 @@ def neighbours(full_steps: Steps, num_steps: int, reach: int) -> Iterable[Steps]
                 yield tuple(sorted((taken - {old}) | {new}))
 
 
-def climb(start: Steps, num_steps: int, quality: Callable[[Steps], float], reach: int = 4) -> tuple[Steps, float]:
+def climb(
+    start: Steps, num_steps: int, quality: Callable[[Steps], float], reach: int = 4
+) -> tuple[Steps, float]:
     """Move one full step at a time, best move first, until none improves."""
     best, score = start, quality(start)
     while True:
-        found = max(((quality(candidate), candidate) for candidate in neighbours(best, num_steps, reach)), default=(score, best))
+        found = max(
+            ((quality(candidate), candidate) for candidate in neighbours(best, num_steps, reach)),
+            default=(score, best),
+        )
         if found[0] <= score + 1e-9:
             return best, score
         score, best = found
@@ -97,18 +115,27 @@ def starts(count: int, num_steps: int) -> list[Steps]:
         steps = np.maximum.accumulate(np.round(grid).astype(int) + 0)
         for place in range(1, count):
             steps[place] = max(steps[place], steps[place - 1] + 1)
-        lists.append(tuple(int(s) - max(0, int(steps[-1]) - num_steps + 1) if s else 0 for s in steps))
-    return [candidate for candidate in lists if len(set(candidate)) == count and candidate[0] == 0 and min(candidate) >= 0]
+        lists.append(
+            tuple(int(s) - max(0, int(steps[-1]) - num_steps + 1) if s else 0 for s in steps)
+        )
+    return [
+        candidate
+        for candidate in lists
+        if len(set(candidate)) == count and candidate[0] == 0 and min(candidate) >= 0
+    ]
 
 
 def search_schedule(statistics: Statistics, full_steps: int, *, history: int = 3) -> Schedule:
-    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and worst decile over the prompts.
+    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and worst decile
+    over the prompts.
 
     Raises LesaError for a count below 1 or above the step count.
     """
     count, num_steps = full_steps, statistics.num_steps
     if not 1 <= count <= num_steps:
-        raise LesaError(f"full_steps={count} is impossible with {num_steps} steps: choose 1 to {num_steps}")
+        raise LesaError(
+            f"full_steps={count} is impossible with {num_steps} steps: choose 1 to {num_steps}"
+        )
     judge = OpenLoop(statistics, history)
     found = [climb(start, num_steps, judge.quality) for start in starts(count, num_steps)]
     return Schedule.explicit(max(found, key=lambda pair: pair[1])[0], num_steps)
