@@ -157,7 +157,7 @@ def _check_model(model: nn.Module, config: LesaConfig) -> None:
     core = core_of(model)
     identity = {}
     if forecaster.metadata.get("model_hash") is not None and _has_plain_weights(core):
-        from lesa.training.train import weights_hash
+        from lesa.training.job import weights_hash
 
         identity["model_hash"] = weights_hash(core)
     spec = model_spec(core)

@@ -105,7 +105,7 @@ def train(
     )
     import lesa
 
-    optional = {} if tap is None else {"tap": tap}
+    optional: dict[str, Any] = {} if tap is None else {"tap": tap}
     forecaster = lesa.train(
         pipe,
         texts,

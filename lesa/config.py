@@ -124,4 +124,5 @@ def _schedule_of(count: int, num_steps: int) -> Schedule:
         schedule = Schedule.every(interval, num_steps)
         if len(schedule.full_steps) == count:
             return schedule
-    return Schedule.explicit(spread([i * num_steps / count for i in range(count)], num_steps))
+    places = [i * num_steps / count for i in range(count)]
+    return Schedule.explicit(spread(places, num_steps), num_steps)

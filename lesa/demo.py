@@ -25,8 +25,10 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     from lesa.evaluation.compare import compare
     from lesa.evaluation.methods import build_all
     from lesa.evaluation.report import rich_table, write_report
+    from lesa.inputs import quieten
     from lesa.terminal import progress
 
+    quieten()
     begun = time.perf_counter()
     pipe, settings = lesa.testbed.load(pipeline), lesa.testbed.settings(pipeline)
     steps = settings["num_inference_steps"]

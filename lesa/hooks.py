@@ -276,7 +276,10 @@ class _Controlled(_Swapped):
         return getattr(super() if core is self else core, name, None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        config: Any = core_of(self).__dict__["_cache_config"]  # type: ignore[arg-type]
+        memo[id(config)] = None  # may hold locks and forecasters: the copy gets none
         clone = super().__deepcopy__(memo)
+        del memo[id(config)]
         _clean(core_of(clone), self._lesa_denoiser.spec)
         return clone
 

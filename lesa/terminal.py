@@ -22,15 +22,20 @@ STDOUT = Path("-")
 
 
 class JsonCommand(TyperCommand):
-    """A command whose `--json` may stand alone (then "-", standard output) or name a .json file."""
+    """A command whose `--json` may stand alone (then "-", standard output) or name a file.
+
+    Where the command takes an argument too, only a name that ends in .json is taken for the file.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the missing "-" after a lone `--json`."""
+        positional = any(parameter.param_type_name == "argument" for parameter in self.params)
         completed = []
         for at, arg in enumerate(args):
             completed.append(arg)
-            following = args[at + 1] if at + 1 < len(args) else ""
-            if arg == "--json" and following != "-" and not following.endswith(".json"):
+            following = args[at + 1] if at + 1 < len(args) else "-"
+            named = following.endswith(".json") if positional else not following.startswith("-")
+            if arg == "--json" and not named and args[at + 1 : at + 2] != ["-"]:
                 completed.append("-")
         return super().parse_args(ctx, completed)
 

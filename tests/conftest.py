@@ -40,9 +40,7 @@ def tiny_flux() -> Any:
         shift_factor=0.06,
         scaling_factor=1.5,
     ).eval()
-    pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer
-    )
+    pipe = FluxPipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, None, None, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -12,6 +12,8 @@ from lesa.schedule import Schedule
 from lesa.testbed import captions, load, settings
 from lesa.training.closed_loop import Lane, run_lanes, take_rows
 from lesa.training.collect import collect
+from lesa.training.fit import draw_steps, fit_continuous
+from lesa.training.job import Job, call_arguments, weights_hash
 from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
 from lesa.training.statistics import Statistics, gram
 
@@ -23,14 +25,12 @@ def pipe():
     return load("flux")
 
 
-@pytest.fixture(scope="module")
-def call():
-    return {key: value for key, value in settings("flux").items() if key != "num_inference_steps"}
+CALL = {key: value for key, value in settings("flux").items() if key != "num_inference_steps"}
 
 
 @pytest.fixture(scope="module")
-def statistics(pipe, call):
-    return collect(pipe, captions(3), STEPS, batch_size=2, call=call)
+def statistics(pipe):
+    return collect(Job(pipe, captions(3), CALL, batch_size=2), STEPS)
 
 
 def reuse(schedule, sigmas, branch):
@@ -57,8 +57,8 @@ def test_statistics_survive_a_file_and_damage_is_told(tmp_path, statistics):
         Statistics.load(path)
 
 
-def test_collect_does_not_depend_on_batches_and_leaves_no_trace(pipe, call, statistics):
-    single = collect(pipe, captions(3), STEPS, batch_size=1, call=call)
+def test_collect_does_not_depend_on_batches_and_leaves_no_trace(pipe, statistics):
+    single = collect(Job(pipe, captions(3), CALL, batch_size=1), STEPS)
     torch.testing.assert_close(single.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6)
     assert type(pipe.transformer).__mro__[1].__name__ == "ModelMixin"
 
@@ -72,7 +72,7 @@ def test_euler_latents_are_sums_of_velocities(statistics):
         assert c @ statistics.mean("cond") @ c < 1e-9
 
 
-def test_interrupted_collection_resumes_to_the_same_statistics(pipe, call, statistics, tmp_path):
+def test_interrupted_collection_resumes_to_the_same_statistics(pipe, statistics, tmp_path):
     calls = 0
 
     def interrupt(self, step, timestep, kwargs):
@@ -82,23 +82,29 @@ def test_interrupted_collection_resumes_to_the_same_statistics(pipe, call, stati
             raise KeyboardInterrupt
         return {}
 
-    options = dict(batch_size=1, folder=tmp_path)
+    def job(call):
+        return Job(pipe, captions(3), call, batch_size=1, folder=tmp_path)
+
     with pytest.raises(KeyboardInterrupt):
-        collect(
-            pipe, captions(3), STEPS, call={**call, "callback_on_step_end": interrupt}, **options
-        )
-    assert len(Statistics.load(tmp_path / f"statistics-{STEPS}.safetensors").prompts) == 1
-    finished = collect(pipe, captions(3), STEPS, call=call, **options)
-    assert finished.prompts == captions(3)
+        collect(job({**CALL, "callback_on_step_end": interrupt}), STEPS)
+    kept = Statistics.load(tmp_path / f"statistics-{STEPS}.safetensors")
+    assert len(kept.prompts) == 1
+    calls = -100
+    finished = collect(job({**CALL, "callback_on_step_end": interrupt}), STEPS)
+    assert finished.prompts == captions(3) and calls == -100 + 2 * STEPS
     torch.testing.assert_close(
         finished.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6
     )
 
 
-def test_continuing_with_other_prompts_is_refused(pipe, call, tmp_path):
-    collect(pipe, captions(1), STEPS, call=call, folder=tmp_path)
-    with pytest.raises(LesaError, match="other prompts or settings"):
-        collect(pipe, captions(2, seed=9), STEPS, call=call, folder=tmp_path)
+def test_continuing_with_other_prompts_or_settings_is_refused(pipe, tmp_path):
+    collect(Job(pipe, captions(1), CALL, folder=tmp_path), STEPS)
+    for other in (
+        Job(pipe, captions(2, seed=9), CALL, folder=tmp_path),
+        Job(pipe, captions(1), {**CALL, "guidance_scale": 1.0}, folder=tmp_path),
+    ):
+        with pytest.raises(LesaError, match="other prompts or settings"):
+            collect(other, STEPS)
 
 
 def test_open_loop_coefficients_are_least_squares(statistics):
@@ -120,7 +126,7 @@ def test_search_beats_every_start_and_its_neighbours(statistics):
 
 
 def test_balanced_weighs_the_tail():
-    flat, spread = torch.full((10,), 30.0), torch.tensor([33.0] * 9 + [10.0])
+    flat, spread = torch.full((10,), 30.0), torch.tensor([35.0] * 8 + [14.0] * 2)
     assert spread.mean() > flat.mean() and balanced(spread) < balanced(flat)
 
 
@@ -148,21 +154,112 @@ def test_take_rows_reduces_batched_tensors_only():
     assert kwargs["extra"]["text"][0].flatten().tolist() == [1, 4]
 
 
-def test_lanes_are_what_the_engine_does(pipe, call):
+def test_lanes_are_what_the_engine_does(pipe):
     """The engine ends where a frozen lane ended; a lane of full steps is the base run."""
-    prompts, schedule = captions(2), Schedule.explicit((0, 2, 5, 9), STEPS)
-    lanes = [Lane(schedule, 3, frozen=True), Lane(schedule, 3), Lane(Schedule.every(1, STEPS), 3)]
-    run_lanes(pipe, prompts, lanes, reuse, num_inference_steps=STEPS, call=call)
+    job, schedule = Job(pipe, captions(2), CALL), Schedule.explicit((0, 2, 5, 9), STEPS)
+    full = Schedule.every(1, STEPS)
+    lanes = [Lane(schedule, 3, frozen=True), Lane(schedule, 3), Lane(full, 3)]
+    run_lanes(job, lanes, reuse, STEPS)
     assert lanes[2].score.min() > 80  # float32 noise of another batch size
     assert balanced(lanes[1].score) > balanced(lanes[0].score)
-    generators = lambda: [torch.Generator().manual_seed(row) for row in range(2)]  # noqa: E731
-    plain = pipe(
-        prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call
-    ).images
+    plain = job.run(job.prompts, job.generators(0, 2), STEPS).double().flatten(1)
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
-        fast = pipe(
-            prompts, num_inference_steps=STEPS, generator=generators(), output_type="latent", **call
-        ).images
-    plain, fast = plain.double().flatten(1), fast.double().flatten(1)
+        fast = job.run(job.prompts, job.generators(0, 2), STEPS).double().flatten(1)
     score = -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
     torch.testing.assert_close(score, lanes[0].score, rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("tap", ("output", "hidden"))
+def test_lanes_with_k_above_the_cached_features_fit_what_there_is(pipe, tap):
+    job, schedule = Job(pipe, captions(2), CALL, tap), Schedule.explicit((0, 9), STEPS)
+    lane = Lane(schedule, 3, uses_latent=tap == "output")
+    rows = 4 if tap == "output" else 3
+    run_lanes(job, [lane], lambda *asked: reuse(*asked)[:, :rows], STEPS)
+    assert torch.isfinite(lane.score).all()
+    assert not lane.coefficients["cond"][5, 1:3].any()
+
+
+@pytest.fixture(scope="module")
+def trained(pipe):
+    options = dict(call=CALL, refine=1, batch_size=2, progress=False)
+    return lesa.train(pipe, captions(3), STEPS, (5, 4), **options)
+
+
+def test_train_calibrates_every_count_and_beats_taylor(pipe, trained, tmp_path):
+    assert sorted(len(plan.full_steps) for plan in trained.calibrated) == [4, 5]
+    trained.save_pretrained(tmp_path / "forecaster")
+    again = lesa.LesaForecaster.from_pretrained(tmp_path / "forecaster")
+    job = Job(pipe, captions(3), CALL)
+    plain = job.run(job.prompts, job.generators(0, 3), STEPS).double()
+
+    def error(forecaster, **options):
+        with lesa.accelerate(pipe, forecaster, **options):
+            fast = job.run(job.prompts, job.generators(0, 3), STEPS).double()
+            counted = lesa.stats(pipe)
+        assert (counted.full, counted.skipped) == (5, STEPS - 5) and not counted.fallbacks
+        return float((fast - plain).square().mean())
+
+    shared = trained.schedule_for(5, STEPS)
+    assert error(again, full_steps=5) == error(trained, full_steps=5)
+    assert error(again, full_steps=5) < error(lesa.Taylor(order=1), schedule=shared)
+
+
+@pytest.mark.parametrize(
+    "form, more", [("paper", {"nodes": 16}), ("table", {}), ("paper", {"nodes": 8, "gate": "mlp"})]
+)
+def test_other_forms_train_and_run(pipe, form, more):
+    options = dict(form=form, call=CALL, refine=0, progress=False)
+    forecaster = lesa.train(pipe, captions(2), STEPS, 4, **options, **more)
+    job = Job(pipe, captions(2), CALL)
+    with lesa.accelerate(pipe, forecaster, full_steps=4):
+        job.run(job.prompts, job.generators(0, 2), STEPS)
+        counted = lesa.stats(pipe)
+    assert (counted.full, counted.skipped) == (4, STEPS - 4) and not counted.fallbacks
+
+
+def test_continuous_fit_nears_the_least_squares_bound(statistics):
+    forecaster = lesa.LesaForecaster(num_steps=STEPS)
+    before = fit_continuous(forecaster, [statistics], iterations=1)
+    assert fit_continuous(forecaster, [statistics], iterations=250) < 0.7 * before
+
+
+def test_drawn_steps_are_ordered_and_reach_step_zero_at_most():
+    generator = torch.Generator().manual_seed(0)
+    target, cached, valid = draw_steps(20, 3, 500, generator)
+    chain = torch.cat([target[:, None], cached], 1)
+    assert valid[:, 0].all() and (cached >= 0).all()
+    assert ((chain[:, :-1] > chain[:, 1:]) | ~valid).all()
+    assert (valid[:, 1:] <= valid[:, :-1]).all()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompts=[]), "prompts=.* must be a list of non-empty strings"),
+        (dict(prompts="a red circle"), "prompts=.* must be a list"),
+        (dict(full_steps=60), "full_steps=60 is more than num_inference_steps=50"),
+        (dict(num_inference_steps=0), "num_inference_steps=0 must be a whole number"),
+        (dict(hihgt=64), "hihgt"),
+    ],
+)
+def test_bad_input_is_told_in_a_sentence(pipe, options, message):
+    given = {"prompts": captions(1), "num_inference_steps": 50, "full_steps": 10, **options}
+    if "hihgt" in options:
+        given |= {"num_inference_steps": 2, "full_steps": 1, **CALL}
+    with pytest.raises(LesaError, match=message):
+        lesa.train(pipe, progress=False, **given)
+
+
+def test_call_arguments_are_told_from_fields(pipe):
+    taken, fields = call_arguments(pipe, {"height": 64, "guidance_scale": 2.0, "stages": (0.5,)})
+    assert taken == {"height": 64, "guidance_scale": 2.0} and fields == {"stages": (0.5,)}
+
+
+def test_weights_hash_does_not_depend_on_dtype(pipe):
+    from copy import deepcopy
+
+    narrow = deepcopy(pipe.transformer).to(torch.bfloat16)
+    assert weights_hash(narrow) == weights_hash(pipe.transformer)
+    with torch.no_grad():
+        narrow.proj_out.weight[0, 0] += 1
+    assert weights_hash(narrow) != weights_hash(pipe.transformer)

@@ -58,8 +58,8 @@ def curves_png(curves: Mapping[str, Sequence[float]], full_steps: Mapping[str, i
 def table_png(table: Any, title: str = "") -> bytes:
     """A table of coefficients as a heat map: steps to the right, cached features downwards."""
     plt = _pyplot()
-    values = table.coefficients.T  # [K + latent, S]
-    limit = max(float(values.abs().max()), 1e-9)
+    values = table.coefficients.T.numpy()  # [K + latent, S]
+    limit = max(abs(values).max(), 1e-9)
     figure, axis = plt.subplots(figsize=(0.17 * values.shape[1] + 2.2, 0.35 * len(values) + 1.3))
     image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     names = [f"{k} back" for k in range(1, table.history + 1)]

@@ -12,6 +12,7 @@ from lesa.testbed.scenes import captions
 __all__ = ["PIPELINES", "captions", "load", "settings"]
 
 PIPELINES = ("flux",)
+_SAMPLE_SIZE = 16  # latent pixels: 64 x 64 pictures
 _HERE = Path(__file__).parent
 
 
@@ -26,7 +27,8 @@ def load(name: str = "flux") -> Any:
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
             "folder: pass one of these"
         )
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

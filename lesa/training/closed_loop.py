@@ -17,11 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.api import find_denoiser
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser, attach, detach, make_output, read_sample
 from lesa.schedule import Schedule
-from lesa.training.collect import followed, generators
+from lesa.training.job import Job, followed
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
 
@@ -209,40 +208,25 @@ def take_rows(value: Any, rows: list[int], total: int, unbatched: Sequence[str] 
     return value
 
 
-def run_lanes(
-    pipe: Any,
-    prompts: Sequence[str],
-    lanes: Sequence[Lane],
-    prior: Prior,
-    *,
-    num_inference_steps: int,
-    tap: str = "output",
-    seed: int = 0,
-    chunk: int = 8,
-    call: dict[str, Any] | None = None,
-) -> None:
+def run_lanes(job: Job, lanes: Sequence[Lane], prior: Prior, num_inference_steps: int) -> None:
     """Run base and lanes side by side; fills each lane's coefficients, residuals and score.
 
-    The score is the PSNR-like -10 log10 of the mean squared error of the final latent per prompt,
-    ``[P]``, relative to the base latent's mean square.
+    The score of a prompt is 10 log10 of the base latent's mean square over the mean squared error
+    of the lane's final latent, in dB.
     """
-    model, copies = find_denoiser(pipe), 1 + len(lanes)
+    count, copies = len(job.prompts), 1 + len(lanes)
     for lane in lanes:
         lane._rings, lane.residual = {}, {}
-    flow = "FlowMatch" in type(pipe.scheduler).__name__
-    attach(model, LockStep(lanes, prior, tap, chunk, correctable=flow and tap == "output"), pipe)
+    flow = "FlowMatch" in type(job.pipe.scheduler).__name__
+    controller = LockStep(lanes, prior, job.tap, job.batch_size, flow and job.tap == "output")
+    noise = [generator for _ in range(copies) for generator in job.generators(0, count)]
+    attach(job.model, controller, job.pipe)
     try:
-        final = pipe(
-            list(prompts) * copies,
-            num_inference_steps=num_inference_steps,
-            generator=[g for _ in range(copies) for g in generators(len(prompts), seed)],
-            **{**(call or {}), "output_type": "latent"},
-        )[0]
+        final = job.run(list(job.prompts) * copies, noise, num_inference_steps)
     finally:
-        detach(model)
-    runs = final.detach().double().flatten(1).reshape(copies, len(prompts), -1)
+        detach(job.model)
+    runs = final.double().flatten(1).reshape(copies, count, -1)
     for lane, run in zip(lanes, runs[1:], strict=True):
         lane._rings = {}
-        lane.score = -10 * torch.log10(
-            (run - runs[0]).square().mean(1) / runs[0].square().mean(1) + 1e-12
-        )
+        error = (run - runs[0]).square().mean(1) / runs[0].square().mean(1)
+        lane.score = -10 * torch.log10(error + 1e-12)

@@ -69,7 +69,8 @@ def fit_continuous(
             torch.nn.utils.clip_grad_norm_(forecaster.net.parameters(), 1.0)
             optimiser.step()
             decay.step()
-            smooth = float(loss) if iteration == 0 else 0.95 * smooth + 0.05 * float(loss)
+            value = loss.item()
+            smooth = value if iteration == 0 else 0.95 * smooth + 0.05 * value
             advance(1)
     progress.line(
         f"ground-truth fit: relative RMS error {smooth:.4f} after {iterations} iterations"
@@ -133,7 +134,7 @@ def fit_paper(
                 optimiser.step()
                 decay.step()
                 advance(1)
-        results.append(float(loss))
+        results.append(loss.item())
         progress.line(
             f"{title}: relative RMS error {results[-1]:.4f} after {iterations} iterations"
         )

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from lesa.errors import LesaError
-from lesa.schedule import Schedule
+from lesa.schedule import Schedule, spread
 from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
@@ -108,26 +108,17 @@ def climb(
 
 
 def starts(count: int, num_steps: int) -> list[Steps]:
-    """Evenly spread lists, and lists that grow denser towards either end."""
-    lists = []
-    for power in (1.0, 0.6, 1.6):
-        grid = (np.arange(count) / count) ** power * num_steps
-        steps = np.maximum.accumulate(np.round(grid).astype(int) + 0)
-        for place in range(1, count):
-            steps[place] = max(steps[place], steps[place - 1] + 1)
-        lists.append(
-            tuple(int(s) - max(0, int(steps[-1]) - num_steps + 1) if s else 0 for s in steps)
-        )
+    """Evenly spread step lists, and lists that grow denser towards either end."""
     return [
-        candidate
-        for candidate in lists
-        if len(set(candidate)) == count and candidate[0] == 0 and min(candidate) >= 0
+        spread([num_steps * (place / count) ** power for place in range(count)], num_steps)
+        for power in (1.0, 0.6, 1.6)
     ]
 
 
-def search_schedule(statistics: Statistics, full_steps: int, *, history: int = 3) -> Schedule:
-    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and worst decile
-    over the prompts.
+def search_schedule(
+    statistics: Statistics, full_steps: int, *, history: int = 3, judge: OpenLoop | None = None
+) -> Schedule:
+    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and worst decile.
 
     Raises LesaError for a count below 1 or above the step count.
     """
@@ -136,6 +127,6 @@ def search_schedule(statistics: Statistics, full_steps: int, *, history: int = 3
         raise LesaError(
             f"full_steps={count} is impossible with {num_steps} steps: choose 1 to {num_steps}"
         )
-    judge = OpenLoop(statistics, history)
+    judge = judge or OpenLoop(statistics, history)
     found = [climb(start, num_steps, judge.quality) for start in starts(count, num_steps)]
     return Schedule.explicit(max(found, key=lambda pair: pair[1])[0], num_steps)

@@ -1,0 +1,109 @@
+"""Per step list: search the full steps, fit the closed loop, search again by accelerated runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lesa.forecasters import LesaForecaster
+from lesa.schedule import Schedule
+from lesa.training.closed_loop import Lane, run_lanes
+from lesa.training.job import Job
+from lesa.training.search import OpenLoop, balanced, neighbours, search_schedule
+from lesa.training.statistics import Statistics
+
+DRIFTS = (0.3, 0.6, 1.0)  # values of beta that compete: which is best depends on the step list
+CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
+
+
+def quality(lane: Lane) -> float:
+    """Mean and worst decile of a lane's scores, equally weighted, in dB."""
+    assert lane.score is not None
+    return balanced(lane.score)
+
+
+class Calibrator:
+    """Finds and fits step lists of one step count for a forecaster."""
+
+    def __init__(self, job: Job, forecaster: LesaForecaster, statistics: Statistics) -> None:
+        self.job, self.forecaster, self.statistics = job, forecaster, statistics
+        self.judge = OpenLoop(statistics, forecaster.settings.history)
+
+    def search(self, counts: Sequence[int]) -> list[Schedule]:
+        """The best step list on the statistics for each number of full steps."""
+        started = time.perf_counter()
+        plans = [search_schedule(self.statistics, count, judge=self.judge) for count in counts]
+        self._say("schedule search", started, f"{len(plans)} counts on the statistics")
+        return plans
+
+    def fit(self, plans: Sequence[Schedule]) -> list[Lane]:
+        """The best lane of each step list over the strengths of drift correction."""
+        started = time.perf_counter()
+        learned = self.forecaster
+        lanes = [
+            Lane(plan, learned.settings.history, learned.uses_latent, drift)
+            for plan in plans
+            for drift in DRIFTS
+        ]
+        self._run(lanes)
+        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(DRIFTS)} betas")
+        return [max((x for x in lanes if x.schedule == plan), key=quality) for plan in plans]
+
+    def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
+        """Local search by true accelerated runs: the likeliest neighbours race their leader."""
+        best, started = list(leaders), time.perf_counter()
+        tried = {leader.schedule.full_steps for leader in leaders}
+        for _ in range(rounds):
+            lanes = []
+            for leader in best:
+                near = neighbours(leader.schedule.full_steps, self.statistics.num_steps, reach=2)
+                fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
+                chosen = fresh[-CANDIDATES:]
+                tried.update(chosen)
+                lanes.append(
+                    [replace(leader, schedule=self._plan(s), coefficients={}) for s in chosen]
+                )
+            self._run([lane for group in lanes for lane in group])
+            best = [
+                max(leader, *group, key=quality) for leader, group in zip(best, lanes, strict=True)
+            ]
+        if rounds:
+            self._say("search by accelerated runs", started, f"{rounds} rounds")
+        return best
+
+    def store(self, lanes: Sequence[Lane]) -> None:
+        """Put each lane's coefficients into the forecaster and say how good they are."""
+        for lane in lanes:
+            assert lane.score is not None
+            for branch, rows in lane.coefficients.items():
+                self.forecaster.correct(lane.schedule, self.statistics.sigmas, branch, rows)
+            losses = [loss for branch in lane.residual.values() for loss in branch]
+            self.job.progress.line(
+                f"closed-loop fit: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
+                f"loss {sum(losses) / max(1, len(losses)):.5f}, latent {lane.score.mean():.1f} dB "
+                f"mean, {lane.score.quantile(0.1):.1f} dB worst decile, beta {lane.drift}"
+            )
+
+    def _run(self, lanes: Sequence[Lane]) -> None:
+        if lanes:
+            run_lanes(self.job, lanes, self._prior, self.statistics.num_steps)
+
+    def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
+        with torch.no_grad():
+            return self.forecaster.net.rows(plan, sigmas, self.forecaster.branch(branch))[0]
+
+    def _plan(self, full_steps: tuple[int, ...]) -> Schedule:
+        return Schedule.explicit(full_steps, self.statistics.num_steps)
+
+    def _promise(self, full_steps: tuple[int, ...]) -> float:
+        return self.judge.quality(full_steps)
+
+    def _say(self, phase: str, started: float, what: str) -> None:
+        seconds = time.perf_counter() - started
+        self.job.progress.line(
+            f"{phase}: {seconds:.1f} s for {what}, {self.statistics.num_steps} steps"
+        )

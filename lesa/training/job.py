@@ -1,0 +1,107 @@
+"""What every phase of a training run shares: the pipeline, the prompts and how to call it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lesa.api import find_denoiser
+from lesa.clock import Step
+from lesa.errors import LesaError
+from lesa.hooks import Denoiser
+from lesa.training.progress import Progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """A pipeline, its calibration prompts, and the arguments of every call of it.
+
+    call: further arguments of ``pipe(...)``. tap: the feature to forecast. seed: prompt i starts
+    from noise seed + i, whatever batch it runs in. batch_size: prompts that the denoiser computes
+    at once. folder: where statistics are kept, or None.
+    """
+
+    pipe: Any
+    prompts: Sequence[str]
+    call: dict[str, Any] = field(default_factory=dict)
+    tap: str = "output"
+    seed: int = 0
+    batch_size: int = 8
+    folder: Path | None = None
+    progress: Progress = field(default_factory=lambda: Progress(quiet=True))
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module that the pipeline denoises with."""
+        return find_denoiser(self.pipe)
+
+    def generators(self, start: int, count: int) -> list[torch.Generator]:
+        """The noise sources of prompts ``start`` to ``start + count``."""
+        return [torch.Generator().manual_seed(self.seed + start + row) for row in range(count)]
+
+    def run(
+        self, prompts: Sequence[str], generators: list[torch.Generator], num_inference_steps: int
+    ) -> torch.Tensor:
+        """Final latents of one call of the pipeline, ``[N, ...]``."""
+        fixed = {"output_type": "latent", "return_dict": False}
+        call = {**self.call, **fixed, "num_inference_steps": num_inference_steps}
+        with torch.no_grad():
+            return self.pipe(prompt=list(prompts), generator=generators, **call)[0]
+
+    def fingerprint(self, num_inference_steps: int) -> str:
+        """Short hash of everything but the prompts that statistics depend on."""
+        fields = {**self.call, "steps": num_inference_steps, "tap": self.tap, "seed": self.seed}
+        fields["weights"] = weights_hash(self.model)
+        text = json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def metadata(self) -> dict[str, Any]:
+        """What a trained forecaster records of its origin."""
+        return {
+            "model_class": type(self.model).__name__,
+            "model_id": str(getattr(self.pipe, "name_or_path", "") or ""),
+            "model_hash": weights_hash(self.model),
+            "scheduler": type(self.pipe.scheduler).__name__,
+            "prompts": len(self.prompts),
+            "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            "seed": self.seed,
+        }
+
+
+def call_arguments(pipe: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split keyword arguments into those that ``pipe(...)`` takes and the others."""
+    known = inspect.signature(type(pipe).__call__).parameters
+    taken = {name: value for name, value in given.items() if name in known}
+    return taken, {name: value for name, value in given.items() if name not in known}
+
+
+def followed(denoiser: Denoiser, kwargs: dict[str, Any]) -> Step:
+    """The step of a training run's call; LesaError where the clock cannot be sure of it."""
+    step = denoiser.clock.tick(kwargs)
+    if step.problem is not None:
+        raise LesaError(
+            f"step {step.index} of this pipeline cannot be followed ({step.problem}): train with "
+            "a first-order scheduler and the pipeline's own loop"
+        )
+    return step
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """Hash of names, shapes and first values of all weights, rounded to bfloat16.
+
+    The rounding makes it the same for any dtype that the weights are loaded in.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        if parameter.device.type != "meta" and parameter.is_floating_point():
+            few = parameter.detach().flatten()[:16].to("cpu", torch.float32).bfloat16().float()
+            digest.update(few.numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,341 @@
+"""The commands as a user runs them, on the embedded pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lesa import testbed
+from lesa.cli import app
+
+STEPS = ("--num-inference-steps", "8")
+COMMANDS = ("demo", "train", "generate", "compare", "inspect", "env")
+
+
+@pytest.fixture
+def prompts(tmp_path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n\n".join(testbed.captions(3, seed=9)) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A forecaster for 3 of 8 full steps, made by the command itself."""
+    folder = tmp_path_factory.mktemp("trained")
+    texts = folder / "calibration.txt"
+    texts.write_text("\n".join(testbed.captions(2, seed=1, split="train")))
+    out = folder / "forecaster"
+    run("train", "testbed", "--prompts", texts, *STEPS, "--full-steps", "3", "--out", out)
+    return out
+
+
+def invoke(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def run(*args) -> str:
+    result = invoke(*args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def refused(*args) -> str:
+    """The one line that bad input gets, with exit status 2 and nothing on standard output."""
+    result = invoke(*args)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example_and_json(command):
+    text = run(command, "--help")
+    assert f"Example: lesa {command}" in text
+    assert "--json" in text
+
+
+def test_json_alone_goes_to_stdout_and_text_to_stderr(trained):
+    """Also in front of an argument, which is not taken for a file."""
+    result = invoke("inspect", "--json", trained)
+    assert json.loads(result.stdout)["name"] == "lesa"
+    assert "steps in full" in result.stderr
+
+
+def test_env_prints_versions_for_people_and_for_programs(tmp_path):
+    assert "torch" in run("env")
+    facts = json.loads(run("env", "--json"))
+    assert {"lesa", "python", "torch", "diffusers", "devices", "backend"} <= set(facts)
+    path = tmp_path / "env.json"
+    run("env", "--json", path)
+    assert json.loads(path.read_text()) == facts
+
+
+def test_train_writes_a_folder_that_inspect_reads(trained, tmp_path):
+    assert {"model.safetensors", "config.json"} <= {path.name for path in trained.iterdir()}
+    text = run("inspect", trained, "--picture", tmp_path)
+    assert "3 of 8 steps in full" in text and "FluxTransformer2DModel" in text
+    assert Image.open(tmp_path / "table-3-of-8-cond.png").width > 200
+    facts = json.loads(run("inspect", trained, "--json"))
+    (entry,) = facts["calibrated"]
+    assert len(entry["full_steps"]) == 3 and len(entry["tables"]["cond"]) == 8
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [(), ("--forecaster", "taylorseer-1", "--interval", "3"), ("--forecaster", "TRAINED")],
+)
+def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_path):
+    if "TRAINED" in cache:
+        cache = ("--forecaster", trained, "--full-steps", "3")
+    out, facts = tmp_path / "out", tmp_path / "facts.json"
+    options = ("--prompts", prompts, "--prompt", "a red circle", "--out", out, "--json", facts)
+    run("generate", "testbed", *options, *cache, *STEPS, "--batch-size", "3")
+    told = json.loads(facts.read_text())
+    assert sorted(told["files"]) == sorted(str(path) for path in out.iterdir())
+    assert len(told["files"]) == 4 and Image.open(told["files"][0]).size == (64, 64)
+    if cache:
+        assert told["stats"]["skipped"] > 0 and not told["stats"]["fallbacks"]
+
+
+def test_compare_writes_rows_and_a_report(trained, prompts, tmp_path):
+    options = ("--pipeline", "testbed", "--prompts", prompts, *STEPS, "--full-steps", "3,4")
+    methods = ("--methods", "taylorseer-1,lesa", "--forecaster", trained, "--report", tmp_path)
+    result = invoke("compare", *options, *methods)
+    assert result.exit_code == 2  # 4 full steps are not calibrated
+    assert "full_steps=4 is not calibrated" in result.stderr
+    options = (*options[:-1], "3")
+    rows = json.loads(run("compare", *options, *methods, "--json"))
+    assert [(row["method"], row["full_steps"]) for row in rows] == [
+        ("taylorseer-1", 3),
+        ("lesa", 3),
+    ]
+    assert rows[1]["schedule"].startswith("searched: 0,")
+    assert (tmp_path / "report.html").exists()
+
+
+def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):
+    """The demo's own size takes minutes: here 8 steps, 3 in full, 2 prompts."""
+    settings = {**testbed.settings("flux"), "num_inference_steps": 8}
+    monkeypatch.setattr(testbed, "settings", lambda name: settings)
+    monkeypatch.setattr("lesa.demo.FULL_STEPS", (3,))
+    monkeypatch.setattr("lesa.demo.UNSEEN", 2)
+    out, facts = tmp_path / "lesa-demo", tmp_path / "facts.json"
+    text = run("demo", "--out", out, "--prompts-count", "2", "--json", facts)
+    names = {"grid.png", "error-per-step.png", "report.html", "report.json", "forecaster"}
+    assert {path.name for path in out.iterdir()} == names
+    table = text.splitlines()[-8:]  # the last lines are the table
+    for name in ("plain", "fewer-steps", "taylorseer-1", "lesa"):
+        assert any(line.split()[:1] == [name] for line in table), text
+    told = json.loads(facts.read_text())
+    assert told["rows"] == json.loads((out / "report.json").read_text())["rows"]
+    assert set(testbed.captions(2, seed=0, split="train")).isdisjoint(told["prompts"])
+
+
+BAD_PROMPTS = {
+    "missing": (None, "does not exist"),
+    "empty": (b"\n  \n", "holds no prompt"),
+    "binary": (b"\xff\xfe\x00\x81", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROMPTS)
+@pytest.mark.parametrize("command", ["train", "generate", "compare"])
+def test_prompt_file(command, case, tmp_path):
+    content, words = BAD_PROMPTS[case]
+    path = tmp_path / "p.txt"
+    if content is not None:
+        path.write_bytes(content)
+    pipeline = ("--pipeline", "testbed") if command == "compare" else ("testbed",)
+    out = () if command == "compare" else ("--out", tmp_path / "out")
+    line = refused(command, *pipeline, "--prompts", path, *out)
+    assert line.startswith("lesa: prompts:") and words in line and "one prompt per line" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_without_any_prompt(tmp_path):
+    assert "prompts: none given" in refused("generate", "testbed", "--out", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--full-steps", "60"), "60 of 50 steps"),
+        (("--full-steps", "0"), "0 of 50 steps"),
+        (("--full-steps", "9", *STEPS), "9 of 8 steps"),
+        (("--interval", "0"), "interval=0"),
+        ((), "either --full-steps or --interval"),
+        (("--full-steps", "10", "--interval", "7"), "either --full-steps or --interval"),
+    ],
+)
+def test_which_steps_are_full(options, words, prompts, tmp_path):
+    line = refused(
+        "generate",
+        "testbed",
+        "--forecaster",
+        "fora",
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path,
+        *options,
+    )
+    assert words in line
+
+
+@pytest.mark.parametrize("text", ["60", "ten", "", "10,0"])
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_full_steps_lists(command, text, prompts, tmp_path):
+    place = ("testbed", "--out", tmp_path) if command == "train" else ("--pipeline", "testbed")
+    assert "full-steps: " in refused(command, *place, "--prompts", prompts, "--full-steps", text)
+
+
+def test_unwritable_folders_are_refused_before_any_work(prompts, tmp_path, monkeypatch):
+    """A file stands where the folder should be: also root cannot write there."""
+    monkeypatch.setattr("lesa.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
+    blocked = tmp_path / "file" / "out"
+    blocked.parent.write_text("")
+    for line in (
+        refused("train", "testbed", "--prompts", prompts, "--out", blocked),
+        refused("generate", "testbed", "--prompts", prompts, "--out", blocked),
+        refused("demo", "--out", blocked),
+    ):
+        assert line.startswith("lesa: out: cannot write into the folder") and "another" in line
+    common = ("compare", "--pipeline", "testbed", "--prompts", prompts)
+    assert "report: cannot write" in refused(*common, "--report", blocked)
+    assert "json: " in refused(*common, "--json", blocked / "rows.json")
+    assert "is a folder" in refused(*common, "--json", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        (None, "cannot load"),
+        ({"_class_name": "NoSuchPipeline"}, "NoSuchPipeline"),
+        (
+            {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"]},
+            "cannot load",
+        ),
+    ],
+)
+def test_pipelines_that_cannot_be_loaded(index, words, prompts, tmp_path):
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    if index is not None:
+        (folder / "model_index.json").write_text(json.dumps(index))
+    line = refused("generate", folder, "--prompts", prompts, "--out", tmp_path / "out")
+    assert line.startswith("lesa: pipeline:") and words in line and "save_pretrained" in line
+
+
+def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(4,), norm_num_groups=1, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), in_channels=3,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    options = ("--prompts", prompts, "--out", tmp_path / "out")
+    assert "UNet2DModel is not a known denoiser class" in refused(
+        "train", tmp_path / "ddpm", *options
+    )
+
+
+def test_device_and_dtype(prompts, tmp_path):
+    common = ("generate", "testbed", "--prompts", prompts, "--out", tmp_path)
+    assert "device: 'tpu0' is unknown" in refused(*common, "--device", "tpu0")
+    assert "dtype: 'int8' is unknown" in refused(
+        "generate", tmp_path, *common[2:], "--dtype", "int8"
+    )
+
+
+def test_a_truncated_checkpoint(trained, prompts, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_bytes((trained / "config.json").read_bytes())
+    (broken / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:500])
+    for line in (
+        refused("inspect", broken),
+        refused("generate", "testbed", "--forecaster", broken, "--full-steps", "3",
+                "--prompts", prompts, "--out", tmp_path / "out"),
+    ):  # fmt: skip
+        assert "model.safetensors" in line and "truncated" in line
+
+
+def test_a_checkpoint_of_another_model(trained, prompts, tmp_path):
+    """The same class with other weights is another model."""
+    import torch
+
+    pipe = testbed.load("flux")
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.mul_(1.5)
+    pipe.save_pretrained(tmp_path / "other")
+    line = refused(
+        "generate", tmp_path / "other", "--forecaster", trained, "--full-steps", "3", *STEPS,
+        "--prompts", prompts, "--out", tmp_path / "out", "--height", "64", "--width", "64",
+    )  # fmt: skip
+    assert "was trained for" in line and "this model" in line
+
+
+def test_inspect_of_nothing(tmp_path):
+    assert "config.json" in refused("inspect", tmp_path / "nowhere")
+
+
+def interrupt(args, ready, tmp_path) -> subprocess.CompletedProcess:
+    """Run a command, send Ctrl-C once `ready()` holds, and wait for its end."""
+    with open(tmp_path / "err", "w+") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lesa", *map(str, args)],
+            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=Path(__file__).parents[1],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        deadline = time.monotonic() + 300  # a busy machine needs a minute to import torch
+        while not ready() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        stderr.seek(0)
+        return subprocess.CompletedProcess(args, process.returncode, out, stderr.read())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there, Ctrl-C goes to a whole console")
+def test_ctrl_c_while_generating_keeps_what_is_finished(tmp_path):
+    texts, out = tmp_path / "p.txt", tmp_path / "out"
+    texts.write_text("\n".join(testbed.captions(200, seed=2)))
+    args = ("generate", "testbed", "--prompts", texts, "--out", out, "--batch-size", "1", *STEPS)
+    done = interrupt(args, lambda: out.exists() and len(list(out.glob("*.png"))) >= 2, tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+    pictures = list(out.iterdir())
+    assert 2 <= len(pictures) < 200
+    for path in pictures:  # complete ones, under their final names only
+        assert path.suffix == ".png"
+        Image.open(path).load()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there, Ctrl-C goes to a whole console")
+def test_ctrl_c_while_collecting_is_taken_up_again(tmp_path):
+    texts, out = tmp_path / "p.txt", tmp_path / "out"
+    texts.write_text("\n".join(testbed.captions(200, seed=2, split="train")))
+    args = ("train", "testbed", "--prompts", texts, "--out", out, "--batch-size", "1", *STEPS,
+            "--full-steps", "3")  # fmt: skip
+    done = interrupt(args, lambda: any(out.glob("statistics-*")), tmp_path)
+    assert done.returncode == 130, done.stderr
+    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
+    assert not (out / "config.json").exists()
+    from lesa.training import Statistics
+
+    (kept,) = out.iterdir()
+    assert 1 <= len(Statistics.load(kept).prompts) < 200
