@@ -118,7 +118,7 @@ def patch_diffusers() -> None:
             builtin(self, config)
 
     enable_cache._lesa_patch = True  # type: ignore[attr-defined]
-    CacheMixin.enable_cache = enable_cache  # type: ignore[method-assign]
+    CacheMixin.enable_cache = enable_cache
 
 
 def find_denoiser(pipe: Any) -> nn.Module:

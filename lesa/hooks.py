@@ -231,11 +231,12 @@ class _Swapped:
     _lesa_original: type[nn.Module]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        shell = object.__new__(self._lesa_original)
-        state = {key: value for key, value in self.__dict__.items() if key not in _OWN}
-        shell.__dict__.update(state)
-        clone = copy.deepcopy(shell, memo)
-        memo[id(self)] = clone
+        shell: Any = object.__new__(self._lesa_original)
+        clone: Any = object.__new__(self._lesa_original)
+        shell.__dict__.update((k, v) for k, v in self.__dict__.items() if k not in _OWN)
+        memo[id(self)] = clone  # first: diffusers' hook registry refers back to the module
+        state = shell.__getstate__() if hasattr(shell, "__getstate__") else shell.__dict__
+        clone.__setstate__(copy.deepcopy(state, memo))
         return clone
 
 

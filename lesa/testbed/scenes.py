@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[np.float32]
+Array = npt.NDArray[np.floating[Any]]
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 HUES = {

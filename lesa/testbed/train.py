@@ -75,7 +75,7 @@ class Run:
         torch.save(state, partial)
         partial.replace(self.folder / f"{stage}.pt")
 
-    def load(self, stage: str) -> dict | None:  # type: ignore[type-arg]
+    def load(self, stage: str) -> dict | None:
         path = self.folder / f"{stage}.pt"
         return torch.load(path, weights_only=True) if path.exists() else None
 
@@ -162,7 +162,7 @@ def train_vae(run: Run, pipe: FluxPipeline) -> None:
     vae.requires_grad_(False).eval()
 
 
-def batches(items: list, size: int) -> Iterator[list]:  # type: ignore[type-arg]
+def batches(items: list, size: int) -> Iterator[list]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 

@@ -64,9 +64,7 @@ class Calibrator:
                 fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
                 chosen = fresh[-CANDIDATES:]
                 tried.update(chosen)
-                lanes.append(
-                    [replace(leader, schedule=self._plan(s), coefficients={}) for s in chosen]
-                )
+                lanes.append([replace(leader, schedule=self._plan(s)) for s in chosen])
             self._run([lane for group in lanes for lane in group])
             best = [
                 max(leader, *group, key=quality) for leader, group in zip(best, lanes, strict=True)

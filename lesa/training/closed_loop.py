@@ -12,12 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lesa.errors import LesaError
 from lesa.hooks import Denoiser, attach, detach, make_output, read_sample
 from lesa.schedule import Schedule
 from lesa.training.job import Job, followed
@@ -32,6 +31,9 @@ class Lane:
     ``drift`` is beta of the target v* = v_base + beta (x_base - x) / dsigma, which also pulls the
     latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
     mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
+
+    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``residual`` (branch ->
+    relative squared error of each skipped step) and ``score`` (dB per prompt).
     """
 
     schedule: Schedule
@@ -43,161 +45,133 @@ class Lane:
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, list[float]] = field(default_factory=dict)
     score: Tensor | None = None
-    _rings: dict[str, list[Tensor]] = field(default_factory=dict)
+    rings: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def push(self, branch: str, feature: Tensor) -> None:
+        """Keep the feature of a full step, newest first."""
+        ring = self.rings.setdefault(branch, [])
+        ring.insert(0, feature.clone())
+        del ring[self.history :]
+
+    def forecast(self, at: Visit, latent: Tensor, base_latent: Tensor, base: Tensor) -> Tensor:
+        """Fit the row of a skipped step on the states at hand, store it, and apply it."""
+        ring, rows = self.rings[at.branch], self.coefficients[at.branch]
+        regressors = [*ring, latent] if self.uses_latent else ring
+        columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
+        if not self.frozen:
+            target = base + at.pull * self.drift * (base_latent - latent) if at.pull else base
+            fitted = ridge_fit(regressors, target, rows[at.step, columns], self.ridge)
+            rows[at.step] = 0
+            rows[at.step, columns] = fitted
+        weights = rows[at.step, columns].tolist()
+        total = sum(weight * part.float() for weight, part in zip(weights, regressors, strict=True))
+        assert isinstance(total, Tensor)
+        error = (total - base.float()).square().mean() / base.float().square().mean()
+        self.residual.setdefault(at.branch, []).append(error.item())
+        return total.to(base.dtype)
+
+
+class Visit(NamedTuple):
+    """Where a lane is asked for a forecast; ``pull`` is 1 / dsigma, 0 without drift correction."""
+
+    step: int
+    branch: str
+    pull: float
+
+
+def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """argmin_c |sum_k c_k r_k - target|^2 + p |c - start|^2, p = ridge x mean_k |r_k|^2.
+
+    Inner products are taken in float64 where the tensors are; the result ``[K]`` is on the CPU.
+    """
+    matrix = torch.stack([part.double().flatten() for part in regressors])
+    moments = (matrix @ matrix.T).cpu()
+    onto = (matrix @ target.double().flatten()).cpu()
+    pull = ridge * moments.diagonal().mean() * torch.eye(len(start), dtype=torch.float64)
+    return start + torch.linalg.solve(moments + pull, onto - moments @ start)
 
 
 class LockStep:
     """Controller of the shared call: computes base rows and full rows, forecasts the others."""
 
-    def __init__(
-        self, lanes: Sequence[Lane], prior: Prior, tap: str, chunk: int, correctable: bool
-    ) -> None:
-        self.lanes, self.prior, self.tap, self.chunk, self.correctable = (
-            lanes,
-            prior,
-            tap,
-            chunk,
-            correctable,
-        )
-        self._priors: dict[tuple[int, str], Tensor] = {}
+    def __init__(self, job: Job, lanes: Sequence[Lane], prior: Prior) -> None:
+        self.job, self.lanes, self.prior = job, lanes, prior
+        # The latent follows x' = x + dsigma v only for a first-order flow sampler.
+        flow = "FlowMatchEuler" in type(job.pipe.scheduler).__name__
+        self.corrects = flow and job.tap == "output"
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = followed(denoiser, kwargs)
-        latent = denoiser.latent(args, kwargs)
-        total, count = len(latent), len(latent) // (1 + len(self.lanes))
-        full = [lane.schedule.is_full(step.index) for lane in self.lanes]
-        rows = [
-            row
-            for copy, needed in enumerate([True, *full])
-            for row in range(copy * count, (copy + 1) * count)
-            if needed
+        step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
+        call = _Batch(denoiser, args, kwargs, len(latent))
+        count = len(latent) // (1 + len(self.lanes))
+        places = [range(n * count, (n + 1) * count) for n in range(1 + len(self.lanes))]
+        full = [True, *(lane.schedule.is_full(step.index) for lane in self.lanes)]
+        needed = [
+            row for place, is_full in zip(places, full, strict=True) if is_full for row in place
         ]
-        kind, output, feature = self._compute(denoiser, args, kwargs, rows, total)
-        base = feature[:count]
-        for number, lane in enumerate(self.lanes):
-            place = slice((number + 1) * count, (number + 2) * count)
-            if full[number]:
-                ring = lane._rings.setdefault(step.branch, [])
-                ring.insert(0, feature[place].clone())
-                del ring[lane.history :]
+        kind, output, feature = call.compute(needed, self.job)
+        rate = step.sigmas[step.index + 1] - step.sigmas[step.index]
+        visit = Visit(step.index, step.branch, 1 / rate if self.corrects else 0.0)
+        base = slice(0, count)
+        for lane, place, is_full in zip(self.lanes, places[1:], full[1:], strict=True):
+            rows = slice(place.start, place.stop)
+            if is_full:
+                lane.push(step.branch, feature[rows])
                 continue
-            rate = step.sigmas[step.index + 1] - step.sigmas[step.index]
-            row = self._fit(
-                number,
-                step.index,
-                step.branch,
-                step.sigmas,
-                latent[place],
-                latent[:count],
-                base,
-                rate,
-            )
-            forecast = self._mix(lane, step.branch, row, latent[place])
-            if self.tap == "output":
-                output[place] = forecast
-            else:
-                part = take_rows(
-                    (args, kwargs),
-                    list(range(place.start, place.stop)),
-                    total,
-                    denoiser.spec.unbatched,
-                )
-                output[place] = read_sample(denoiser.run_tail(forecast, *part))
+            if step.branch not in lane.coefficients:
+                lane.coefficients[step.branch] = self.prior(lane.schedule, step.sigmas, step.branch)
+            forecast = lane.forecast(visit, latent[rows], latent[base], feature[base])
+            output[rows] = forecast if self.job.tap == "output" else call.tail(forecast, place)
         return make_output(kind, output)
 
-    def _compute(
-        self, denoiser: Denoiser, args: Any, kwargs: Any, rows: list[int], total: int
-    ) -> tuple[type, Tensor, Tensor]:
-        """Run the model on the needed rows, ``chunk`` at a time; the other rows of the results
-        are zero."""
+
+@dataclass
+class _Batch:
+    """One call of the denoiser that can be computed row by row."""
+
+    denoiser: Denoiser
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    total: int
+
+    def rows(self, rows: Sequence[int]) -> Any:
+        """The call's arguments for some rows."""
+        return take_rows((self.args, self.kwargs), rows, self.total, self.denoiser.spec.unbatched)
+
+    def compute(self, rows: list[int], job: Job) -> tuple[type, Tensor, Tensor]:
+        """Run the model on these rows, a batch at a time: class of its output, sample, feature.
+
+        Sample and feature are ``[total, ...]``, zero in the other rows.
+        """
+        parts = [
+            rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)
+        ]
         output = feature = None
-        for start in range(0, len(rows), self.chunk):
-            part = rows[start : start + self.chunk]
-            result, hidden = denoiser.run(
-                *take_rows((args, kwargs), part, total, denoiser.spec.unbatched),
-                tap=self.tap == "hidden",
-            )
+        for part in parts:
+            args, kwargs = self.rows(part)
+            result, tapped = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
             sample = read_sample(result)
-            tapped = hidden if self.tap == "hidden" else sample
-            if sample is None or tapped is None:
-                raise LesaError(
-                    f"closed-loop fit: {type(denoiser.model).__name__} gave no single tensor to tap"
-                )
+            tapped = sample if job.tap == "output" else tapped
+            assert sample is not None and tapped is not None  # collect has refused such models
             if output is None or feature is None:
-                output, feature = (
-                    sample.new_zeros(total, *sample.shape[1:]),
-                    tapped.new_zeros(total, *tapped.shape[1:]),
-                )
-            output[part] = sample
-            feature[part] = tapped
+                output = sample.new_zeros(self.total, *sample.shape[1:])
+                feature = tapped.new_zeros(self.total, *tapped.shape[1:])
+            output[part], feature[part] = sample, tapped
         assert output is not None and feature is not None
         return type(result), output, feature
 
-    def _prior_rows(self, number: int, branch: str, sigmas: tuple[float, ...]) -> Tensor:
-        key = (number, branch)
-        if key not in self._priors:
-            lane = self.lanes[number]
-            self._priors[key] = self.prior(lane.schedule, sigmas, branch).double()
-            lane.coefficients[branch] = torch.zeros_like(self._priors[key])
-        return self._priors[key]
-
-    def _fit(
-        self,
-        number: int,
-        step: int,
-        branch: str,
-        sigmas: tuple[float, ...],
-        latent: Tensor,
-        base_latent: Tensor,
-        base: Tensor,
-        rate: float,
-    ) -> Tensor:
-        """Ridge regression of the drift-correcting target on ring and latent, over all prompts at
-        once, in float64."""
-        lane, prior = self.lanes[number], self._prior_rows(number, branch, sigmas)[step]
-        if not lane.frozen:
-            ring = lane._rings[branch]
-            regressors = [*ring, latent] if lane.uses_latent else ring
-            columns = [*range(len(ring)), *([len(prior) - 1] if lane.uses_latent else [])]
-            matrix = torch.stack([r.double().flatten() for r in regressors])
-            target = base.double().flatten()
-            if self.correctable:
-                target = (
-                    target + lane.drift / rate * (base_latent.double() - latent.double()).flatten()
-                )
-            start = prior[columns]
-            moments = matrix @ matrix.T
-            pull = (
-                lane.ridge
-                * moments.diagonal().mean()
-                * torch.eye(len(columns), dtype=torch.float64)
-            )
-            solution = start + torch.linalg.solve(
-                moments + pull, matrix @ (target - start @ matrix)
-            )
-            prior = torch.zeros_like(prior)
-            prior[columns] = solution
-            rest = (
-                solution @ matrix - base.double().flatten()
-            ).square().mean() / base.double().square().mean()
-            lane.residual.setdefault(branch, []).append(float(rest))
-        lane.coefficients[branch][step] = prior
-        return prior
-
-    @staticmethod
-    def _mix(lane: Lane, branch: str, row: Tensor, latent: Tensor) -> Tensor:
-        ring = lane._rings[branch]
-        total = sum(float(c) * feature.float() for c, feature in zip(row, ring, strict=False))
-        if lane.uses_latent:
-            total = total + float(row[-1]) * latent.float()
-        return total.to(ring[0].dtype)  # type: ignore[union-attr]
+    def tail(self, feature: Tensor, rows: Sequence[int]) -> Tensor:
+        """The sample that a forecast hidden feature leads to."""
+        sample = read_sample(self.denoiser.run_tail(feature, *self.rows(rows)))
+        assert sample is not None
+        return sample
 
 
-def take_rows(value: Any, rows: list[int], total: int, unbatched: Sequence[str] = ()) -> Any:
+def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
     """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
     tuples, lists and dicts."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim and len(value) == total else value
+        return value[list(rows)] if value.ndim and len(value) == total else value
     if isinstance(value, dict):
         return {
             k: v if k in unbatched else take_rows(v, rows, total, unbatched)
@@ -216,17 +190,15 @@ def run_lanes(job: Job, lanes: Sequence[Lane], prior: Prior, num_inference_steps
     """
     count, copies = len(job.prompts), 1 + len(lanes)
     for lane in lanes:
-        lane._rings, lane.residual = {}, {}
-    flow = "FlowMatch" in type(job.pipe.scheduler).__name__
-    controller = LockStep(lanes, prior, job.tap, job.batch_size, flow and job.tap == "output")
+        lane.rings, lane.residual, lane.coefficients = {}, {}, {}
     noise = [generator for _ in range(copies) for generator in job.generators(0, count)]
-    attach(job.model, controller, job.pipe)
+    attach(job.model, LockStep(job, lanes, prior), job.pipe)
     try:
         final = job.run(list(job.prompts) * copies, noise, num_inference_steps)
     finally:
         detach(job.model)
     runs = final.double().flatten(1).reshape(copies, count, -1)
     for lane, run in zip(lanes, runs[1:], strict=True):
-        lane._rings = {}
+        lane.rings = {}
         error = (run - runs[0]).square().mean(1) / runs[0].square().mean(1)
         lane.score = -10 * torch.log10(error + 1e-12)

@@ -67,7 +67,7 @@ class OpenLoop:
     def scores(self, full_steps: Steps) -> Vector:
         """-10 log10 of the final latent's squared error per prompt; higher is better."""
         schedule = Schedule.explicit(full_steps, self.statistics.num_steps)
-        energy = 0.0
+        energy = np.zeros(len(next(iter(self.grams.values()))))
         for branch, grams in self.grams.items():
             total = np.zeros(self.statistics.size)
             for step in schedule.skipped_steps:
