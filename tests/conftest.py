@@ -12,7 +12,7 @@ import torch
 
 @pytest.fixture
 def tiny_flux() -> Any:
-    """A FluxPipeline of two double and two single blocks that takes prompt embeddings."""
+    """A FluxPipeline of one double and one single block that takes prompt embeddings."""
     from diffusers import (
         AutoencoderKL,
         FlowMatchEulerDiscreteScheduler,
@@ -23,8 +23,8 @@ def tiny_flux() -> Any:
     torch.manual_seed(0)
     transformer = FluxTransformer2DModel(
         in_channels=4,
-        num_layers=2,
-        num_single_layers=2,
+        num_layers=1,
+        num_single_layers=1,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,

@@ -1,4 +1,11 @@
-"""Triton kernels of lesa.
+"""Triton kernels of lesa: what runs on a skipped step, at the speed of memory.
+
+    from lesa_kernels.mix import mix            # likewise spline_mix, mix_modulate, gram, ...
+    from lesa_kernels import reference          # the same functions in float64
+
+All launchers take what varies from step to step as device tensors, so that a CUDA graph can replay
+them, and write into `out`. Only their modules import Triton, which has no wheel for macOS and
+Windows; this one and `reference` import it never.
 
 This package lies under `kernels/`, which must stay without an `__init__.py`: as a regular package
 that folder would shadow Hugging Face's `kernels`, which diffusers imports by name.
@@ -13,10 +20,7 @@ __all__ = ["triton_version"]
 
 
 def triton_version() -> str | None:
-    """The installed Triton's version, or None where there is none (macOS, Windows, plain install).
-
-    Triton itself is not imported: the extra `kernels` brings it, and nothing here needs it yet.
-    """
+    """The installed Triton's version, or None where there is none; Triton is not imported."""
     if util.find_spec("triton") is None:
         return None
     try:

@@ -18,7 +18,6 @@ _HERE = Path(__file__).parent
 
 def load(name: str = "flux") -> Any:
     """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off."""
-    import torch
     from diffusers import DiffusionPipeline
 
     folder = _HERE / name if name in PIPELINES else Path(name)
@@ -27,7 +26,7 @@ def load(name: str = "flux") -> Any:
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
             "folder: pass one of these"
         )
-    pipe = DiffusionPipeline.from_pretrained(folder).to(torch.float32)
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -55,6 +55,7 @@ PLACES = tuple(
     )
 )
 MAX_TILT = 15.0  # degrees; more would turn a square into a diamond
+FREE, NEAT = 1.0, 0.25  # how much of tilt and jitter a scene uses
 _SPLIT = {"train": 0, "test": 1_000_003}  # first seed of each split
 
 
@@ -103,8 +104,12 @@ class Scene:
         return f"{subject} on a {ground} background"
 
 
-def _centres(rng: Random, relation: str, radii: tuple[float, ...]) -> list[tuple[float, float]]:
-    jitter = lambda width: rng.uniform(-width, width)  # noqa: E731
+def _centres(
+    rng: Random, relation: str, radii: tuple[float, ...], freedom: float
+) -> list[tuple[float, float]]:
+    def jitter(width: float) -> float:
+        return freedom * rng.uniform(-width, width)
+
     if relation in PLACES:
         row, column = divmod(PLACES.index(relation), 3)
         return [(0.27 + 0.23 * column + jitter(0.035), 0.27 + 0.23 * row + jitter(0.035))]
@@ -117,8 +122,11 @@ def _centres(rng: Random, relation: str, radii: tuple[float, ...]) -> list[tuple
     return [first, second] if relation in ("left of", "right of") else [first[::-1], second[::-1]]
 
 
-def sample_scene(rng: Random) -> Scene:
-    """Draw one scene; the same ``rng`` state gives the same scene."""
+def sample_scene(rng: Random, freedom: float = NEAT) -> Scene:
+    """Draw one scene; ``freedom`` in [0, 1] scales tilt and the jitter of places.
+
+    The same ``rng`` state gives the same caption whatever the freedom.
+    """
     count = rng.choice((1, 1, 2, 2, 2))
     relation = rng.choice(PLACES if count == 1 else RELATIONS)
     colours = rng.sample(COLOURS, count)
@@ -133,11 +141,11 @@ def sample_scene(rng: Random) -> Scene:
             x,
             y,
             radius,
-            rng.uniform(-MAX_TILT, MAX_TILT),
+            freedom * rng.uniform(-MAX_TILT, MAX_TILT),
             rng.random(),
         )
         for colour, size, radius, (x, y) in zip(
-            colours, sizes, radii, _centres(rng, relation, radii), strict=True
+            colours, sizes, radii, _centres(rng, relation, radii, freedom), strict=True
         )
     )
     tones = (rng.choice(tuple(TONES)), rng.choice(tuple(TONES)))
@@ -145,20 +153,22 @@ def sample_scene(rng: Random) -> Scene:
     return Scene(items, relation, tones, rng.choice((0.0, 90.0, 45.0, 135.0)), waves)
 
 
-def scenes(count: int, seed: int = 0, split: str = "train", crowd: int = 0) -> list[Scene]:
+def scenes(
+    count: int, seed: int = 0, split: str = "train", *, freedom: float = NEAT, crowd: int = 0
+) -> list[Scene]:
     """``count`` scenes of a split; the splits share no seed.
 
     With ``crowd`` that many uncaptioned shapes are scattered over each scene: pictures in which
     colour and texture fill more of the area, for the autoencoder.
     """
     rng = Random(_SPLIT[split] + seed)
-    return [_crowded(sample_scene(rng), rng, crowd) for _ in range(count)]
+    return [_crowded(sample_scene(rng, freedom), rng, crowd) for _ in range(count)]
 
 
 def _crowded(scene: Scene, rng: Random, crowd: int) -> Scene:
     if not crowd:
         return scene
-    more = [sample_scene(rng).items[0] for _ in range(crowd)]
+    more = [sample_scene(rng, FREE).items[0] for _ in range(crowd)]
     placed = [replace(item, x=rng.uniform(0.1, 0.9), y=rng.uniform(0.1, 0.9)) for item in more]
     return replace(
         scene, items=tuple(rng.sample([*scene.items, *placed], crowd + len(scene.items)))

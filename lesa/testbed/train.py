@@ -24,7 +24,7 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from lesa.testbed.build import IMAGE_SIZE, LATENT_CHANNELS, TOKENS, flux_pipeline
-from lesa.testbed.scenes import render_batch, scenes
+from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
 from lesa.testbed.text import TEXT_LENGTH
 
 
@@ -33,17 +33,19 @@ class Plan:
     """Every number of a training run; recorded beside the weights."""
 
     seed: int = 0
-    scenes: int = 24_000
+    free_scenes: int = 24_000
+    neat_scenes: int = 16_000
     vae_scenes: int = 5_000
     vae_steps: int = 1_300
     vae_batch: int = 8
     vae_lr: float = 2e-3
-    base_steps: int = 3_400
+    free_steps: int = 3_000
+    base_steps: int = 5_000
     base_batch: int = 32
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.998
-    distill_steps: int = 350
+    distill_steps: int = 300
     distill_lr: float = 2e-4
     guidance: tuple[float, float] = (1.0, 6.0)
     train_shift: float = 2.0
@@ -115,9 +117,9 @@ def optimise(
         nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         optimiser.step()
         with torch.no_grad():
-            rate = min(ema, (step + 1) / (step + 10))
+            kept = min(ema, (step + 1) / (step + 10))
             for slow, fast in zip(average.parameters(), modules.parameters(), strict=True):
-                slow.lerp_(fast, 1 - rate)
+                slow.lerp_(fast, 1 - kept)
         mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
         if (step + 1) % 50 == 0:
             run.log(stage=stage, step=step + 1, of=steps, loss=round(mean, 5))
@@ -143,7 +145,7 @@ def train_vae(run: Run, pipe: FluxPipeline) -> None:
     learns grey first), plus L1 on differences, which keeps edges sharp, and a light KL term.
     """
     plan, vae = run.plan, pipe.vae
-    crowded = scenes(plan.vae_scenes, plan.seed, crowd=4)
+    crowded = scenes(plan.vae_scenes, plan.seed, freedom=FREE, crowd=4)
     pool = torch.cat([render_batch(part) for part in batches(crowded, 500)])
 
     def loss_at(step: int) -> Tensor:
@@ -166,38 +168,39 @@ def batches(items: list, size: int) -> Iterator[list]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-@torch.no_grad()
-def encode(run: Run, pipe: FluxPipeline) -> tuple[Tensor, list[str]]:
-    """Normalised, packed latents ``[N, TOKENS, 4 * LATENT_CHANNELS]`` (fp16) and captions of the
-    training scenes."""
-    pool = scenes(run.plan.scenes, run.plan.seed)
-    if (state := run.load("latents")) is None:
-        latents = torch.cat(
-            [pipe.vae.encode(render_batch(part)).latent_dist.mean for part in batches(pool, 64)]
-        )
-        state = {"latents": latents.half(), "mean": latents.mean(), "std": latents.std()}
-        run.save("latents", state)
-        run.log(
-            stage="encode", scenes=len(pool), mean=state["mean"].item(), std=state["std"].item()
-        )
-    pipe.vae.register_to_config(
-        shift_factor=state["mean"].item(), scaling_factor=1 / state["std"].item()
-    )
-    normal = (state["latents"].float() - state["mean"]) / state["std"]
-    side = IMAGE_SIZE // 4
-    packed = pipe._pack_latents(normal, len(pool), LATENT_CHANNELS, side, side)
-    return packed.half(), [scene.caption for scene in pool]
+class Pool:
+    """Encoded training scenes: normalised, packed latents and caption tokens.
 
+    latents: ``[N, TOKENS, 4 * LATENT_CHANNELS]`` fp16. clip, t5: ``[N + 1, TEXT_LENGTH]``, the last
+    row being the empty caption. The first pool of a run sets the autoencoder's shift and scale.
+    """
 
-class Tokens:
-    """Captions tokenised once for both encoders; the last row is the empty caption."""
-
-    def __init__(self, pipe: FluxPipeline, captions: list[str]) -> None:
+    @torch.no_grad()
+    def __init__(self, run: Run, pipe: FluxPipeline, name: str, count: int, freedom: float) -> None:
+        pool = scenes(count, run.plan.seed, freedom=freedom)
+        vae, side = pipe.vae, IMAGE_SIZE // 4
+        if (state := run.load(name)) is None:
+            parts = [vae.encode(render_batch(part)).latent_dist.mean for part in batches(pool, 64)]
+            latents = torch.cat(parts)
+            state = {"latents": latents.half(), "mean": latents.mean(), "std": latents.std()}
+            run.save(name, state)
+            run.log(stage=name, scenes=count, mean=state["mean"].item(), std=state["std"].item())
+        if not vae.config.shift_factor:
+            mean, std = state["mean"].item(), state["std"].item()
+            vae.register_to_config(shift_factor=mean, scaling_factor=1 / std)
+        normal = (state["latents"].float() - vae.config.shift_factor) * vae.config.scaling_factor
+        self.latents = pipe._pack_latents(normal, count, LATENT_CHANNELS, side, side).half()
+        captions = [*(scene.caption for scene in pool), ""]
         options = dict(
             padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
         )
-        self.clip = pipe.tokenizer([*captions, ""], **options).input_ids
-        self.t5 = pipe.tokenizer_2([*captions, ""], **options).input_ids
+        self.clip = pipe.tokenizer(captions, **options).input_ids
+        self.t5 = pipe.tokenizer_2(captions, **options).input_ids
+
+    @property
+    def empty(self) -> int:
+        """Row of the empty caption."""
+        return len(self.latents)
 
 
 def velocity(
@@ -238,11 +241,11 @@ class Draw:
         return (1 - sigma) * self.clean + sigma * self.noise
 
 
-def draw(run: Run, stage: str, step: int, latents: Tensor) -> Draw:
+def draw(run: Run, stage: str, step: int, pool: Pool) -> Draw:
     """Logit-normal noise levels, shifted as at inference."""
     generator, plan = run.generator(stage, step), run.plan
-    rows = torch.randint(0, len(latents), (plan.base_batch,), generator=generator)
-    clean = latents[rows].float()
+    rows = torch.randint(0, pool.empty, (plan.base_batch,), generator=generator)
+    clean = pool.latents[rows].float()
     u = torch.sigmoid(torch.randn(plan.base_batch, generator=generator))
     sigma = plan.train_shift * u / (1 + (plan.train_shift - 1) * u)
     return Draw(clean, torch.randn(clean.shape, generator=generator), sigma, rows)
@@ -254,27 +257,28 @@ def denoiser(pipe: FluxPipeline) -> nn.ModuleDict:
     )
 
 
-def train_base(run: Run, pipe: FluxPipeline, latents: Tensor, tokens: Tokens) -> nn.ModuleDict:
-    """Flow matching: the target is noise minus data.
+def train_base(run: Run, pipe: FluxPipeline, free: Pool, neat: Pool) -> nn.ModuleDict:
+    """Flow matching: the target is noise minus data; first on free scenes, then on neat ones.
 
     Guidance 1 means unguided; some captions are dropped.
     """
     plan, modules = run.plan, denoiser(pipe)
 
     def loss_at(step: int) -> Tensor:
-        batch = draw(run, "base", step, latents)
+        pool = free if step < plan.free_steps else neat
+        batch = draw(run, "base", step, pool)
         drop = (
             torch.rand(len(batch.rows), generator=run.generator("drop", step))
             < plan.caption_dropout
         )
-        rows = torch.where(drop, len(latents), batch.rows)
+        rows = torch.where(drop, pool.empty, batch.rows)
         output = velocity(
             modules,
             batch.noisy,
             batch.sigma,
             torch.ones(len(rows)),
-            tokens.clip[rows],
-            tokens.t5[rows],
+            pool.clip[rows],
+            pool.t5[rows],
         )
         return F.mse_loss(output, batch.noise - batch.clean)
 
@@ -287,7 +291,7 @@ def train_base(run: Run, pipe: FluxPipeline, latents: Tensor, tokens: Tokens) ->
 
 
 def distil_guidance(
-    run: Run, pipe: FluxPipeline, teacher: nn.ModuleDict, latents: Tensor, tokens: Tokens
+    run: Run, pipe: FluxPipeline, teacher: nn.ModuleDict, pool: Pool
 ) -> nn.ModuleDict:
     """Teach ``guidance = g`` the frozen teacher's ``v_empty + g (v_caption - v_empty)``."""
     plan = run.plan
@@ -298,18 +302,18 @@ def distil_guidance(
     teacher.eval()
 
     def loss_at(step: int) -> Tensor:
-        batch = draw(run, "distill", step, latents)
+        batch = draw(run, "distill", step, pool)
         count = len(batch.rows)
         scale = torch.rand(count, generator=run.generator("guidance", step)) * (
             plan.guidance[1] - plan.guidance[0]
         )
         scale = scale + plan.guidance[0]
-        clip, t5 = tokens.clip[batch.rows], tokens.t5[batch.rows]
-        one, empty = torch.ones(count), torch.full((count,), len(latents))
+        clip, t5 = pool.clip[batch.rows], pool.t5[batch.rows]
+        one, empty = torch.ones(count), torch.full((count,), pool.empty)
         with torch.no_grad():
             caption = velocity(teacher, batch.noisy, batch.sigma, one, clip, t5)
             free = velocity(
-                teacher, batch.noisy, batch.sigma, one, tokens.clip[empty], tokens.t5[empty]
+                teacher, batch.noisy, batch.sigma, one, pool.clip[empty], pool.t5[empty]
             )
         target = free + scale[:, None, None] * (caption - free)
         return F.mse_loss(velocity(student, batch.noisy, batch.sigma, scale, clip, t5), target)
@@ -318,21 +322,24 @@ def distil_guidance(
 
 
 def export(pipe: FluxPipeline, modules: nn.ModuleDict, folder: Path) -> None:
-    """Write a ``from_pretrained`` folder with half-precision weights; ``tokenizer_2`` keeps
-    FLUX's class name."""
-    parts = {name: copy.deepcopy(modules[name]).half() for name in modules}
+    """Write a ``from_pretrained`` folder, denoiser and autoencoder in half precision.
+
+    diffusers loads those as float32 unless told otherwise; transformers would keep half, so the
+    small text encoders are stored in float32.
+    """
+    halved = {"vae": pipe.vae, "transformer": modules["transformer"]}
     FluxPipeline(
         scheduler=pipe.scheduler,
         tokenizer=pipe.tokenizer,
         tokenizer_2=pipe.tokenizer_2,
-        vae=copy.deepcopy(pipe.vae).half(),
-        **parts,
+        text_encoder=modules["text_encoder"],
+        text_encoder_2=modules["text_encoder_2"],
+        **{name: copy.deepcopy(module).half() for name, module in halved.items()},
     ).save_pretrained(folder)
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
-    content["tokenizer_2"][1] = (
-        "T5TokenizerFast"  # transformers 4 needs sentencepiece for T5Tokenizer
-    )
+    # FLUX's own class name; under transformers 4, T5Tokenizer would need sentencepiece
+    content["tokenizer_2"][1] = "T5TokenizerFast"
     index.write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -365,10 +372,10 @@ def main() -> None:
     torch.manual_seed(run.plan.seed)
     pipe = flux_pipeline()
     train_vae(run, pipe)
-    latents, captions = encode(run, pipe)
-    tokens = Tokens(pipe, captions)
-    teacher = train_base(run, pipe, latents, tokens)
-    student = distil_guidance(run, pipe, teacher, latents, tokens)
+    free = Pool(run, pipe, "free", run.plan.free_scenes, FREE)
+    neat = Pool(run, pipe, "neat", run.plan.neat_scenes, NEAT)
+    teacher = train_base(run, pipe, free, neat)
+    student = distil_guidance(run, pipe, teacher, neat)
     if options.export is not None:
         export(pipe, student, options.export)
         record(run, options.export)

@@ -1,0 +1,218 @@
+// For hosts where Triton cannot compile. fp32 accumulation, one rounding at the store.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels.h"
+
+namespace lesa {
+namespace {
+
+constexpr int kThreads = 256;
+
+// N numbers in one access of at most 16 bytes.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T values[N];
+};
+
+template <class T, int N>
+__device__ Pack<T, N> fetch(const T* from) {  // read once: the first cache is spared
+  Pack<T, N> pack;
+  if constexpr (sizeof pack == 16) {
+    int4 bits;
+    asm volatile("ld.global.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x), "=r"(bits.y), "=r"(bits.z), "=r"(bits.w) : "l"(from));
+    memcpy(&pack, &bits, sizeof pack);
+  } else {
+    pack = *reinterpret_cast<const Pack<T, N>*>(from);
+  }
+  return pack;
+}
+
+__device__ float wide(float x) { return x; }
+__device__ float wide(__half x) { return __half2float(x); }
+__device__ float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ void round_to(float x, float& to) { to = x; }
+__device__ void round_to(float x, __half& to) { to = __float2half_rn(x); }
+__device__ void round_to(float x, __nv_bfloat16& to) { to = __float2bfloat16_rn(x); }
+
+// Each thread keeps the K pointers and weights of its launch in registers.
+template <class T, int K>
+struct Sum {
+  const T* features[K];
+  float weights[K];
+  const T* latent;
+  float latent_weight, bias;
+
+  __device__ explicit Sum(const DeviceTerms& terms)
+      : latent(static_cast<const T*>(terms.latent)), latent_weight(terms.latent_weight), bias(terms.bias) {
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      const bool used = k < terms.history;  // K is rounded up
+      int64_t slot = used ? terms.slots[k] : 0;
+      weights[k] = !used ? 0.f
+                   : terms.wide ? float(static_cast<const double*>(terms.coefficients)[k])
+                                : static_cast<const float*>(terms.coefficients)[k];
+      if (slot < 0 || slot >= terms.ring_slots) {  // seen in the result, and no stray read
+        slot = 0;
+        weights[k] = __int_as_float(0x7fc00000);
+      }
+      features[k] = static_cast<const T*>(terms.ring) + slot * terms.size;
+    }
+  }
+
+  // All loads are under way before the first product; what has no weight is not read, NaN or not.
+  template <int N>
+  __device__ void at(int64_t i, float (&sum)[N]) const {
+    Pack<T, N> packs[K + 1]{};
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      if (weights[k] != 0.f) packs[k] = fetch<T, N>(features[k] + i);
+    }
+    if (latent) packs[K] = fetch<T, N>(latent + i);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      sum[n] = bias;
+#pragma unroll
+      for (int k = 0; k < K; ++k) sum[n] = fmaf(weights[k], wide(packs[k].values[n]), sum[n]);
+      sum[n] = fmaf(latent_weight, wide(packs[K].values[n]), sum[n]);
+    }
+  }
+};
+
+template <class T, int N>
+__device__ void write(T* to, const float (&values)[N]) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int n = 0; n < N; ++n) round_to(values[n], pack.values[n]);
+  *reinterpret_cast<Pack<T, N>*>(to) = pack;
+}
+
+template <class T, int K, int N>
+__global__ void __launch_bounds__(kThreads) mix(const DeviceTerms terms, T* out) {
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
+  if (i >= terms.size) return;
+  float sum[N];
+  Sum<T, K>(terms).template at<N>(i, sum);
+  write(out + i, sum);
+}
+
+__device__ float block_sum(float x, float* shared) {
+  for (int d = 16; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = shared[threadIdx.x % (kThreads / 32)];
+  for (int d = kThreads / 64; d; d /= 2) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+template <class S>
+__device__ float modulate(float normed, const Modulation& m, int64_t place) {
+  const float gain = 1.f + wide(static_cast<const S*>(m.scale)[place]);
+  return fmaf(normed, gain, wide(static_cast<const S*>(m.shift)[place]));
+}
+
+__device__ float modulate(float normed, const Modulation& m, int64_t place) {
+  switch (m.dtype) {
+    case Dtype::f16: return modulate<__half>(normed, m, place);
+    case Dtype::bf16: return modulate<__nv_bfloat16>(normed, m, place);
+    default: return modulate<float>(normed, m, place);
+  }
+}
+
+// One block per row, which stays in shared memory in fp32; a thread meets its own numbers only.
+template <class T, int K, int N>
+__global__ void __launch_bounds__(kThreads) mix_modulate(const DeviceTerms terms, const Modulation m) {
+  extern __shared__ float4 dynamic[];
+  __shared__ float partial[kThreads / 32];
+  float* row = reinterpret_cast<float*>(dynamic);
+  const int64_t start = int64_t(blockIdx.x) * m.columns;
+  const int64_t sample = blockIdx.x / m.rows_per_sample * m.stride;
+  const Sum<T, K> h(terms);
+  float total = 0.f, square = 0.f;
+  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
+    float sum[N];
+    h.template at<N>(start + c, sum);
+    if (m.feature) write(static_cast<T*>(m.feature) + start + c, sum);
+#pragma unroll
+    for (int n = 0; n < N; ++n) total += row[c + n] = sum[n];
+  }
+  const float mean = block_sum(total, partial) / float(m.columns);
+  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) square = fmaf(row[c + n] - mean, row[c + n] - mean, square);
+  }
+  const float inverse = rsqrtf(block_sum(square, partial) / float(m.columns) + float(m.eps));
+  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
+    float result[N];
+#pragma unroll
+    for (int n = 0; n < N; ++n) result[n] = modulate((row[c + n] - mean) * inverse, m, sample + c + n);
+    write(static_cast<T*>(m.out) + start + c, result);
+  }
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// f(type, K, N): K rounded up to a compiled one, N numbers per access.
+template <class T, class F>
+cudaError_t with_history(int history, bool packed, const F& f) {
+#define LESA_CASE(K) \
+  if (history <= K) return packed ? f.template run<T, K, 16 / sizeof(T)>() : f.template run<T, K, 1>();
+  LESA_CASE(1) LESA_CASE(2) LESA_CASE(3) LESA_CASE(4) LESA_CASE(8) LESA_CASE(16)
+#undef LESA_CASE
+  return cudaErrorInvalidValue;
+}
+
+template <class F>
+cudaError_t dispatch(Dtype dtype, int history, bool packed, const F& f) {
+  switch (dtype) {
+    case Dtype::f32: return with_history<float>(history, packed, f);
+    case Dtype::f16: return with_history<__half>(history, packed, f);
+    case Dtype::bf16: return with_history<__nv_bfloat16>(history, packed, f);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+struct Mix {
+  const DeviceTerms& terms;
+  void* out;
+  cudaStream_t stream;
+
+  template <class T, int K, int N>
+  cudaError_t run() const {
+    const int64_t blocks = (terms.size + int64_t(kThreads) * N - 1) / (int64_t(kThreads) * N);
+    mix<T, K, N><<<unsigned(blocks), kThreads, 0, stream>>>(terms, static_cast<T*>(out));
+    return cudaGetLastError();
+  }
+};
+
+struct MixModulate {
+  const DeviceTerms& terms;
+  const Modulation& m;
+  cudaStream_t stream;
+
+  template <class T, int K, int N>
+  cudaError_t run() const {
+    const unsigned bytes = unsigned(m.columns * sizeof(float));
+    mix_modulate<T, K, N><<<unsigned(m.rows), kThreads, bytes, stream>>>(terms, m);
+    return cudaGetLastError();
+  }
+};
+
+}  // namespace
+
+cudaError_t launch_mix(Dtype dtype, const DeviceTerms& terms, void* out, cudaStream_t stream) {
+  const int64_t bytes = terms.size * (dtype == Dtype::f32 ? 4 : 2);
+  const bool packed = bytes % 16 == 0 && aligned(terms.ring) && aligned(terms.latent) && aligned(out);
+  return dispatch(dtype, terms.history, packed, Mix{terms, out, stream});
+}
+
+cudaError_t launch_mix_modulate(Dtype dtype, const DeviceTerms& terms, const Modulation& m,
+                                cudaStream_t stream) {
+  const int64_t bytes = m.columns * (dtype == Dtype::f32 ? 4 : 2);
+  const bool packed = bytes % 16 == 0 && aligned(terms.ring) && aligned(m.out) && aligned(m.feature);
+  return dispatch(dtype, terms.history, packed, MixModulate{terms, m, stream});
+}
+
+}  // namespace lesa

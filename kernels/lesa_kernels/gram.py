@@ -1,0 +1,98 @@
+"""Inner products of a feature with the cached ones, in one pass: for training and gradients."""
+
+# mypy: disable-error-code="assignment, misc"
+# Kernels grow tuples in unrolled loops.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lesa_kernels.checks import check_features, like, require
+from lesa_kernels.config import Config, lookup, programs
+from lesa_kernels.device import slot_bases
+
+__all__ = ["gram"]
+
+
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots"])
+def _kernel(
+    partials, feature, ring, slots, base, size, length, blocks,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    COUNT: tl.constexpr = K + 2 + (base is not None)
+    sample = tl.program_id(1).to(tl.int64)
+    bases = slot_bases(slots, size, K)
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros([BLOCK], tl.float32),)
+    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        local = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = local < length
+        place = sample * length + local
+        x = tl.load(feature + place, inside, other=0.0).to(tl.float32)
+        found = (sums[0] + x, tl.fma(x, x, sums[1]))
+        for k in tl.static_range(K):
+            y = tl.load(ring + bases[k] + place, inside, other=0.0).to(tl.float32)
+            found += (tl.fma(x, y, sums[2 + k]),)
+        if base is not None:
+            y = tl.load(base + place, inside, other=0.0).to(tl.float32)
+            found += (tl.fma(x, y, sums[2 + K]),)
+        sums = found
+    row = partials + (sample * tl.num_programs(0) + tl.program_id(0)) * COUNT
+    for i in tl.static_range(COUNT):
+        tl.store(row + i, tl.sum(sums[i], axis=0))
+
+
+def gram(
+    feature: Tensor,
+    ring: Tensor,
+    slots: Tensor,
+    out: Tensor,
+    *,
+    base: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """out[p] = (sum f, <f, f>, <f, ring[slots[0]]>, ..., <f, ring[slots[K - 1]]> (, <f, base>)).
+
+    Each program sums in fp32 and writes its own partials, which are added in float64 in a fixed
+    order: two runs agree bit for bit. Every slot named is read, so name filled ones only.
+
+    Args:
+        feature: f, [P * ..., ...], contiguous, fp32, fp16 or bf16.
+        ring: features [N, *f.shape].
+        slots: int32 [K], K = 1..8.
+        out: float64 [P, K + 2], or [P, K + 3] with `base`: one row per 1/P of the feature in memory
+            order, such as per sample of a batch. Overwritten and returned.
+        base: of f's shape.
+
+    Raises:
+        LesaError: a wrong shape, dtype, device or layout.
+    """
+    history = check_features(feature, ring, slots, "feature")
+    if base is not None:
+        like("base", base, feature)
+    size, width = feature.numel(), history + 2 + (base is not None)
+    require(
+        out.dtype == torch.float64 and out.device == feature.device and out.is_contiguous(),
+        f"out is {out.dtype} on {out.device}; it must be float64, contiguous, on {feature.device}",
+    )
+    require(
+        out.ndim == 2 and out.shape[1] == width and out.shape[0] > 0 and size % out.shape[0] == 0,
+        f"out has shape {list(out.shape)}; it must be [P, {width}] with P a divisor of {size}",
+    )
+    if size == 0:
+        return out.zero_()
+    samples = out.shape[0]
+    length = size // samples
+    config = config or lookup("gram", feature, history)
+    blocks = triton.cdiv(length, config.block)
+    share = triton.cdiv(programs(feature.device, config, blocks * samples), samples)
+    partials = torch.empty(samples, share, width, dtype=torch.float32, device=feature.device)
+    _kernel[(share, samples)](
+        partials, feature, ring, slots, base, size, length, blocks,
+        K=history, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+    return torch.sum(partials, dim=1, dtype=torch.float64, out=out)

@@ -1,0 +1,224 @@
+"""Gradients of `mix` with respect to coefficients, bias, features and latent."""
+
+# mypy: disable-error-code="assignment, misc"
+# Kernels grow tuples in unrolled loops.
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lesa_kernels.checks import (
+    check_features,
+    check_step,
+    check_table,
+    like,
+    split_bands,
+)
+from lesa_kernels.config import Config, lookup, programs
+from lesa_kernels.device import slot_bases
+from lesa_kernels.gram import gram
+from lesa_kernels.mix import mix
+
+__all__ = ["mix_differentiable", "mix_grad_features", "mix_grad_table"]
+
+WIDE_BAND = 512  # elements from which a band is summed by `gram`, not column by column
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots"])
+def _table_kernel(
+    partials, grad, ring, slots, latent, size, rows, columns, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    COUNT: tl.constexpr = K + 1 + (latent is not None)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    bases = slot_bases(slots, size, K)
+    sums = ()
+    for _ in tl.static_range(COUNT):
+        sums += (tl.zeros([BLOCK], tl.float32),)
+    for row in range(tl.program_id(1), rows, tl.num_programs(1)):
+        place = tl.cast(row, tl.int64) * columns + column
+        g = tl.load(grad + place, inside, other=0.0).to(tl.float32)
+        found = (sums[0] + g,)
+        for k in tl.static_range(K):
+            x = tl.load(ring + bases[k] + place, inside, other=0.0).to(tl.float32)
+            found += (tl.fma(g, x, sums[1 + k]),)
+        if latent is not None:
+            x = tl.load(latent + place, inside, other=0.0).to(tl.float32)
+            found += (tl.fma(g, x, sums[1 + K]),)
+        sums = found
+    target = partials + tl.program_id(1).to(tl.int64) * COUNT * columns
+    for i in tl.static_range(COUNT):
+        tl.store(target + column, sums[i], inside)
+        target += columns
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots", "step"])
+def _features_kernel(
+    ring_grad, grad, slots, table, step, latent_grad,
+    size, rows, columns, bands, band_size, K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s = tl.load(step).to(tl.int64)
+    WIDTH: tl.constexpr = K + (latent_grad is not None)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < columns
+    band = column // band_size % bands
+    bases = slot_bases(slots, size, K)
+    weights = ()
+    for k in tl.static_range(WIDTH):
+        weights += (tl.load(table + (s * WIDTH + k) * bands + band, inside, other=0.0),)
+    for row in range(tl.program_id(1), rows, tl.num_programs(1)):
+        place = tl.cast(row, tl.int64) * columns + column
+        known = inside & (place < size)
+        g = tl.load(grad + place, known, other=0.0).to(tl.float32)
+        for k in tl.static_range(K):
+            value = (weights[k] * g).to(ring_grad.dtype.element_ty)
+            tl.store(ring_grad + bases[k] + place, value, known)
+        if latent_grad is not None:
+            value = (weights[K] * g).to(latent_grad.dtype.element_ty)
+            tl.store(latent_grad + place, value, known)
+
+
+def mix_grad_table(
+    grad: Tensor,
+    ring: Tensor,
+    slots: Tensor,
+    *,
+    latent: Tensor | None = None,
+    bands: int = 1,
+    band_size: int | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of table[s] (sums of grad * ring[slots[k]], latent last) and of bias[s] (of grad).
+
+    Returns float64 [K (+ 1), G] and [G]. fp32 partials per program, added in a fixed order.
+
+    Args:
+        grad: the gradient of `out`, of a feature's shape.
+        ring, slots, latent, band_size: as in `mix`; bands is G.
+
+    Raises:
+        LesaError: a wrong shape, dtype, device or layout.
+    """
+    history = check_features(grad, ring, slots, "grad")
+    if latent is not None:
+        like("latent", latent, grad)
+    bands, band_size = split_bands(bands, band_size, grad)
+    size, columns = grad.numel(), bands * band_size
+    count = history + 1 + (latent is not None)
+    if size == 0:
+        found = grad.new_zeros(count, bands, dtype=torch.float64)
+    elif bands == 1 or band_size >= WIDE_BAND:
+        samples = 1 if bands == 1 else size // band_size
+        products = grad.new_empty(samples, count + 1, dtype=torch.float64)
+        gram(grad, ring, slots, products, base=latent)
+        products = products.view(-1, bands, count + 1).sum(0).mT  # [count + 1, G]
+        found = torch.cat([products[:1], products[2:]])
+    else:
+        config = config or lookup("mix_backward", grad, history)
+        rows, blocks = size // columns, triton.cdiv(columns, config.block)
+        splits = triton.cdiv(programs(grad.device, config, rows * blocks), blocks)
+        partials = grad.new_empty(splits, count, columns, dtype=torch.float32)
+        _table_kernel[(blocks, splits)](
+            partials, grad, ring, slots, latent, size, rows, columns,
+            K=history, BLOCK=config.block, num_warps=config.warps,
+        )  # fmt: skip
+        found = partials.view(splits, count, bands, band_size).sum((0, 3), dtype=torch.float64)
+    return found[1:], found[0]
+
+
+def mix_grad_features(
+    grad: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    step: Tensor,
+    ring_grad: Tensor,
+    *,
+    latent_grad: Tensor | None = None,
+    band_size: int | None = None,
+    config: Config | None = None,
+) -> Tensor:
+    """ring_grad[slots[k]] = table[s, k] * grad; latent_grad = table[s, K] * grad.
+
+    One read of `grad`, K (+ 1) writes; other slots of `ring_grad` are left as they are.
+    `slots` must name each slot once.
+
+    Args:
+        grad: the gradient of `out`, of a feature's shape.
+        slots, table, step, band_size: as in `mix`.
+        ring_grad: [N, *grad.shape], written and returned.
+        latent_grad: of a feature's shape; needed where the table has a latent's column.
+
+    Raises:
+        LesaError: a wrong shape, dtype, device or layout.
+    """
+    history = check_features(grad, ring_grad, slots, "grad")
+    check_step(step, grad.device)
+    if latent_grad is not None:
+        like("latent_grad", latent_grad, grad)
+    bands, band_size = check_table(table, history + (latent_grad is not None), grad, band_size)
+    size = grad.numel()
+    if size == 0:
+        return ring_grad
+    config = config or lookup("mix_backward", grad, history)
+    columns = config.block if bands == 1 else bands * band_size
+    rows, blocks = triton.cdiv(size, columns), triton.cdiv(columns, config.block)
+    splits = triton.cdiv(programs(grad.device, config, rows * blocks), blocks)
+    _features_kernel[(blocks, splits)](
+        ring_grad, grad, slots, table, step, latent_grad, size, rows, columns, bands, band_size,
+        K=history, BLOCK=config.block, num_warps=config.warps,
+    )  # fmt: skip
+    return ring_grad
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ring, slots, table, step, latent, bias, band_size) -> Tensor:
+        ctx.save_for_backward(ring, slots, table, step, latent, bias)
+        ctx.band_size = band_size
+        out = torch.empty_like(ring[0])
+        return mix(ring, slots, table, step, out, latent=latent, bias=bias, band_size=band_size)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ring, slots, table, step, latent, bias = ctx.saved_tensors
+        grad, size = grad.contiguous(), ctx.band_size
+        needs = dict(zip(("ring", "slots", "table", "step", "latent", "bias"), ctx.needs_input_grad,
+                         strict=False))  # fmt: skip
+        rings = latents = tables = biases = None
+        if needs["ring"] or needs["latent"]:
+            rings = torch.zeros_like(ring)
+            latents = None if latent is None else torch.empty_like(latent)
+            mix_grad_features(grad, slots, table, step, rings, latent_grad=latents, band_size=size)
+        if needs["table"] or needs["bias"]:
+            bands = table.shape[2] if table.ndim == 3 else 1
+            row, total = mix_grad_table(
+                grad, ring, slots, latent=latent, bands=bands, band_size=size
+            )
+            tables = _at_step(table, step, row)
+            biases = None if bias is None else _at_step(bias, step, total)
+        return rings, None, tables, None, latents, biases, None
+
+
+def _at_step(like: Tensor, step: Tensor, row: Tensor) -> Tensor:
+    """Zeros like the whole table, with one row at `step`; no synchronisation."""
+    row = row.reshape(1, *like.shape[1:]).to(like.dtype)
+    return torch.zeros_like(like).index_copy_(0, step.view(1).long(), row)
+
+
+def mix_differentiable(
+    ring: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    step: Tensor,
+    *,
+    latent: Tensor | None = None,
+    bias: Tensor | None = None,
+    band_size: int | None = None,
+) -> Tensor:
+    """`mix` into a new tensor, differentiable in ring, table, latent and bias (first order)."""
+    return _Mix.apply(ring, slots, table, step, latent, bias, band_size)

@@ -1,0 +1,82 @@
+"""The machine code of every kernel for GPUs that this machine lacks: compiled, not run.
+
+Slow the first time (about 30 s of one core), then Triton's cache answers. LESA_AOT_TARGETS names
+the targets, separated by spaces; all by default.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+TARGETS = os.environ.get("LESA_AOT_TARGETS", "sm_80 sm_90 sm_100 gfx942").split()
+REGISTERS = {  # 64 leaves 8 programs of 128 threads on a multiprocessor, 128 leaves 4, 200 leaves 2
+    "mix": 64,
+    "mix per channel": 96,
+    "mix_fp8": 64,
+    "push_fp8": 96,
+    "spline_mix": 64,
+    "gram": 128,
+    "mix_grad_features": 64,
+    "mix_grad_table per channel": 64,
+    "mix_modulate": 144,
+    "gram, K=8": 160,
+    "mix_modulate, K=8": 200,
+    "mix_modulate, C=5120": 200,
+}
+SCALARS = 48  # 32-bit loads of slots, weights, step and the gate, outside the loop over features
+
+
+@cache
+def compiled(target):
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "kernels")])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, Path(__file__).with_name("aot.py"), target],
+        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    return json.loads(run.stdout)
+
+
+def flaws(row):
+    """What is wrong with one kernel's code, in words."""
+    case, loads, stores = row["case"], row["loads"], row["stores"]
+    limit = REGISTERS.get(case) or REGISTERS[case.split(",")[0]]
+    limit += 16 * (row["target"] == "gfx942")  # has twice the registers
+    history = 8 if "K=8" in case else 3
+    wide = {"mix_grad_features": 1, "push_fp8": 1}.get(case, history)
+    kept = {"gram": history + 3, "push_fp8": 1}.get(case.split(",")[0], 0)  # sums, scales
+    found = {
+        f"{row['spilled']} bytes spilled": row["spilled"],
+        f"{row['registers']} registers, over {limit}": row["registers"] > limit,
+        f"loads below 32 bits: {loads}": any(int(bits) < 32 for bits in loads),
+        f"features not loaded by 128 bits: {loads}": loads.get("128", 0) < wide,
+        f"too many narrow loads: {loads}": loads.get("32", 0) > SCALARS,
+        f"features not stored by 128 bits: {stores}":
+            set(stores) - {"128"} != ({"32"} if kept else set()) or stores.get("32", 0) > kept,
+    }  # fmt: skip
+    return [words for words, true in found.items() if true]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_spills_wide_accesses_and_few_registers(target):
+    rows = [row for row in compiled(target) if "control" not in row["case"]]
+    assert len(rows) >= 10
+    assert not {row["case"]: flaws(row) for row in rows if flaws(row)}
+
+
+def test_the_check_can_fail():
+    rows = {row["case"]: flaws({**row, "case": "mix"}) for row in compiled("sm_90")}
+    odd, starved = rows["control: odd width"], rows["control: few registers"]
+    assert any("loads below 32 bits" in words for words in odd)
+    assert any("not stored by 128 bits" in words for words in odd)
+    assert any("bytes spilled" in words for words in starved)
