@@ -52,16 +52,19 @@ inline Dtype dtype_of(const char* name, const Tensor& tensor) {
     case ScalarType::BFloat16: return Dtype::bf16;
     default: break;
   }
-  require(false, name, " is of a dtype that is not supported; pass float32, float64, float16 or bfloat16");
+  require(false, name, " is of a dtype without a kernel; use float32, float64, float16, bfloat16");
   return Dtype::f32;
+}
+
+inline bool same_device(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.get_device_index() == b.get_device_index();
 }
 
 // Contiguous, and on the device of `like`.
 inline void check_plain(const char* name, const Tensor& tensor, const Tensor& like) {
   require(tensor.is_contiguous(), name, " of shape ", Shape{tensor},
           " is not contiguous in memory; pass ", name, ".contiguous()");
-  require(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(),
-          name, " is on another device; move it to where the ring is");
+  require(same_device(tensor, like), name, " is on another device; move it to where the ring is");
 }
 
 // A tensor of a feature's shape and dtype.
@@ -96,18 +99,22 @@ inline int64_t bytes_of(const Tensor& tensor) {
   return tensor.numel() * int64_t(tensor.element_size());
 }
 
+inline const char* begin_of(const Tensor& tensor) {
+  return static_cast<const char*>(tensor.data_ptr());
+}
+
 inline bool overlap(const Tensor& a, const Tensor& b) {
-  const char *pa = static_cast<const char*>(a.data_ptr()), *pb = static_cast<const char*>(b.data_ptr());
-  return pa < pb + bytes_of(b) && pb < pa + bytes_of(a);
+  const char *first = begin_of(a), *second = begin_of(b);
+  return first < second + bytes_of(b) && second < first + bytes_of(a);
 }
 
 // Whether `out` is one of the ring's slots; half in one is refused.
 inline bool check_overlap(const char* name, const Tensor& out, const Tensor& ring) {
   if (!overlap(out, ring)) return false;
-  const int64_t offset =
-      static_cast<const char*>(out.data_ptr()) - static_cast<const char*>(ring.data_ptr());
-  require(offset % bytes_of(out) == 0, name, " begins ", offset, " bytes into the ring, whose slots have ",
-          bytes_of(out), "; pass one of its slots or a tensor outside it");
+  const int64_t offset = begin_of(out) - begin_of(ring);
+  require(offset % bytes_of(out) == 0, name, " begins ", offset,
+          " bytes into the ring, whose slots have ", bytes_of(out),
+          "; pass one of its slots or a tensor outside it");
   return true;
 }
 
@@ -126,8 +133,7 @@ inline Modulation check_modulation(const Tensor& scale, const Tensor& shift, con
             " has shape ", Shape{*row}, "; it must be [", samples, ", ", m.columns, "]");
     require(row->stride(1) == 1 || m.columns <= 1, name, " has a last stride of ", row->stride(1),
             "; its rows must be contiguous");
-    require(row->is_cuda() == out.is_cuda() && row->get_device_index() == out.get_device_index(),
-            name, " is on another device; move it to where out is");
+    require(same_device(*row, out), name, " is on another device; move it to where out is");
   }
   m.dtype = dtype_of("scale", scale);
   require(m.dtype == dtype_of("shift", shift) && scale.stride(0) == shift.stride(0),

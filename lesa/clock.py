@@ -8,14 +8,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 
-from lesa.errors import LesaError
+from lesa.noise import noise_levels, own_noise_levels
 
-__all__ = ["Step", "StepClock", "noise_levels"]
+__all__ = ["Step", "StepClock"]
 
 # More calls than this under one name at one step: the scheduler is not the one of the loop.
 _MAX_ORDINAL = 4
@@ -104,7 +103,7 @@ class StepClock:
     ) -> None:
         self._pipes: list[weakref.ref[Any]] = []
         self._scheduler = scheduler
-        self._own_sigmas = _own_loop(num_steps, sigmas)
+        self._own_sigmas = own_noise_levels(num_steps, sigmas)
         self._thread = _Thread()
         if pipe is not None:
             self.add_pipe(pipe)
@@ -181,59 +180,6 @@ class StepClock:
         if len(pipes) < 2:
             return pipes[0] if pipes else None
         return _pipe_on_stack(pipes) or pipes[-1]
-
-
-def noise_levels(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...] | None:
-    """The `num_steps + 1` noise levels of a diffusers scheduler, from step `first` on.
-
-    Flow time is taken as it is; a variance-preserving or EDM sigma becomes `sigma / (1 + sigma)`.
-    None where the scheduler has no such levels or they do not strictly decrease.
-    """
-    sigmas = getattr(scheduler, "sigmas", None)
-    config = getattr(scheduler, "config", {})
-    flow = (
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("prediction_type") == "flow_prediction"
-        or config.get("use_flow_sigmas", False)
-    )
-    if sigmas is not None:
-        levels = [float(sigma) for sigma in torch.as_tensor(sigmas).tolist()]
-    else:
-        levels = _levels_of_alphas(scheduler)
-    levels = levels[first : first + num_steps + 1]
-    if len(levels) == num_steps:
-        levels.append(0.0)
-    if not flow:
-        levels = [sigma / (1.0 + sigma) for sigma in levels]
-    decreasing = all(a > b for a, b in pairwise(levels))
-    return tuple(levels) if decreasing and len(levels) == num_steps + 1 > 1 else None
-
-
-def _levels_of_alphas(scheduler: Any) -> list[float]:
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        return []
-    kept = alphas.double().cpu()[scheduler.timesteps.long().cpu()]
-    return ((1 - kept) / kept).sqrt().tolist()
-
-
-def _own_loop(num_steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:
-    if sigmas is None:
-        if num_steps is None:
-            return ()
-        if num_steps < 1:
-            raise LesaError(f"num_inference_steps is {num_steps}: give at least 1.")
-        return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
-    levels = tuple(float(sigma) for sigma in sigmas)
-    if num_steps is not None and len(levels) != num_steps + 1:
-        raise LesaError(
-            f"sigmas has {len(levels)} values for {num_steps} steps: give {num_steps + 1}, "
-            "the level at the start of each step and at the end."
-        )
-    inside = all(0.0 <= sigma <= 1.0 for sigma in levels)
-    if len(levels) < 2 or not inside or any(a <= b for a, b in pairwise(levels)):
-        raise LesaError(f"sigmas is {levels}: give strictly decreasing noise levels in [0, 1].")
-    return levels
 
 
 def _executed_steps(pipe: Any, timesteps: Any, first: int) -> int:

@@ -6,13 +6,11 @@ can iterate over nothing, and the first tail module one pre-hook. `detach` undoe
 
 from __future__ import annotations
 
-import copy
 import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -21,6 +19,7 @@ from torch import nn
 from lesa.clock import StepClock
 from lesa.errors import LesaError
 from lesa.models import ModelSpec, model_spec
+from lesa.swap import Identity, Skippable, Slot, Swapped, Tap, is_swapped, restore, swap
 
 __all__ = [
     "Controller",
@@ -45,17 +44,6 @@ class Controller(Protocol):
     ) -> Any: ...
 
 
-class _Slot:
-    """What the forward may see: plain attributes, since dynamo cannot trace a ContextVar."""
-
-    def __init__(self) -> None:
-        self.skip = False
-        self.capture = False
-        self.feature: torch.Tensor | None = None
-        self.captured: torch.Tensor | None = None
-        self.mismatch = False
-
-
 class Denoiser:
     """A model under a controller.
 
@@ -75,7 +63,7 @@ class Denoiser:
         self.original_class = type(model)
         self._model = weakref.ref(model)
         self._call: Callable[..., Any] = type(model).__call__
-        self._slot = _Slot()
+        self._slot = Slot()
         # The slot is one per model: two threads that share it take turns.
         self._turn = threading.RLock()
         names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
@@ -172,13 +160,13 @@ def attach(
     _refuse_other_cache(model, core)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for name in spec.blocks:
-        _swap(core.get_submodule(name), _Skippable, _lesa_slot=denoiser._slot)
+        swap(core.get_submodule(name), Skippable, _lesa_slot=denoiser._slot)
     for name in spec.identities:
-        _swap(core.get_submodule(name), _Identity, _lesa_slot=denoiser._slot)
+        swap(core.get_submodule(name), Identity, _lesa_slot=denoiser._slot)
     tail = core.get_submodule(spec.tail)
-    tail.register_forward_pre_hook(_Tap(denoiser._slot), with_kwargs=True)
+    tail.register_forward_pre_hook(Tap(denoiser._slot), with_kwargs=True)
     core.__dict__["_cache_config"] = controller if config is None else config
-    _swap(model, _Controlled, _lesa_denoiser=denoiser)
+    swap(model, _Controlled, _lesa_denoiser=denoiser)
     return denoiser
 
 
@@ -191,16 +179,16 @@ def detach(model: nn.Module) -> None:
     denoiser = attached(model)
     if denoiser is None:
         return
-    if "_lesa_original" not in type(model).__dict__:
+    if not is_swapped(model):
         raise LesaError(
             f"model: its class became {type(model).__name__} after lesa was enabled; "
             "undo that first, then disable."
         )
     core = core_of(model)
     for name in (*denoiser.spec.blocks, *denoiser.spec.identities):
-        _restore(core.get_submodule(name))
+        restore(core.get_submodule(name))
     _clean(core, denoiser.spec)
-    _restore(model)
+    restore(model)
 
 
 def attached(model: nn.Module) -> Denoiser | None:
@@ -225,22 +213,7 @@ def make_output(kind: Any, sample: torch.Tensor) -> Any:
     return (sample,) if issubclass(kind, tuple) else kind(sample=sample)
 
 
-class _Swapped:
-    """Base of the mixins: a copy of a swapped module is a plain module of its own class."""
-
-    _lesa_original: type[nn.Module]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        shell: Any = object.__new__(self._lesa_original)
-        clone: Any = object.__new__(self._lesa_original)
-        shell.__dict__.update((k, v) for k, v in self.__dict__.items() if k not in _OWN)
-        memo[id(self)] = clone  # first: diffusers' hook registry refers back to the module
-        state = shell.__getstate__() if hasattr(shell, "__getstate__") else shell.__dict__
-        clone.__setstate__(copy.deepcopy(state, memo))
-        return clone
-
-
-class _Controlled(_Swapped):
+class _Controlled(Swapped):
     """The model: every call goes to the controller."""
 
     is_cache_enabled = True
@@ -290,98 +263,12 @@ class _Controlled(_Swapped):
         )
 
 
-class _Skippable(_Swapped):
-    """A block container that iterates over nothing on a skipped step."""
-
-    _lesa_slot: _Slot
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(()) if self._lesa_slot.skip else super().__iter__()  # type: ignore[misc]
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):  # a slice would be built with this class, without a slot
-            return nn.ModuleList(list(self._modules.values())[index])  # type: ignore[attr-defined]
-        return super().__getitem__(index)  # type: ignore[misc]
-
-
-class _Identity(_Swapped):
-    """A module that returns its first argument on a skipped step."""
-
-    _lesa_slot: _Slot
-
-    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._lesa_slot.skip:
-            return hidden_states
-        return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
-
-
-_OWN = ("_lesa_denoiser", "_lesa_slot")
-
-
-class _Tap:
-    """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one."""
-
-    def __init__(self, slot: _Slot) -> None:
-        self.slot = slot
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        slot = self.slot
-        if slot.capture:
-            slot.captured = args[0]
-        if not slot.skip or slot.feature is None:
-            return None
-        if slot.feature.shape != args[0].shape:
-            slot.mismatch = True
-            return None
-        return (slot.feature.to(args[0]), *args[1:]), kwargs
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
-        return self
-
-
-class _Alias(type):
-    """A class that equals the one it stands in for: `from_pipe` asks `type(model) in expected`."""
-
-    def __eq__(cls, other: object) -> bool:
-        return other is cls or other is cls.__dict__.get("_lesa_original")
-
-    def __hash__(cls) -> int:
-        return type.__hash__(cls.__dict__.get("_lesa_original", cls))
-
-
-@cache
-def _swapped(mixin: Any, original: Any) -> type:
-    """Subclass of `original` that keeps its name, so that saved configurations do not change."""
-    names = {
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "_lesa_original": original,
-    }
-    plain = type(original) is type
-    alias: Any = _Alias if plain else type("_Alias", (_Alias, type(original)), {})
-    return alias(original.__name__, (mixin, original), names)
-
-
-def _swap(module: nn.Module, mixin: type, **own: object) -> None:
-    original: Any = type(module)
-    module.__class__ = _swapped(mixin, original)
-    module.__dict__.update(own)
-
-
-def _restore(module: nn.Module) -> None:
-    module.__class__ = type(module)._lesa_original  # type: ignore[attr-defined]
-    for name in _OWN:
-        module.__dict__.pop(name, None)
-
-
 def _clean(core: nn.Module, spec: ModelSpec) -> None:
     """Remove the pre-hook and the configuration that `attach` left on the model or its copy."""
     core.__dict__.pop("_cache_config", None)
     tail = core.get_submodule(spec.tail)
     for key, hook in list(tail._forward_pre_hooks.items()):
-        if isinstance(hook, _Tap):
+        if isinstance(hook, Tap):
             del tail._forward_pre_hooks[key]
             tail._forward_pre_hooks_with_kwargs.pop(key, None)
 

@@ -172,7 +172,7 @@ def test_a_trained_forecaster_brings_its_own_schedules(tiny_flux, inputs):
 
 
 def test_a_forecaster_for_another_model_is_refused(tiny_flux):
-    from lesa.training.train import weights_hash
+    from lesa.training.job import weights_hash
 
     own = {"model_class": "FluxTransformer2DModel"}
     lesa.enable(tiny_flux, LesaForecaster(metadata=own))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+ARCHS = ("80", "90a", "100")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the native part is for Linux")
 
 
@@ -42,8 +44,11 @@ def torch_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def compiler(tmp_path: Path) -> str:
-    """Writes its command line where the library should be."""
-    script = tmp_path / "compiler"
+    return stand_in(tmp_path / "compiler")
+
+
+def stand_in(script: Path) -> str:
+    """A compiler that writes its command line where the library should be."""
     script.write_text('#!/bin/sh\nfor last; do :; done\necho "$@" > "$last"\n')
     script.chmod(0o755)
     return str(script)
@@ -131,6 +136,79 @@ def test_the_native_wheel_is_bound_to_no_python(source, torch_folder, compiler):
     assert re.search(r"-py3-none-linux_\w+\.whl$", name)
     names = zipfile.ZipFile(source / name).namelist()
     assert [n for n in names if n.endswith(".so")] == ["lesa/_native_cpu.so"]
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, Path]:
+    """The CUDA library made by the real nvcc, what ptxas says of it, and the folder of its PTX."""
+    spec = importlib.util.find_spec("torch")
+    if shutil.which("nvcc") is None:
+        pytest.skip("no nvcc on PATH: the CUDA kernels cannot be compiled")
+    made = tmp_path_factory.mktemp("cuda")
+    script = stand_in(made / "compiler")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={made}", f"--build-temp={made}"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "LESA_BUILD_EXT": "1",
+            "LESA_TORCH_DIR": str(Path(spec.origin).parent),
+            "LESA_CUDA_ARCHS": ";".join(ARCHS),
+            "CXX": script,  # this is about the CUDA part
+            "NVCC": f"nvcc -Xptxas=-v --keep --keep-dir={made}",
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert not done.returncode, done.stdout + done.stderr
+    return made / "lesa" / "_native_cuda.so", done.stderr, made
+
+
+def kernels(report: str, arch: str) -> dict[str, tuple[int, int]]:
+    """Registers and bytes spilled of each kernel compiled for an architecture."""
+    found = {}
+    for entry in report.split("Compiling entry function ")[1:]:
+        name, target = re.match(r"'(\w+)' for '(\w+)'", entry).groups()
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        registers = int(re.search(r"Used (\d+) registers", entry)[1])
+        if target == f"sm_{arch}":
+            found[name] = registers, sum(map(int, spilled.groups()))
+    return found
+
+
+@LINUX
+@pytest.mark.parametrize("arch", ARCHS)
+def test_cuda_kernels_do_not_spill(cuda, arch):
+    """Two kernels of three dtypes at six packed and two plain histories; 8 blocks fit on an SM."""
+    found = kernels(cuda[1], arch)
+    assert len(found) == 2 * 3 * (6 + 2)
+    assert not any(spilled for _, spilled in found.values())
+    few = {name: count for name, (count, _) in found.items() if "Li16E" not in name}
+    assert max(few.values()) <= 80, few
+    assert max(count for count, _ in found.values()) <= 168
+
+
+@LINUX
+def test_cuda_kernels_read_and_write_128_bits(cuda):
+    (path,) = cuda[2].glob("kernels*compute_80*.ptx")
+    entries = re.split(r"\.visible \.entry |\.entry ", path.read_text())[1:]
+    packed = [entry for entry in entries if not re.match(r"\w+Li(4|16)ELi1E", entry)]
+    assert len(packed) == 2 * 3 * 6
+    for entry in packed:
+        assert "ld.global.L1::no_allocate.v4.b32" in entry
+        assert re.search(r"st\.global\.v4\.\w+", entry), entry[:200]
+
+
+@LINUX
+def test_the_cuda_library_loads_beside_a_torch_without_cuda(cuda):
+    code = (
+        "import sys, torch\n"
+        "torch.ops.load_library(sys.argv[1])\n"
+        "for name in ('mix_out', 'mix_modulate_out'):\n"
+        "    name = f'lesa_native::{name}'\n"
+        "    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, 'CUDA'), name\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(cuda[0])], check=True)
 
 
 def test_the_sdist_can_build_it(source):

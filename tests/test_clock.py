@@ -17,9 +17,10 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from lesa.clock import StepClock, noise_levels
+from lesa.clock import StepClock
 from lesa.errors import LesaError
 from lesa.hooks import attach
+from lesa.noise import noise_levels
 
 
 class Recorder:

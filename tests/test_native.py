@@ -284,7 +284,7 @@ def refusals() -> dict[str, tuple[dict[str, Any], str]]:
         "bf16 coefficients": ({"coefficients": torch.ones(3).bfloat16()}, "float32 or float64"),
         "shape": ({"out": draw(4, 7)}, r"ring has shape \[3, 4, 8\], but out \[4, 7\]"),
         "dtype": ({"out": draw(4, 8).bfloat16()}, "out has another dtype than the ring"),
-        "integers": ({"ring": ring.int(), "out": ring[0].int()}, "out is of a dtype"),
+        "integers": ({"ring": ring.int(), "out": ring[0].int()}, "out is of a dtype without"),
         "half a slot": ({"ring": ring, "out": ring.view(-1)[16:48].view(4, 8)}, "64 bytes into"),
         "latent": ({"latent": draw(4, 7)}, r"latent has shape \[4, 7\], but out \[4, 8\]"),
     }

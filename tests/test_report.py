@@ -166,7 +166,7 @@ def test_terminal_table_fits_80_columns(comparison):
 
 def test_a_failed_write_leaves_no_file(tmp_path):
     target = tmp_path / "a.json"
-    with pytest.raises(AttributeError):
+    with pytest.raises(TypeError):
         write_atomically(target, None)
     assert list(tmp_path.iterdir()) == []
     write_atomically(target, "old")

@@ -1,5 +1,5 @@
-// LESA_VECTOR_BYTES and the compiler's flags choose the instruction set. No function of the standard
-// library that the linker could share with a file compiled for less.
+// LESA_VECTOR_BYTES and the compiler's flags choose the instruction set. Nothing of the standard
+// library is used that the linker could share with a file compiled for less.
 #include "kernels.h"
 
 #include "vector.h"
@@ -76,12 +76,12 @@ struct Sum {
   inline void at(int64_t i, vec<W, L> (&sum)[U]) const {
     for (int u = 0; u < U; ++u) sum[u] = vec<W, L>{} + W(terms.bias);
     for (int k = 0; k < terms.count; ++k) {
-      add<pairs>(sum, static_cast<const T*>(terms.features[k]) + i, weights[k]);
+      add<pairs, L, U>(sum, static_cast<const T*>(terms.features[k]) + i, weights[k]);
     }
     if (!pairs && terms.latent) {
       with_type(terms.latent_dtype, [&](auto type) {
         using N = typename decltype(type)::type;
-        add<false>(sum, static_cast<const N*>(terms.latent) + i, W(terms.latent_weight));
+        add<false, L, U>(sum, static_cast<const N*>(terms.latent) + i, W(terms.latent_weight));
       });
     }
   }

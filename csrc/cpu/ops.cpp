@@ -98,7 +98,8 @@ void mix_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients
   if (latent) add_latent(terms, *latent, latent_coefficient, out, dtype);
   void* to = out.data_ptr();
   const bool in_place = check_overlap("out", out, ring);
-  const bool stream = !in_place && bytes >= kStreamBytes && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0;
+  const bool stream = !in_place && bytes >= kStreamBytes && lines;
   const int64_t blocks = (size + kBlock - 1) / kBlock;
   share(blocks, (terms.count + 1) * kBlock * (bytes / size), [&](int64_t begin, int64_t end) {
     kernels().mix(dtype, terms, to, stream, begin * kBlock, std::min(end * kBlock, size));
@@ -136,8 +137,8 @@ void gram_out(const Tensor& feature, const Tensor& ring, const Tensor& slots,
   const int64_t size = feature.numel(), count = history + 2 + (base ? 1 : 0);
   require(out.scalar_type() == ScalarType::Double && out.dim() == 2 && out.size(1) == count &&
               out.size(0) > 0 && size % out.size(0) == 0,
-          "out has shape ", Shape{out}, "; it must be float64 [P, ", count, "] with P a divisor of ",
-          size);
+          "out has shape ", Shape{out}, "; it must be float64 [P, ", count,
+          "] with P a divisor of ", size);
   const Dtype dtype = dtype_of("feature", feature);
   std::vector<const void*> others = {nullptr, feature.data_ptr()};
   for (int k = 0; k < history; ++k) others.push_back(slot(ring, slots, k));

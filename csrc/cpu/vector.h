@@ -41,14 +41,21 @@ template <class V>
 inline void write(void* to, const V& value, bool stream) {
 #if defined(__x86_64__)
   if (stream) {
-    constexpr int kBytes = sizeof(V);
-    if constexpr (kBytes == 8) return _mm_stream_si64((long long*)to, reinterpret<long long>(value));
-    if constexpr (kBytes == 16) return _mm_stream_si128((__m128i*)to, reinterpret<__m128i>(value));
+    if constexpr (sizeof(V) == 8) {
+      return _mm_stream_si64(static_cast<long long*>(to), reinterpret<long long>(value));
+    }
+    if constexpr (sizeof(V) == 16) {
+      return _mm_stream_si128(static_cast<__m128i*>(to), reinterpret<__m128i>(value));
+    }
 #if defined(__AVX2__)
-    if constexpr (kBytes == 32) return _mm256_stream_si256((__m256i*)to, reinterpret<__m256i>(value));
+    if constexpr (sizeof(V) == 32) {
+      return _mm256_stream_si256(static_cast<__m256i*>(to), reinterpret<__m256i>(value));
+    }
 #endif
 #if defined(__AVX512F__)
-    if constexpr (kBytes == 64) return _mm512_stream_si512((__m512i*)to, reinterpret<__m512i>(value));
+    if constexpr (sizeof(V) == 64) {
+      return _mm512_stream_si512(static_cast<__m512i*>(to), reinterpret<__m512i>(value));
+    }
 #endif
   }
 #endif
@@ -112,7 +119,8 @@ inline void add_pair(vec<float, L>& even, vec<float, L>& odd, const BFloat16* fr
 }
 
 template <int L>
-inline void store_pair(BFloat16* to, const vec<float, L>& even, const vec<float, L>& odd, bool stream) {
+inline void store_pair(BFloat16* to, const vec<float, L>& even, const vec<float, L>& odd,
+                       bool stream) {
   write(to, (round_upper<L>(even) >> 16) | (round_upper<L>(odd) & 0xffff0000), stream);
 }
 

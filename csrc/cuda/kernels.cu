@@ -45,7 +45,9 @@ struct Sum {
   float latent_weight, bias;
 
   __device__ explicit Sum(const DeviceTerms& terms)
-      : latent(static_cast<const T*>(terms.latent)), latent_weight(terms.latent_weight), bias(terms.bias) {
+      : latent(static_cast<const T*>(terms.latent)),
+        latent_weight(terms.latent_weight),
+        bias(terms.bias) {
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       const bool used = k < terms.history;  // K is rounded up
@@ -123,7 +125,8 @@ __device__ float modulate(float normed, const Modulation& m, int64_t place) {
 
 // One block per row, which stays in shared memory in fp32; a thread meets its own numbers only.
 template <class T, int K, int N>
-__global__ void __launch_bounds__(kThreads) mix_modulate(const DeviceTerms terms, const Modulation m) {
+__global__ void __launch_bounds__(kThreads)
+    mix_modulate(const DeviceTerms terms, const Modulation m) {
   extern __shared__ float4 dynamic[];
   __shared__ float partial[kThreads / 32];
   float* row = reinterpret_cast<float*>(dynamic);
@@ -147,21 +150,26 @@ __global__ void __launch_bounds__(kThreads) mix_modulate(const DeviceTerms terms
   for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
     float result[N];
 #pragma unroll
-    for (int n = 0; n < N; ++n) result[n] = modulate((row[c + n] - mean) * inverse, m, sample + c + n);
+    for (int n = 0; n < N; ++n) {
+      result[n] = modulate((row[c + n] - mean) * inverse, m, sample + c + n);
+    }
     write(static_cast<T*>(m.out) + start + c, result);
   }
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// f(type, K, N): K rounded up to a compiled one, N numbers per access.
+// K rounded up to a compiled one, 16 bytes or one number per access.
 template <class T, class F>
 cudaError_t with_history(int history, bool packed, const F& f) {
-#define LESA_CASE(K) \
-  if (history <= K) return packed ? f.template run<T, K, 16 / sizeof(T)>() : f.template run<T, K, 1>();
-  LESA_CASE(1) LESA_CASE(2) LESA_CASE(3) LESA_CASE(4) LESA_CASE(8) LESA_CASE(16)
-#undef LESA_CASE
-  return cudaErrorInvalidValue;
+  constexpr int kPack = 16 / sizeof(T);
+  if (history > kMaxHistory) return cudaErrorInvalidValue;
+  if (!packed) return history <= 4 ? f.template run<T, 4, 1>() : f.template run<T, 16, 1>();
+  if (history == 1) return f.template run<T, 1, kPack>();
+  if (history == 2) return f.template run<T, 2, kPack>();
+  if (history == 3) return f.template run<T, 3, kPack>();
+  if (history == 4) return f.template run<T, 4, kPack>();
+  return history <= 8 ? f.template run<T, 8, kPack>() : f.template run<T, 16, kPack>();
 }
 
 template <class F>
@@ -204,14 +212,16 @@ struct MixModulate {
 
 cudaError_t launch_mix(Dtype dtype, const DeviceTerms& terms, void* out, cudaStream_t stream) {
   const int64_t bytes = terms.size * (dtype == Dtype::f32 ? 4 : 2);
-  const bool packed = bytes % 16 == 0 && aligned(terms.ring) && aligned(terms.latent) && aligned(out);
+  const bool packed =
+      bytes % 16 == 0 && aligned(terms.ring) && aligned(terms.latent) && aligned(out);
   return dispatch(dtype, terms.history, packed, Mix{terms, out, stream});
 }
 
 cudaError_t launch_mix_modulate(Dtype dtype, const DeviceTerms& terms, const Modulation& m,
                                 cudaStream_t stream) {
   const int64_t bytes = m.columns * (dtype == Dtype::f32 ? 4 : 2);
-  const bool packed = bytes % 16 == 0 && aligned(terms.ring) && aligned(m.out) && aligned(m.feature);
+  const bool packed =
+      bytes % 16 == 0 && aligned(terms.ring) && aligned(m.out) && aligned(m.feature);
   return dispatch(dtype, terms.history, packed, MixModulate{terms, m, stream});
 }
 

@@ -15,7 +15,8 @@ constexpr int64_t kMostColumns = 12288;  // 48 KiB of shared memory, which no de
 
 Dtype check_dtype(const char* name, const Tensor& tensor) {
   const Dtype dtype = dtype_of(name, tensor);
-  require(dtype != Dtype::f64, name, " is float64; the CUDA kernels take float32, float16 and bfloat16");
+  require(dtype != Dtype::f64, name,
+          " is float64; the CUDA kernels take float32, float16 and bfloat16");
   return dtype;
 }
 
@@ -56,7 +57,8 @@ void mix_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients
   if (latent && latent_coefficient != 0) {
     check_plain("latent", *latent, out);
     require(same_sizes(*latent, out) && latent->scalar_type() == out.scalar_type(),
-            "latent has shape ", Shape{*latent}, "; it must have out's, ", Shape{out}, ", and its dtype");
+            "latent has shape ", Shape{*latent}, "; it must have out's, ", Shape{out},
+            ", and its dtype");
     require(!overlap(*latent, out) || latent->data_ptr() == out.data_ptr(),
             "latent and out overlap in memory; pass another out");
     terms.latent = latent->data_ptr();
@@ -73,8 +75,8 @@ void mix_modulate_out(const Tensor& ring, const Tensor& slots, const Tensor& coe
   const Dtype dtype = check_dtype("out", out);
   Modulation m = check_modulation(scale, shift, out, eps);
   check_dtype("scale", scale);
-  require(m.columns <= kMostColumns, "out has ", m.columns, " columns; the CUDA kernel takes at most ",
-          kMostColumns);
+  require(m.columns <= kMostColumns, "out has ", m.columns,
+          " columns; the CUDA kernel takes at most ", kMostColumns);
   check_overlap("out", out, ring);
   if (feature) {
     check_feature("feature", *feature, ring);

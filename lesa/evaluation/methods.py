@@ -111,7 +111,7 @@ def build(
 
     Without `searched` a peer follows its own published rule, at the setting whose number of full
     steps is nearest to, but not below, the wanted one (the doubt goes to the peer); lesa follows
-    the list that its forecaster was calibrated for. `searched` is an explicit list instead.
+    the list that its forecaster recommends. `searched` is an explicit list instead.
 
     Raises: LesaError if the name is unknown, the count impossible, or lesa has no forecaster.
     """

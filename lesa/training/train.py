@@ -33,7 +33,7 @@ def train(
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
-    progress: bool = True,
+    progress: bool | Progress = True,
     **more: Any,
 ) -> LesaForecaster:
     """Train a forecaster for a diffusers pipeline on a few prompts.
@@ -51,6 +51,7 @@ def train(
         seed: prompt i is generated from noise seed + i.
         call: further arguments of ``pipe(...)``.
         folder: keep statistics here, to resume an interrupted collection.
+        progress: show bars and log lines; or a Progress, which keeps the lines.
         more: arguments of ``pipe(...)`` (height, guidance_scale, ...) or fields of the forecaster
             (``history``, ``stages``, ``gate``, ...; see ``lesa.forecasters.settings.Settings``).
 
@@ -70,10 +71,9 @@ def train(
         )
     taken, fields = call_arguments(pipe, {**(call or {}), **more})
     taken.pop("num_inference_steps", None)
-    job = Job(
-        pipe, _checked_prompts(prompts), taken, tap, seed, batch_size, _folder(folder),
-        Progress(quiet=not progress),
-    )  # fmt: skip
+    report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+    calibration = _checked_prompts(prompts)
+    job = Job(pipe, calibration, taken, tap, seed, batch_size, _folder(folder), report)
     started = time.perf_counter()
     collected = [collect(job, count) for count in counts]
     job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")

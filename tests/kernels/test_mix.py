@@ -123,11 +123,11 @@ def test_an_empty_feature(rand, integers):
 def test_offsets_beyond_32_bits(tmp_path, device, poisoned):
     if device.type != "cpu":
         pytest.skip("reads a sparse file")
-    size = 2**31 + 16  # elements of a slot: the second one begins beyond 32 bits
-    ring = torch.from_file(str(tmp_path / "ring"), shared=True, size=2 * size, dtype=torch.float16)
-    ring[size : size + 64] = torch.arange(64)
-    out, number = poisoned(64, dtype=torch.float16), torch.ones(1, dtype=torch.int32)
+    size = 2**30 + 16  # elements of a slot: the third one begins beyond 31 bits
+    ring = torch.from_file(str(tmp_path / "ring"), shared=True, size=3 * size, dtype=torch.float16)
+    ring[2 * size : 2 * size + 64] = torch.arange(64)
+    out, zero = poisoned(64, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
     _flat_kernel[(1,)](
-        out, ring, number, torch.ones(2, 1), number, None, None, size, 1, K=1, BLOCK=64
+        out, ring, zero + 2, torch.ones(1, 1), zero, None, None, size, 1, K=1, BLOCK=64
     )
     assert torch.equal(out, torch.arange(64).half())

@@ -1,0 +1,149 @@
+"""The main job in numbers: `python benchmarks/bench_main_job.py`; about 15 minutes on 2 CPU cores.
+
+Trains one default forecaster on the embedded pipeline, compares it on unseen prompts with every
+training-free method (each on its own published full steps, and on ours), and times the training and
+the accelerated loop. Writes benchmarks/results/main_job.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+import lesa
+from lesa.evaluation.compare import Comparison, compare
+from lesa.evaluation.methods import METHODS, build_all
+from lesa.evaluation.runs import generate
+from lesa.testbed import captions, load, settings
+from lesa.training.progress import Progress
+from lesa.versions import versions
+
+COUNTS = (13, 10, 8)
+FEWER = {28: (10, 8)}  # full steps that are compared at another step count
+RESULT = Path(__file__).parent / "results" / "main_job.json"
+
+
+def train(pipe: Any, prompts: int, call: dict[str, Any]) -> tuple[lesa.LesaForecaster, dict]:
+    """The forecaster for 50 and 28 steps, and what its training took."""
+    calibration = captions(prompts, seed=0, split="train")
+    plain = {**call, "output_type": "latent"}
+    started = time.perf_counter()
+    for steps in (50, 28):
+        for start in range(0, prompts, 8):
+            batch = calibration[start : start + 8]
+            seeds = range(start, start + len(batch))
+            generate(pipe, batch, seeds, {**plain, "num_inference_steps": steps})
+    base_seconds = time.perf_counter() - started
+    with tempfile.TemporaryDirectory() as folder:
+        started = time.perf_counter()
+        report = Progress(quiet=True)
+        forecaster = lesa.train(
+            pipe, calibration, (50, 28), COUNTS, call=call, folder=folder, progress=report
+        )
+        seconds = time.perf_counter() - started
+        sizes = {path.name: path.stat().st_size for path in Path(folder).glob("*.safetensors")}
+    facts = {
+        "prompts": prompts,
+        "base_generation_seconds": base_seconds,
+        "train_seconds": seconds,
+        "statistics_bytes": sizes,
+        "log": report.lines,
+    }
+    return forecaster, facts
+
+
+def loop(
+    pipe: Any, forecaster: lesa.LesaForecaster, call: dict[str, Any], rounds: int
+) -> list[dict]:
+    """Speed of the loop and cost of a skipped call; plain and accelerated runs take turns."""
+    rows, prompts = [], captions(4, seed=5)
+    for count in COUNTS:
+        ratios, shares = [], []
+        for _ in range(rounds):
+            plain = generate(pipe, prompts, range(4), call).seconds
+            with lesa.accelerate(pipe, forecaster, full_steps=count):
+                fast = generate(pipe, prompts, range(4), call).seconds
+                stats = lesa.stats(pipe)
+            ratios.append(plain / fast)
+            full = stats.seconds_full / stats.full
+            shares.append(stats.seconds_skipped / stats.skipped / full)
+        ideal = call["num_inference_steps"] / count
+        rows.append(
+            {
+                "full_steps": count,
+                "batch": len(prompts),
+                "speedup": median(ratios),
+                "share_of_ideal": median(ratios) / ideal,
+                "skipped_over_full_call": median(shares),
+            }
+        )
+    return rows
+
+
+def judge(rows: list[dict[str, Any]], counts: tuple[int, ...]) -> list[dict[str, Any]]:
+    """lesa against the best peer on its own full steps, per number of full steps."""
+    verdicts = []
+    for count in counts:
+        ours = next(r for r in rows if r["method"] == "lesa" and r["full_steps"] == count)
+        peers = [r for r in rows if r["method"] != "lesa" and r["schedule"].startswith("own")]
+        near = [r for r in peers if count <= r["full_steps"] <= count + 2]
+        best, tail = (max(near, key=lambda r: r[key]) for key in ("psnr_mean", "psnr_p10"))
+        verdicts.append(
+            {
+                "full_steps": count,
+                "lesa_mean": ours["psnr_mean"],
+                "best_peer": f"{best['method']} @{best['full_steps']}",
+                "gain_mean": ours["psnr_mean"] - best["psnr_mean"],
+                "gain_p10": ours["psnr_p10"] - tail["psnr_p10"],
+            }
+        )
+    return verdicts
+
+
+def show(title: str, result: Comparison, verdicts: list[dict[str, Any]]) -> None:
+    print(f"\n{title}: plain {result.plain_seconds:.2f} s a batch")
+    for r in result.rows:
+        quality = f"{r['psnr_mean']:6.2f} {r['psnr_p10']:6.2f} {r['psnr_min']:6.2f}"
+        speed = f"{r['ssim_mean']:.4f} {r['speedup']:5.2f}x"
+        print(f"{r['method']:13} {r['full_steps']:3d} {quality} {speed}  {r['schedule']}")
+    for v in verdicts:
+        print(
+            f"{v['full_steps']} full: {v['gain_mean']:+.2f} dB mean over {v['best_peer']}, "
+            f"{v['gain_p10']:+.2f} dB worst decile"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
+    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
+    parser.add_argument("--out", type=Path, default=RESULT)
+    options = parser.parse_args()
+    pipe, call = load("flux"), settings("flux")
+    forecaster, training = train(pipe, options.prompts, call)
+    unseen = captions(options.unseen, seed=1, split="test")
+    report: dict[str, Any] = {"environment": versions(), "training": training, "comparisons": {}}
+    for steps, counts in {50: COUNTS, **FEWER}.items():
+        own = {**call, "num_inference_steps": steps}
+        methods = build_all(METHODS, counts, steps, forecaster=forecaster, searched=True)
+        result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
+        verdicts = judge(result.rows, counts)
+        show(f"{steps} steps, {len(unseen)} unseen prompts", result, verdicts)
+        report["comparisons"][str(steps)] = {"rows": result.rows, "verdicts": verdicts}
+    report["loop"] = loop(pipe, forecaster, call, rounds=5)
+    for row in report["loop"]:
+        print({key: round(value, 4) for key, value in row.items()})
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()

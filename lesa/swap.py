@@ -1,0 +1,132 @@
+"""Swapping the class of a module instance, and what the swapped forward may see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+__all__ = ["Identity", "Skippable", "Slot", "Swapped", "Tap", "is_swapped", "restore", "swap"]
+
+# Attributes that a swapped module carries and its copies do not.
+_OWN = ("_lesa_denoiser", "_lesa_slot")
+
+
+class Slot:
+    """What the forward may see: plain attributes, since dynamo cannot trace a ContextVar."""
+
+    def __init__(self) -> None:
+        self.skip = False
+        self.capture = False
+        self.feature: torch.Tensor | None = None
+        self.captured: torch.Tensor | None = None
+        self.mismatch = False
+
+
+class Swapped:
+    """Base of the mixins: a copy of a swapped module is a plain module of its own class."""
+
+    _lesa_original: type[nn.Module]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        shell: Any = object.__new__(self._lesa_original)
+        clone: Any = object.__new__(self._lesa_original)
+        shell.__dict__.update((k, v) for k, v in self.__dict__.items() if k not in _OWN)
+        memo[id(self)] = clone  # first: diffusers' hook registry refers back to the module
+        state = shell.__getstate__() if hasattr(shell, "__getstate__") else shell.__dict__
+        clone.__setstate__(copy.deepcopy(state, memo))
+        return clone
+
+
+class Skippable(Swapped):
+    """A block container that iterates over nothing on a skipped step."""
+
+    _lesa_slot: Slot
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(()) if self._lesa_slot.skip else super().__iter__()  # type: ignore[misc]
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):  # a slice would be built with this class, without a slot
+            return nn.ModuleList(list(self._modules.values())[index])  # type: ignore[attr-defined]
+        return super().__getitem__(index)  # type: ignore[misc]
+
+
+class Identity(Swapped):
+    """A module that returns its first argument on a skipped step."""
+
+    _lesa_slot: Slot
+
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._lesa_slot.skip:
+            return hidden_states
+        return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
+
+
+class Tap:
+    """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        slot = self.slot
+        if slot.capture:
+            slot.captured = args[0]
+        if not slot.skip or slot.feature is None:
+            return None
+        if slot.feature.shape != args[0].shape:
+            slot.mismatch = True
+            return None
+        return (slot.feature.to(args[0]), *args[1:]), kwargs
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        return self
+
+
+class _Alias(type):
+    """A class that equals the one it stands in for: `from_pipe` asks `type(model) in expected`."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__dict__.get("_lesa_original")
+
+    def __hash__(cls) -> int:
+        return type.__hash__(cls.__dict__.get("_lesa_original", cls))
+
+
+@cache
+def _swapped(mixin: Any, original: Any) -> type:
+    """Subclass of `original` that keeps its name, so that saved configurations do not change."""
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "_lesa_original": original,
+    }
+    plain = type(original) is type
+    alias: Any = _Alias if plain else type("_Alias", (_Alias, type(original)), {})
+    return alias(original.__name__, (mixin, original), names)
+
+
+def swap(module: nn.Module, mixin: type, **own: object) -> None:
+    """Put `mixin` in front of the module's class and give it the attributes `own`."""
+    original: Any = type(module)
+    module.__class__ = _swapped(mixin, original)
+    module.__dict__.update(own)
+
+
+def restore(module: nn.Module) -> None:
+    """Undo `swap`."""
+    module.__class__ = type(module)._lesa_original  # type: ignore[attr-defined]
+    for name in _OWN:
+        module.__dict__.pop(name, None)
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether the class of `module` is still the one that `swap` gave it."""
+    return "_lesa_original" in type(module).__dict__
