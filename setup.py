@@ -52,6 +52,8 @@ def missing(program: str) -> bool:
 def obstacle() -> str:
     """Why the native part cannot be built, in one sentence; empty where it can."""
     torch = torch_folder()
+    if MODE not in ("auto", "0", "1"):
+        raise SystemExit(f"lesa: LESA_BUILD_EXT is {MODE!r}; set it to auto, 1 or 0.")
     if MODE == "0":
         return "LESA_BUILD_EXT is 0; set it to 1 to build."
     if sys.platform != "linux":

@@ -79,6 +79,7 @@ inline void check_feature(const char* name, const Tensor& feature, const Tensor&
 // K, where ring, slots and coefficients fit together.
 inline int check_ring(const Tensor& ring, const Tensor& slots, const Tensor* coefficients) {
   check_plain("ring", ring, ring);
+  require(ring.dim() && ring.size(0), "ring has shape ", Shape{ring}, "; it must be [K, ...]");
   check_plain("slots", slots, ring);
   require(slots.scalar_type() == ScalarType::Int, "slots must be int32");
   const int64_t history = slots.numel();

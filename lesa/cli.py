@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -275,12 +276,18 @@ def env(json: Json = None) -> None:
 
 
 def main() -> None:
-    """Entry point of `lesa`: also an interrupt outside of a command ends with 130, quietly."""
+    """Entry point of `lesa`; an interrupt, also one outside of a command, ends with status 130."""
     try:
         app()
     except KeyboardInterrupt:
         complain("interrupted; what was finished is kept")
-        sys.exit(INTERRUPTED)
+    except SystemExit as end:
+        if end.code != INTERRUPTED:
+            raise
+    # A caught interrupt that fell into an exec() (dataclasses, at import) still makes CPython
+    # end itself by the signal, so its own way out is not taken.
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -68,19 +68,19 @@ class LesaConfig:
         """The schedule of a run of `num_steps` steps; LesaError where there is none."""
         if self.schedule is not None:
             return self.schedule.bind(num_steps)
-        trained = cast(Any, self.forecaster) if hasattr(self.forecaster, "schedule_for") else None
+        forecaster = cast(Any, self.forecaster)
+        calibrated = getattr(forecaster, "calibrated", [])
         if self.full_steps is not None:
             if self.full_steps > num_steps:
                 raise LesaError(
                     f"full_steps is {self.full_steps} for a run of {num_steps} steps: "
                     f"give at most {num_steps}."
                 )
-            if trained is not None:
-                return trained.schedule_for(self.full_steps, num_steps, sigmas)
+            if calibrated:
+                return forecaster.schedule_for(self.full_steps, num_steps, sigmas)
             return _schedule_of(self.full_steps, num_steps)
-        if trained is not None and trained.calibrated:
-            count = len(trained.calibrated[0].full_steps)
-            return trained.schedule_for(count, num_steps, sigmas)
+        if calibrated:
+            return forecaster.schedule_for(len(calibrated[0].full_steps), num_steps, sigmas)
         return Schedule.every(_DEFAULT_INTERVAL, num_steps)
 
     def _check_steps(self) -> None:

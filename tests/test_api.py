@@ -165,10 +165,13 @@ def test_a_trained_forecaster_brings_its_own_schedules(tiny_flux, inputs):
     tiny_flux(**inputs())
     found = lesa.stats(tiny_flux)
     assert (found.full_steps, found.skipped, found.fallbacks) == ((0, 2, 5, 9), 8, {})
-    lesa.enable(tiny_flux, forecaster, full_steps=5)
+    lesa.enable(tiny_flux, forecaster, full_steps=5)  # not calibrated: the nearest, thinned
     tiny_flux(**inputs())
     found = lesa.stats(tiny_flux)
-    assert found.skipped == 0 and any("not calibrated" in why for why in found.fallbacks)
+    assert (len(found.full_steps), found.full, found.fallbacks) == (5, 5, {})
+    lesa.enable(tiny_flux, LesaForecaster(), full_steps=5)
+    tiny_flux(**inputs())
+    assert lesa.stats(tiny_flux).full == 5
 
 
 def test_a_forecaster_for_another_model_is_refused(tiny_flux):

@@ -298,9 +298,11 @@ def interrupt(args, ready, tmp_path) -> subprocess.CompletedProcess:
         deadline = time.monotonic() + 300  # a busy machine needs a minute to import torch
         while not ready() and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
+        reached = ready()
         process.send_signal(signal.SIGINT)
         out, _ = process.communicate(timeout=60)
         stderr.seek(0)
+        assert reached, f"the command never got that far: {stderr.read()}"
         return subprocess.CompletedProcess(args, process.returncode, out, stderr.read())
 
 

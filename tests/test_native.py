@@ -272,6 +272,7 @@ def refusals() -> dict[str, tuple[dict[str, Any], str]]:
     """What is wrong with a mix of [3, 4, 8] features, and a part of the sentence that says so."""
     ring = draw(3, 4, 8)
     return {
+        "empty ring": ({"ring": draw(0, 4, 8)}, r"ring has shape \[0, 4, 8\]; it must be \[K"),
         "transposed ring": ({"ring": draw(3, 8, 4).mT}, r"ring of shape \[3, 4, 8\] is not contig"),
         "transposed out": ({"out": draw(8, 4).mT}, r"not contiguous in memory; pass out\.contig"),
         "strided slots": ({"slots": torch.zeros(6).int()[::2]}, "slots .* not contiguous"),

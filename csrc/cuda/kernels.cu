@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kThreads = 256;
 
-// N numbers in one access of at most 16 bytes.
+// N numbers that begin at a multiple of 16 bytes, or of their size where that is less.
 template <class T, int N>
-struct alignas(sizeof(T) * N) Pack {
+struct alignas(sizeof(T) * N < 16 ? sizeof(T) * N : 16) Pack {
   T values[N];
 };
 
@@ -109,55 +109,66 @@ __device__ float block_sum(float x, float* shared) {
   return x;
 }
 
-template <class S>
-__device__ float modulate(float normed, const Modulation& m, int64_t place) {
-  const float gain = 1.f + wide(static_cast<const S*>(m.scale)[place]);
-  return fmaf(normed, gain, wide(static_cast<const S*>(m.shift)[place]));
+template <class S, int N>
+__device__ void widen(const void* row, int64_t place, float (&to)[N]) {
+  const S* from = static_cast<const S*>(row) + place;
+  const Pack<S, N> pack = *reinterpret_cast<const Pack<S, N>*>(from);
+#pragma unroll
+  for (int n = 0; n < N; ++n) to[n] = wide(pack.values[n]);
 }
 
-__device__ float modulate(float normed, const Modulation& m, int64_t place) {
-  switch (m.dtype) {
-    case Dtype::f16: return modulate<__half>(normed, m, place);
-    case Dtype::bf16: return modulate<__nv_bfloat16>(normed, m, place);
-    default: return modulate<float>(normed, m, place);
+template <int N>
+__device__ void widen(Dtype dtype, const void* row, int64_t place, float (&to)[N]) {
+  switch (dtype) {
+    case Dtype::f16: return widen<__half, N>(row, place, to);
+    case Dtype::bf16: return widen<__nv_bfloat16, N>(row, place, to);
+    default: return widen<float, N>(row, place, to);
   }
 }
 
-// One block per row, which stays in shared memory in fp32; a thread meets its own numbers only.
+// One block per row, which stays in shared memory in fp32. A thread meets its own numbers only, and
+// they lie `width` apart, so that a warp's accesses fall into different banks.
 template <class T, int K, int N>
 __global__ void __launch_bounds__(kThreads)
     mix_modulate(const DeviceTerms terms, const Modulation m) {
-  extern __shared__ float4 dynamic[];
+  extern __shared__ float row[];
   __shared__ float partial[kThreads / 32];
-  float* row = reinterpret_cast<float*>(dynamic);
+  const int width = int(m.columns) / N;
   const int64_t start = int64_t(blockIdx.x) * m.columns;
   const int64_t sample = blockIdx.x / m.rows_per_sample * m.stride;
   const Sum<T, K> h(terms);
   float total = 0.f, square = 0.f;
-  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
+  for (int j = threadIdx.x; j < width; j += kThreads) {
     float sum[N];
-    h.template at<N>(start + c, sum);
-    if (m.feature) write(static_cast<T*>(m.feature) + start + c, sum);
+    h.template at<N>(start + j * N, sum);
+    if (m.feature) write(static_cast<T*>(m.feature) + start + j * N, sum);
 #pragma unroll
-    for (int n = 0; n < N; ++n) total += row[c + n] = sum[n];
+    for (int n = 0; n < N; ++n) total += row[n * width + j] = sum[n];
   }
   const float mean = block_sum(total, partial) / float(m.columns);
-  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) square = fmaf(row[c + n] - mean, row[c + n] - mean, square);
-  }
-  const float inverse = rsqrtf(block_sum(square, partial) / float(m.columns) + float(m.eps));
-  for (int c = threadIdx.x * N; c < m.columns; c += kThreads * N) {
-    float result[N];
+  for (int j = threadIdx.x; j < width; j += kThreads) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      result[n] = modulate((row[c + n] - mean) * inverse, m, sample + c + n);
+      const float centred = row[n * width + j] - mean;
+      square = fmaf(centred, centred, square);
     }
-    write(static_cast<T*>(m.out) + start + c, result);
+  }
+  const float inverse = rsqrtf(block_sum(square, partial) / float(m.columns) + float(m.eps));
+  for (int j = threadIdx.x; j < width; j += kThreads) {
+    float gain[N], result[N];
+    widen<N>(m.dtype, m.scale, sample + j * N, gain);
+    widen<N>(m.dtype, m.shift, sample + j * N, result);
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+      result[n] = fmaf((row[n * width + j] - mean) * inverse, 1.f + gain[n], result[n]);
+    }
+    write(static_cast<T*>(m.out) + start + j * N, result);
   }
 }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+int64_t bytes_of(Dtype dtype, int64_t count) { return count * (dtype == Dtype::f32 ? 4 : 2); }
 
 // K rounded up to a compiled one, 16 bytes or one number per access.
 template <class T, class F>
@@ -211,17 +222,16 @@ struct MixModulate {
 }  // namespace
 
 cudaError_t launch_mix(Dtype dtype, const DeviceTerms& terms, void* out, cudaStream_t stream) {
-  const int64_t bytes = terms.size * (dtype == Dtype::f32 ? 4 : 2);
-  const bool packed =
-      bytes % 16 == 0 && aligned(terms.ring) && aligned(terms.latent) && aligned(out);
+  const bool packed = bytes_of(dtype, terms.size) % 16 == 0 && aligned(terms.ring) &&
+                      aligned(terms.latent) && aligned(out);
   return dispatch(dtype, terms.history, packed, Mix{terms, out, stream});
 }
 
 cudaError_t launch_mix_modulate(Dtype dtype, const DeviceTerms& terms, const Modulation& m,
                                 cudaStream_t stream) {
-  const int64_t bytes = m.columns * (dtype == Dtype::f32 ? 4 : 2);
-  const bool packed =
-      bytes % 16 == 0 && aligned(terms.ring) && aligned(m.out) && aligned(m.feature);
+  const bool rows = bytes_of(m.dtype, m.stride) % 16 == 0 && aligned(m.scale) && aligned(m.shift);
+  const bool packed = rows && bytes_of(dtype, m.columns) % 16 == 0 && aligned(terms.ring) &&
+                      aligned(m.out) && aligned(m.feature);
   return dispatch(dtype, terms.history, packed, MixModulate{terms, m, stream});
 }
 

@@ -11,7 +11,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace lesa {
 namespace {
 
-constexpr int64_t kMostColumns = 12288;  // 48 KiB of shared memory, which no device refuses
+constexpr int64_t kMostColumns = 12000;  // in 48 KiB of shared memory, which no device refuses
 
 Dtype check_dtype(const char* name, const Tensor& tensor) {
   const Dtype dtype = dtype_of(name, tensor);

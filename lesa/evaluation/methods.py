@@ -141,7 +141,7 @@ def build_all(
 ) -> list[Method]:
     """Every method at every wanted number of full steps, each once.
 
-    With `searched` every peer also runs on the list that lesa's forecaster was calibrated for.
+    With `searched` every peer also runs on the list that lesa's forecaster recommends.
     """
     found: dict[str, Method] = {}
     for count in counts:
