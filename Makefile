@@ -34,5 +34,5 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[report,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,dev]"
 	@touch $@

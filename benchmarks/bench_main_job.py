@@ -93,7 +93,7 @@ def judge(rows: list[dict[str, Any]], counts: tuple[int, ...]) -> list[dict[str,
     for count in counts:
         ours = next(r for r in rows if r["method"] == "lesa" and r["full_steps"] == count)
         peers = [r for r in rows if r["method"] != "lesa" and r["schedule"].startswith("own")]
-        near = [r for r in peers if count <= r["full_steps"] <= count + 2]
+        near = [r for r in peers if count <= r["full_steps"] <= count + 1]
         best, tail = (max(near, key=lambda r: r[key]) for key in ("psnr_mean", "psnr_p10"))
         verdicts.append(
             {

@@ -60,18 +60,28 @@ class _Thread(threading.local):
 class _Context:
     """A class, since a generator costs twice the time and every step enters one."""
 
-    __slots__ = ("_before", "_now", "_thread")
+    __slots__ = ("_before", "_inner", "_now", "_thread")
 
-    def __init__(self, thread: _Thread, name: str, fields: Mapping[str, Any]) -> None:
-        self._thread, self._now = thread, (name, fields)
+    def __init__(
+        self,
+        thread: _Thread,
+        name: str,
+        fields: Mapping[str, Any],
+        inner: AbstractContextManager[Any] | None,
+    ) -> None:
+        self._thread, self._now, self._inner = thread, (name, fields), inner
 
     def __enter__(self) -> None:
         thread = self._thread
+        if self._inner is not None:
+            self._inner.__enter__()
         self._before = thread.name, thread.fields
         thread.name, thread.fields = self._now
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._thread.name, self._thread.fields = self._before
+        if self._inner is not None:
+            self._inner.__exit__(*error)
 
 
 class StepClock:
@@ -122,9 +132,17 @@ class StepClock:
         """Forget this thread's generation: the next call begins a new one."""
         self._thread.generation = None
 
-    def context(self, name: str, fields: Mapping[str, Any]) -> AbstractContextManager[None]:
-        """Give the calls inside a branch name and perhaps a step, as `cache_context` does."""
-        return _Context(self._thread, name, fields)
+    def context(
+        self,
+        name: str,
+        fields: Mapping[str, Any],
+        inner: AbstractContextManager[Any] | None = None,
+    ) -> AbstractContextManager[None]:
+        """Give the calls inside a branch name and perhaps a step, as `cache_context` does.
+
+        `inner` is entered and left along with it.
+        """
+        return _Context(self._thread, name, fields, inner)
 
     def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
         """Step of the call that is about to run; to be asked exactly once per call."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -223,16 +223,11 @@ class _Controlled(Swapped):
         denoiser = self._lesa_denoiser
         return denoiser.controller(denoiser, args, kwargs)
 
-    @contextmanager
-    def cache_context(self, name: str, **fields: Any) -> Iterator[None]:
+    def cache_context(self, name: str, **fields: Any) -> AbstractContextManager[None]:
         """As in diffusers; also tells the branch and the step to the clock."""
         inherited = self._inherited("cache_context")
-        with self._lesa_denoiser.clock.context(name, fields):
-            if inherited is None:
-                yield
-            else:
-                with inherited(name, **fields):
-                    yield
+        inner = None if inherited is None else inherited(name, **fields)
+        return self._lesa_denoiser.clock.context(name, fields, inner)
 
     def disable_cache(self) -> None:
         """As in diffusers: remove the cache from this model."""
