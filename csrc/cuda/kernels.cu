@@ -8,6 +8,9 @@ namespace lesa {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kGroup = 4;
+template <int K>
+constexpr int kBlocks = K > 8 ? 1 : 4;
 
 // N numbers that begin at a multiple of 16 bytes, or of their size where that is less.
 template <class T, int N>
@@ -63,22 +66,29 @@ struct Sum {
     }
   }
 
-  // All loads are under way before the first product; what has no weight is not read, NaN or not.
+  // kGroup loads are under way before their first product; what has no weight is not read, NaN or
+  // not.
   template <int N>
   __device__ void at(int64_t i, float (&sum)[N]) const {
-    Pack<T, N> packs[K + 1]{};
 #pragma unroll
-    for (int k = 0; k < K; ++k) {
-      if (weights[k] != 0.f) packs[k] = fetch<T, N>(features[k] + i);
+    for (int n = 0; n < N; ++n) sum[n] = bias;
+    if (latent) add(fetch<T, N>(latent + i), latent_weight, sum);
+#pragma unroll
+    for (int first = 0; first < K; first += kGroup) {
+      Pack<T, N> packs[kGroup]{};
+#pragma unroll
+      for (int k = first; k < K && k < first + kGroup; ++k) {
+        if (weights[k] != 0.f) packs[k - first] = fetch<T, N>(features[k] + i);
+      }
+#pragma unroll
+      for (int k = first; k < K && k < first + kGroup; ++k) add(packs[k - first], weights[k], sum);
     }
-    if (latent) packs[K] = fetch<T, N>(latent + i);
+  }
+
+  template <int N>
+  static __device__ void add(const Pack<T, N>& pack, float weight, float (&sum)[N]) {
 #pragma unroll
-    for (int n = 0; n < N; ++n) {
-      sum[n] = bias;
-#pragma unroll
-      for (int k = 0; k < K; ++k) sum[n] = fmaf(weights[k], wide(packs[k].values[n]), sum[n]);
-      sum[n] = fmaf(latent_weight, wide(packs[K].values[n]), sum[n]);
-    }
+    for (int n = 0; n < N; ++n) sum[n] = fmaf(weight, wide(pack.values[n]), sum[n]);
   }
 };
 
@@ -91,7 +101,7 @@ __device__ void write(T* to, const float (&values)[N]) {
 }
 
 template <class T, int K, int N>
-__global__ void __launch_bounds__(kThreads) mix(const DeviceTerms terms, T* out) {
+__global__ void __launch_bounds__(kThreads, kBlocks<K>) mix(const DeviceTerms terms, T* out) {
   const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) * N;
   if (i >= terms.size) return;
   float sum[N];
@@ -129,14 +139,15 @@ __device__ void widen(Dtype dtype, const void* row, int64_t place, float (&to)[N
 // One block per row, which stays in shared memory in fp32. A thread meets its own numbers only, and
 // they lie `width` apart, so that a warp's accesses fall into different banks.
 template <class T, int K, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<K>)
     mix_modulate(const DeviceTerms terms, const Modulation m) {
   extern __shared__ float row[];
   __shared__ float partial[kThreads / 32];
   const int width = int(m.columns) / N;
   const int64_t start = int64_t(blockIdx.x) * m.columns;
   const int64_t sample = blockIdx.x / m.rows_per_sample * m.stride;
-  const Sum<T, K> h(terms);
+  Sum<T, K> h(terms);
+  h.latent = nullptr;  // has another shape where a feature has a norm: registers saved
   float total = 0.f, square = 0.f;
   for (int j = threadIdx.x; j < width; j += kThreads) {
     float sum[N];
