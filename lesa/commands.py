@@ -151,7 +151,7 @@ def environment() -> dict[str, Any]:
     """Versions, devices and backends, by name."""
     import torch
 
-    from lesa.ops import active_backend
+    from lesa import backend
 
     found: dict[str, Any] = {**versions(), "platform": platform.platform()}
     found["cpu threads"] = torch.get_num_threads()
@@ -159,7 +159,11 @@ def environment() -> dict[str, Any]:
     found["devices"] = [
         torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
     ] or ["cpu"]
-    found["backend"] = active_backend()
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    found["backend"] = backend.active(kind)
+    for name in backend.BACKENDS:
+        if reason := backend.why_not(name, kind):
+            found[f"not {name}"] = reason
     return found
 
 

@@ -1,7 +1,7 @@
 """The compiled kernels of csrc/: found and loaded on first use, or a reason why not.
 
     if native.load("cpu"):
-        torch.ops.lesa_native.mix_out(ring, slots, coefficients, None, 0.0, 0.0, out)
+        native.mix(ring, slots, table, step, out)  # or torch.ops.lesa_native.mix_out(...)
 
 They are optional: a plain install has none. In a checkout `python setup.py build_ext --inplace`
 builds them, and so does `LESA_BUILD_EXT=1 pip install --no-build-isolation -e .`. `LESA_NATIVE_DIR`
@@ -13,11 +13,24 @@ from __future__ import annotations
 import functools
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["isa", "library", "load", "status", "why_not"]
+__all__ = [
+    "gram",
+    "isa",
+    "library",
+    "load",
+    "mix",
+    "mix_modulate",
+    "status",
+    "takes",
+    "why_not",
+]
 
 OPERATORS = ("mix_out", "mix_modulate_out", "gram_out")
 REMEDY = "build it: LESA_BUILD_EXT=1 pip install --no-build-isolation -e ."
@@ -70,6 +83,74 @@ def status() -> dict[str, str]:
         return {"cpu": reason, "cuda": why_not("cuda")}
     loaded = f"loaded from {library('cpu')}, {isa()}"
     return {"cpu": loaded, "cuda": why_not("cuda") or f"loaded from {library('cuda')}"}
+
+
+def takes(name: str, feature: Tensor, options: Mapping[str, Any]) -> bool:
+    """Whether there is a compiled kernel `name` for a feature and these optional arguments.
+
+    The CUDA kernels get latent coefficient and bias from the host, which would have to wait.
+    """
+    if feature.device.type == "cpu":
+        return name in ("mix", "mix_modulate", "gram") and "band_size" not in options
+    return (
+        name in ("mix", "mix_modulate")
+        and feature.dtype != torch.float64
+        and all(value is None for value in options.values())
+    )
+
+
+def mix(
+    ring: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    step: Tensor,
+    out: Tensor,
+    *,
+    latent: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `lesa_kernels.mix.mix`; without bands."""
+    row, history = _row(table, step), len(slots)
+    own = 0.0 if latent is None else float(row[history])
+    shift = 0.0 if bias is None else float(bias[int(step)])
+    torch.ops.lesa_native.mix_out(ring, slots, row[:history], latent, own, shift, out)
+    return out
+
+
+def mix_modulate(
+    ring: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    step: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    feature: Tensor | None = None,
+) -> Tensor:
+    """See `lesa_kernels.mix_modulate.mix_modulate`."""
+    row, added = _row(table, step), 0.0 if bias is None else float(bias[int(step)])
+    if scale.ndim == 3:
+        scale, shift = _row(scale, step), _row(shift, step)
+    torch.ops.lesa_native.mix_modulate_out(ring, slots, row, added, scale, shift, eps, out, feature)
+    return out
+
+
+def gram(
+    feature: Tensor, ring: Tensor, slots: Tensor, out: Tensor, *, base: Tensor | None = None
+) -> Tensor:
+    """See `lesa_kernels.gram.gram`."""
+    torch.ops.lesa_native.gram_out(feature, ring, slots, base, out)
+    return out
+
+
+def _row(values: Tensor, step: Tensor) -> Tensor:
+    """The row of a step; on a device, where the host must not wait for its number, a copy."""
+    if values.device.type == "cpu":
+        return values[int(step)]
+    return values.index_select(0, step.view(1))[0]
 
 
 def _writes_only(*_: object) -> None:

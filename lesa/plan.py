@@ -5,13 +5,16 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from lesa.clock import Step
 from lesa.config import LesaConfig
 from lesa.errors import LesaError
 from lesa.schedule import Schedule
 from lesa.table import Table
 
-__all__ = ["Plan", "Planner", "Row"]
+__all__ = ["DeviceTable", "Plan", "Planner", "Row"]
 
 _MAX_PLANS = 64
 
@@ -22,6 +25,17 @@ class Row(NamedTuple):
     coefficients: tuple[float, ...]
     latent: float
     bias: float
+
+
+class DeviceTable(NamedTuple):
+    """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)], fp32 [S] or None, S step numbers.
+
+    A row of a full step is zero.
+    """
+
+    coefficients: Tensor
+    bias: Tensor | None
+    steps: tuple[Tensor, ...]
 
 
 class Plan:
@@ -45,6 +59,28 @@ class Plan:
         enters = [table.autoregressive or row is None for row in self.rows]
         self.pushes = [enter and s < last for s, enter in enumerate(enters)]
         self.expected = list(accumulate(self.pushes, initial=0))
+        self._table = table
+        self._devices: dict[torch.device, DeviceTable] = {}
+
+    def row(self, index: int) -> Row:
+        """The coefficients of a skipped step."""
+        row = self.rows[index]
+        if row is None:
+            raise LesaError(f"step {index} is full and has no forecast; ask for skipped steps only")
+        return row
+
+    def on(self, device: torch.device) -> DeviceTable:
+        """The rows on a device; copied there once."""
+        found = self._devices.get(device)
+        if found is None:
+            table = self._table
+            with torch.inference_mode(False):  # it outlives the generation that asked first
+                bias = None if table.bias is None else table.bias.float().to(device)
+                steps = torch.arange(len(self.rows), dtype=torch.int32, device=device)
+                coefficients = table.coefficients.float().contiguous().to(device)
+            found = DeviceTable(coefficients, bias, steps.unbind(0))
+            self._devices[device] = found
+        return found
 
 
 class Planner:

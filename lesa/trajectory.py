@@ -11,7 +11,7 @@ from torch import Tensor
 from lesa.clock import Step
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser, make_output, read_sample
-from lesa.ops import mix
+from lesa.mixer import Mixer
 from lesa.plan import Plan
 from lesa.ring import Ring
 
@@ -45,6 +45,7 @@ class Trajectory:
         self.plan = plan
         self.origin = call.step.index
         self.ring: Ring | None = None
+        self._mixer: Mixer | None = None
         self._kind: Any = None
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
@@ -80,16 +81,14 @@ class Trajectory:
     def forecast(self, call: Call, tap: str) -> Any:
         """The output of a skipped step; Refusal where there is none."""
         plan, ring, index = self.plan, self.ring, call.step.index - self.origin
-        row = plan.rows[index]
-        if row is None or ring is None or ring.pushed != plan.expected[index]:
+        if ring is None or self._mixer is None or ring.pushed != plan.expected[index]:
             raise Refusal("missing history")
         latent = None
         if plan.uses_latent:
             latent = call.argument(call.denoiser.spec.latent)
             if not isinstance(latent, Tensor) or latent.shape != ring.features[0].shape:
                 raise Refusal("latent and output differ in shape")
-        feature = torch.empty_like(ring.features[0])
-        mix(ring.features, ring.order, row.coefficients, feature, latent, row.latent, row.bias)
+        feature = self._mixer(index, torch.empty_like(ring.features[0]), latent)
         if tap == "hidden":
             output = call.denoiser.run_tail(feature, call.args, call.kwargs)
             if output is None:
@@ -118,6 +117,7 @@ class Trajectory:
         made = self.ring is None
         if self.ring is None:
             self.ring = Ring(self.plan.history, feature)
+            self._mixer = Mixer(self.plan, self.ring)
         elif not self.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
         self.ring.push(feature)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,44 +17,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((1,), (63,), (100,), (4097,), (2, 3, 64))
 
 
-@pytest.fixture(scope="module")
-def ops(request: pytest.FixtureRequest) -> Any:
-    """The operators as loaded already, or built once into pytest's cache."""
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    if native.load("cpu"):
-        newest = max(path.stat().st_mtime for path in sources)
-        if native.library("cpu").stat().st_mtime < newest:
-            pytest.fail(f"{native.library('cpu')} is older than csrc/: build it again")
-        return torch.ops.lesa_native
-    content = b"".join(path.read_bytes() for path in (ROOT / "setup.py", *sources))
-    digest = hashlib.sha256(content + torch.__version__.encode()).hexdigest()[:16]
-    folder = request.config.cache.mkdir("lesa_native") / digest
-    if not (folder / "lesa" / "_native_cpu.so").exists():
-        build(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LESA_NATIVE_DIR", str(folder / "lesa"))
-        native.why_not.cache_clear()
-        assert not native.why_not("cpu")
+@pytest.fixture
+def ops(native_kernels: None) -> Any:
     return torch.ops.lesa_native
-
-
-def build(folder: Path) -> None:
-    """Into `folder`, which appears complete or not at all."""
-    begun = folder.with_suffix(f".{os.getpid()}")
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={begun}"]
-    done = subprocess.run(
-        [*command, f"--build-temp={begun / 'objects'}"],
-        cwd=ROOT,
-        env={**os.environ, "LESA_BUILD_EXT": "1", "NVCC": "not-here"},
-        capture_output=True,
-        text=True,
-    )
-    if "LESA_BUILD_EXT is 1, but" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    if done.returncode:
-        pytest.fail(done.stdout + done.stderr)
-    shutil.rmtree(begun / "objects")
-    begun.replace(folder)
 
 
 @pytest.fixture(params=(16, 32, 64), ids=("baseline", "AVX2", "AVX-512"))

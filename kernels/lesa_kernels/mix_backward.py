@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,9 +20,8 @@ from lesa_kernels.checks import (
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import slot_bases
 from lesa_kernels.gram import gram
-from lesa_kernels.mix import mix
 
-__all__ = ["mix_differentiable", "mix_grad_features", "mix_grad_table"]
+__all__ = ["mix_gradients", "mix_grad_features", "mix_grad_table"]
 
 WIDE_BAND = 512  # elements from which a band is summed by `gram`, not column by column
 
@@ -175,50 +172,39 @@ def mix_grad_features(
     return ring_grad
 
 
-class _Mix(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, ring, slots, table, step, latent, bias, band_size) -> Tensor:
-        ctx.save_for_backward(ring, slots, table, step, latent, bias)
-        ctx.band_size = band_size
-        out = torch.empty_like(ring[0])
-        return mix(ring, slots, table, step, out, latent=latent, bias=bias, band_size=band_size)
+def mix_gradients(
+    grad: Tensor,
+    ring: Tensor,
+    slots: Tensor,
+    table: Tensor,
+    step: Tensor,
+    latent: Tensor | None = None,
+    band_size: int | None = None,
+    features: bool = True,
+    rows: bool = True,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of ring, latent, table and bias at `grad`, the gradient of mix's result.
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ring, slots, table, step, latent, bias = ctx.saved_tensors
-        grad, size = grad.contiguous(), ctx.band_size
-        needs = dict(zip(("ring", "slots", "table", "step", "latent", "bias"), ctx.needs_input_grad,
-                         strict=False))  # fmt: skip
-        rings = latents = tables = biases = None
-        if needs["ring"] or needs["latent"]:
-            rings = torch.zeros_like(ring)
-            latents = None if latent is None else torch.empty_like(latent)
-            mix_grad_features(grad, slots, table, step, rings, latent_grad=latents, band_size=size)
-        if needs["table"] or needs["bias"]:
-            bands = table.shape[2] if table.ndim == 3 else 1
-            row, total = mix_grad_table(
-                grad, ring, slots, latent=latent, bands=bands, band_size=size
-            )
-            tables = _at_step(table, step, row)
-            biases = None if bias is None else _at_step(bias, step, total)
-        return rings, None, tables, None, latents, biases, None
+    Those of ring and latent cost K (+ 1) writes and come with `features`, those of table and bias
+    K (+ 1) reads with `rows`; the others are empty.
+    """
+    rings, latents, tables, biases = (grad.new_empty(0) for _ in range(4))
+    if features:
+        rings = torch.zeros_like(ring)
+        given = None if latent is None else torch.empty_like(latent)
+        mix_grad_features(grad, slots, table, step, rings, latent_grad=given, band_size=band_size)
+        latents = latents if given is None else given
+    if rows:
+        bands = table.shape[2] if table.ndim == 3 else 1
+        row, total = mix_grad_table(
+            grad, ring, slots, latent=latent, bands=bands, band_size=band_size
+        )
+        tables = _at_step(table, step, row)
+        biases = _at_step(table[:, 0], step, total)
+    return rings, latents, tables, biases
 
 
 def _at_step(like: Tensor, step: Tensor, row: Tensor) -> Tensor:
     """Zeros like the whole table, with one row at `step`; no synchronisation."""
     row = row.reshape(1, *like.shape[1:]).to(like.dtype)
     return torch.zeros_like(like).index_copy_(0, step.view(1).long(), row)
-
-
-def mix_differentiable(
-    ring: Tensor,
-    slots: Tensor,
-    table: Tensor,
-    step: Tensor,
-    *,
-    latent: Tensor | None = None,
-    bias: Tensor | None = None,
-    band_size: int | None = None,
-) -> Tensor:
-    """`mix` into a new tensor, differentiable in ring, table, latent and bias (first order)."""
-    return _Mix.apply(ring, slots, table, step, latent, bias, band_size)

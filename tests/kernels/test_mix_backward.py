@@ -4,7 +4,9 @@ import pytest
 import torch
 from lesa_kernels import reference
 from lesa_kernels.config import Config
-from lesa_kernels.mix_backward import mix_differentiable, mix_grad_features, mix_grad_table
+from lesa_kernels.mix_backward import mix_grad_features, mix_grad_table
+
+from lesa import ops
 
 TWO = Config(256, 128, 2)
 SHAPE = (2, 6, 40)
@@ -40,6 +42,13 @@ def test_features_against_the_reference(bands, dtype, rand, integers, poisoned, 
     assert rings[0].isnan().all() and rings[2].isnan().all()
 
 
+@pytest.fixture
+def forced(monkeypatch):
+    """`ops.mix` on the Triton kernels, interpreted or not."""
+    monkeypatch.setenv("LESA_BACKEND", "triton")
+
+
+@pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize("bands", [None, 8])
 def test_autograd_agrees_with_autograd_of_the_reference(bands, rand, integers):
     def leaves(dtype):
@@ -51,7 +60,7 @@ def test_autograd_agrees_with_autograd_of_the_reference(bands, rand, integers):
     slots, step, weight = integers(2, 0), integers(1), rand(4, 24)
     gradients = []
     for function, dtype in (
-        (mix_differentiable, torch.float32),
+        (ops.mix, torch.float32),
         (reference.mix_differentiable, torch.float64),
     ):
         r, t, x, b = parameters = leaves(dtype)
@@ -61,6 +70,7 @@ def test_autograd_agrees_with_autograd_of_the_reference(bands, rand, integers):
         torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("forced")
 def test_a_fit_by_gradients_finds_the_coefficients(rand, integers):
     ring, slots, step = rand(2, 300), integers(1, 0), integers(0)
     target = 2 * ring[1] - ring[0]
@@ -69,7 +79,7 @@ def test_a_fit_by_gradients_finds_the_coefficients(rand, integers):
 
     def loss():
         optimiser.zero_grad()
-        value = (mix_differentiable(ring, slots, table, step) - target).pow(2).mean()
+        value = (ops.mix(ring, slots, table, step) - target).pow(2).mean()
         value.backward()
         return value
 

@@ -1,0 +1,71 @@
+"""The forecasts of one plan from one ring, on whatever backend is active where the ring lies."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lesa import backend, eager
+from lesa.plan import Plan
+from lesa.ring import Ring
+
+__all__ = ["Mixer"]
+
+
+class Mixer:
+    """`mixer(s, out)` writes h_hat_s = sum_k c[s, k] ring[k] (+ c_latent x_s) (+ bias_s) to `out`.
+
+    What varies from step to step lies on the device already: no step copies from the host or waits
+    for the device. It calls the kernels themselves, since the dispatcher would double the time that
+    the host takes; `lesa.ops` is for everybody else.
+
+    Raises:
+        LesaError: LESA_BACKEND forces a backend that does not work on the ring's device.
+    """
+
+    def __init__(self, plan: Plan, ring: Ring) -> None:
+        self.plan, self.ring = plan, ring
+        features, device = ring.data, ring.data.device
+        chosen = backend.active(device)
+        wide = features.dtype == torch.float64
+        self._write = Mixer._eager  # a bound method would make a cycle that keeps the ring alive
+        if chosen == "triton" and not wide and ring.history <= 8:
+            from lesa_kernels.mix import mix
+
+            self._mix, self._table = mix, plan.on(device)
+            self._write = Mixer._triton
+        elif chosen == "native" and not wide:
+            self._table = plan.on(device)
+            self._rows = self._table.coefficients[:, : ring.history].contiguous().unbind(0)
+            self._write = Mixer._native
+
+    def __call__(self, index: int, out: Tensor, latent: Tensor | None = None) -> Tensor:
+        """The forecast of the plan's step `index`, which must be a skipped one."""
+        if latent is not None:
+            latent = latent.contiguous()
+        self._write(self, index, out, latent)
+        return out
+
+    def _eager(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        coefficients, own, bias = self.plan.row(index)
+        ring = self.ring
+        eager.mix_row(ring.features, ring.order, coefficients, out, latent, own, bias)
+
+    def _native(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        _, own, bias = self.plan.row(index)
+        ring = self.ring
+        torch.ops.lesa_native.mix_out(
+            ring.data, ring.slots, self._rows[index], latent, own, bias, out
+        )
+
+    def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        table, ring = self._table, self.ring
+        self._mix(
+            ring.data,
+            ring.slots,
+            table.coefficients,
+            table.steps[index],
+            out,
+            latent=latent,
+            bias=table.bias,
+        )
