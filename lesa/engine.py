@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
+from lesa.call import Call, Refusal
 from lesa.clock import Step
 from lesa.config import LesaConfig
 from lesa.counters import Counters
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser
 from lesa.plan import Planner
-from lesa.trajectory import Call, Refusal, Trajectory
+from lesa.tail import ModulatedTail
+from lesa.trajectory import Trajectory
 
 __all__ = ["CacheController"]
 
@@ -36,6 +38,8 @@ class CacheController:
         self.counters = Counters(config.forecaster.name, self.tap)
         self._planner = Planner(config)
         self._local = threading.local()
+        self._found: ModulatedTail | None = None
+        self._searched = False
 
     def reset(self) -> None:
         """Drop this thread's features."""
@@ -74,20 +78,20 @@ class CacheController:
         """Run the model and keep its feature."""
         wanted = trajectory is not None and self.tap == "hidden"
         try:
-            output, feature = denoiser.run(args, kwargs, tap=wanted)
+            run = denoiser.run(args, kwargs, tap=wanted)
         except BaseException:
             denoiser.reset()
             raise
         if call is None or trajectory is None:
-            return output
+            return run.output
         try:
-            if trajectory.keep(call, output, feature, self.tap):
+            if trajectory.keep(call, run, self.tap):
                 rings = [t.ring for t in self._trajectories().values()]
                 self.counters.set_ring_bytes(sum(ring.nbytes for ring in rings if ring))
         except Exception as error:  # as above; without this feature the history has a hole
             self._fall_back(_reason(error))
             self._trajectories().pop(call.step.branch, None)
-        return output
+        return run.output
 
     def _trajectory(self, call: Call) -> Trajectory | None:
         """The trajectory of this call, begun anew where its features are of no use."""
@@ -123,8 +127,14 @@ class CacheController:
             if reason is None:
                 self._fall_back(plan)
             return None
-        trajectory = trajectories[call.step.branch] = Trajectory(plan, call)
+        trajectory = trajectories[call.step.branch] = Trajectory(plan, call, self._tail(call))
         return trajectory
+
+    def _tail(self, call: Call) -> ModulatedTail | None:
+        """The tail whose modulation is computed ahead, found once."""
+        if self.tap == "hidden" and not self._searched:
+            self._found, self._searched = ModulatedTail.of(call.denoiser), True
+        return self._found
 
     def _trajectories(self) -> dict[str, Trajectory]:
         if not hasattr(self._local, "trajectories"):

@@ -1,7 +1,8 @@
 """Attach a controller to a denoiser: it decides each call and may skip the blocks.
 
 The model instance gets a subclass of its own class, the block containers a subclass of theirs that
-can iterate over nothing, and the first tail module one pre-hook. `detach` undoes all three.
+can iterate over nothing, the first tail module and the time embedding one pre-hook each. `detach`
+undoes all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import torch
 from torch import nn
@@ -19,11 +20,12 @@ from torch import nn
 from lesa.clock import StepClock
 from lesa.errors import LesaError
 from lesa.models import ModelSpec, model_spec
-from lesa.swap import Identity, Skippable, Slot, Swapped, Tap, is_swapped, restore, swap
+from lesa.swap import Identity, Listener, Skippable, Slot, Swapped, Tap, is_swapped, restore, swap
 
 __all__ = [
     "Controller",
     "Denoiser",
+    "Run",
     "attach",
     "attached",
     "core_of",
@@ -42,6 +44,18 @@ class Controller(Protocol):
     def __call__(
         self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], /
     ) -> Any: ...
+
+
+class Run(NamedTuple):
+    """What one call of the model gave.
+
+    `feature` is the one before the tail ([B, L, C]; perhaps a view of a larger tensor, so copy it
+    to keep it), `embedded` the arguments of the time embedding; None where they were not reached.
+    """
+
+    output: Any
+    feature: torch.Tensor | None = None
+    embedded: tuple[Any, ...] | None = None
 
 
 class Denoiser:
@@ -88,33 +102,25 @@ class Denoiser:
         """The current latent in this call."""
         return self.argument(self.spec.latent, args, kwargs)
 
-    def run(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False
-    ) -> tuple[Any, torch.Tensor | None]:
-        """Run the whole model.
-
-        Returns:
-            Its output and, with `tap`, the feature before the tail (`[B, L, C]`; perhaps a view of
-            a larger tensor, so copy it to keep it). None where the tail was not reached.
-        """
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False) -> Run:
+        """Run the whole model; feature and embedding are noted with `tap` only."""
         slot = self._slot
         with self._turn:
             slot.capture = tap
             try:
                 output = self._call(self.model, *args, **kwargs)
-                feature = slot.captured
+                feature, embedded = slot.captured, slot.embedded
             finally:
-                slot.capture, slot.captured = False, None
+                slot.capture, slot.captured, slot.embedded = False, None, None
         if feature is not None and self.spec.upcast:
             latent = self.latent(args, kwargs)
             feature = feature.to(latent.dtype)
-        return output, feature
+        return Run(output, feature, embedded)
 
-    def run_tail(self, feature: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def run_tail(self, feature: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
         """Run the model without its blocks, with `feature` in front of the tail.
 
-        Returns:
-            The output, or None where the shape of `feature` is not the one that the tail gets.
+        The output is None where the shape of `feature` is not the one that the tail gets.
         """
         slot = self._slot
         if self.spec.dropped:
@@ -123,9 +129,9 @@ class Denoiser:
             slot.skip, slot.feature, slot.mismatch = True, feature, False
             try:
                 output = self._call(self.model, *args, **kwargs)
-                return None if slot.mismatch else output
+                return Run(None if slot.mismatch else output, feature, slot.embedded)
             finally:
-                slot.skip, slot.feature = False, None
+                slot.skip, slot.feature, slot.embedded = False, None, None
 
     def reset(self) -> None:
         """Tell the clock and the controller that this thread's generation is over."""
@@ -165,6 +171,9 @@ def attach(
         swap(core.get_submodule(name), Identity, _lesa_slot=denoiser._slot)
     tail = core.get_submodule(spec.tail)
     tail.register_forward_pre_hook(Tap(denoiser._slot), with_kwargs=True)
+    if spec.embedding:
+        embedding = core.get_submodule(spec.embedding)
+        embedding.register_forward_pre_hook(Listener(denoiser._slot))
     core.__dict__["_cache_config"] = controller if config is None else config
     swap(model, _Controlled, _lesa_denoiser=denoiser)
     return denoiser
@@ -259,13 +268,14 @@ class _Controlled(Swapped):
 
 
 def _clean(core: nn.Module, spec: ModelSpec) -> None:
-    """Remove the pre-hook and the configuration that `attach` left on the model or its copy."""
+    """Remove the pre-hooks and the configuration that `attach` left on the model or its copy."""
     core.__dict__.pop("_cache_config", None)
-    tail = core.get_submodule(spec.tail)
-    for key, hook in list(tail._forward_pre_hooks.items()):
-        if isinstance(hook, Tap):
-            del tail._forward_pre_hooks[key]
-            tail._forward_pre_hooks_with_kwargs.pop(key, None)
+    for name in (spec.tail, spec.embedding):
+        module = core.get_submodule(name)  # of no name: the model itself, which has none of them
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if isinstance(hook, (Tap, Listener)):
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def core_of(model: nn.Module) -> nn.Module:

@@ -17,7 +17,9 @@ class ModelSpec:
     it passes through. The *hidden* feature is the first argument of `tail`. `latent` names the
     argument that holds the current latent, `conditioning` those whose identity tells a changed
     prompt, `unbatched` those without a batch dimension; `dropped` ones are not passed on a skipped
-    step. `upcast` marks models that hand the tail an fp32 copy of a narrower feature.
+    step. `embedding` is the module that turns (time, ...) into what modulates `tail`, for models
+    that return `proj_out(tail(h, embedding(...)))` as it is. `upcast` marks models that hand the
+    tail an fp32 copy of a narrower feature.
     """
 
     name: str
@@ -28,6 +30,7 @@ class ModelSpec:
     unbatched: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    embedding: str = ""
     upcast: bool = False
     notes: str = ""
 
@@ -38,11 +41,18 @@ _TEXT_POOLED = ("encoder_hidden_states", "pooled_projections")
 _IDS = ("img_ids", "txt_ids")
 
 _ROWS = (
-    ModelSpec("FluxTransformer2DModel", _DOUBLE_SINGLE, conditioning=_TEXT_POOLED, unbatched=_IDS),
+    ModelSpec(
+        "FluxTransformer2DModel",
+        _DOUBLE_SINGLE,
+        conditioning=_TEXT_POOLED,
+        unbatched=_IDS,
+        embedding="time_text_embed",
+    ),
     ModelSpec(
         "Flux2Transformer2DModel",
         _DOUBLE_SINGLE,
         unbatched=_IDS,
+        embedding="time_guidance_embed",
         notes="the tail's input is a slice of [text, image]",
     ),
     ModelSpec(
@@ -51,7 +61,12 @@ _ROWS = (
         unbatched=_IDS,
         notes="the tail's input is a slice of [text, image]",
     ),
-    ModelSpec("QwenImageTransformer2DModel", _DOUBLE, unbatched=("img_shapes",)),
+    ModelSpec(
+        "QwenImageTransformer2DModel",
+        _DOUBLE,
+        unbatched=("img_shapes",),
+        embedding="time_text_embed",
+    ),
     ModelSpec("HunyuanVideoTransformer3DModel", _DOUBLE_SINGLE, conditioning=_TEXT_POOLED),
     ModelSpec(
         "HunyuanVideo15Transformer3DModel",

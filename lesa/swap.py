@@ -10,7 +10,17 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Identity", "Skippable", "Slot", "Swapped", "Tap", "is_swapped", "restore", "swap"]
+__all__ = [
+    "Identity",
+    "Listener",
+    "Skippable",
+    "Slot",
+    "Swapped",
+    "Tap",
+    "is_swapped",
+    "restore",
+    "swap",
+]
 
 # Attributes that a swapped module carries and its copies do not.
 _OWN = ("_lesa_denoiser", "_lesa_slot")
@@ -25,6 +35,7 @@ class Slot:
         self.feature: torch.Tensor | None = None
         self.captured: torch.Tensor | None = None
         self.mismatch = False
+        self.embedded: tuple[Any, ...] | None = None
 
 
 class Swapped:
@@ -87,6 +98,20 @@ class Tap:
         return (slot.feature.to(args[0]), *args[1:]), kwargs
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+        return self
+
+
+class Listener:
+    """Pre-hook of the time embedding: what it is called with."""
+
+    def __init__(self, slot: Slot) -> None:
+        self.slot = slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.slot.capture or self.slot.skip:
+            self.slot.embedded = args
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Listener:
         return self
 
 

@@ -3,36 +3,20 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lesa.call import Call, Refusal
 from lesa.clock import Step
-from lesa.errors import LesaError
-from lesa.hooks import Denoiser, make_output, read_sample
+from lesa.hooks import Run, make_output, read_sample
 from lesa.mixer import Mixer
 from lesa.plan import Plan
 from lesa.ring import Ring
+from lesa.tail import ModulatedTail, PreparedTail
 
-__all__ = ["Call", "Refusal", "Trajectory"]
-
-
-class Call(NamedTuple):
-    """One call of the denoiser."""
-
-    denoiser: Denoiser
-    step: Step
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-    def argument(self, name: str) -> Any:
-        """Value of an argument of the forward, or None."""
-        return self.denoiser.argument(name, self.args, self.kwargs)
-
-
-class Refusal(LesaError):
-    """Why one call cannot be forecast; the engine computes it in full."""
+__all__ = ["Trajectory"]
 
 
 class Trajectory:
@@ -41,12 +25,14 @@ class Trajectory:
     Keeps K features in `ring` and weak references to the conditioning; nothing else.
     """
 
-    def __init__(self, plan: Plan, call: Call) -> None:
+    def __init__(self, plan: Plan, call: Call, tails: ModulatedTail | None = None) -> None:
         self.plan = plan
         self.origin = call.step.index
         self.ring: Ring | None = None
         self._mixer: Mixer | None = None
         self._kind: Any = None
+        self._tails = tails
+        self._tail: PreparedTail | None = None
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
         self._conditioning: list[tuple[str, weakref.ref[Tensor] | None, int]] = []
@@ -88,18 +74,30 @@ class Trajectory:
             latent = call.argument(call.denoiser.spec.latent)
             if not isinstance(latent, Tensor) or latent.shape != ring.features[0].shape:
                 raise Refusal("latent and output differ in shape")
-        feature = self._mixer(index, torch.empty_like(ring.features[0]), latent)
-        if tap == "hidden":
-            output = call.denoiser.run_tail(feature, call.args, call.kwargs)
-            if output is None:
-                raise Refusal("feature and tail differ in shape")
+        pushes, tail = plan.pushes[index], self._tail
+        feature: Tensor | None
+        if tail is not None and tail.takes(call):
+            feature = torch.empty_like(ring.features[0]) if pushes else None
+            output = make_output(self._kind, tail.run(index, self._mixer, feature))
         else:
-            output = make_output(self._kind, feature)
-        if plan.pushes[index]:
+            feature = self._mixer(index, torch.empty_like(ring.features[0]), latent)
+            if tap == "output":
+                output = make_output(self._kind, feature)
+            else:
+                output = self._run_without_blocks(call, feature)
+        if pushes and feature is not None:
             ring.push(feature)
         return output
 
-    def keep(self, call: Call, output: Any, feature: Tensor | None, tap: str) -> bool:
+    def _run_without_blocks(self, call: Call, feature: Tensor) -> Any:
+        run = call.denoiser.run_tail(feature, call.args, call.kwargs)
+        if run.output is None:
+            raise Refusal("feature and tail differ in shape")
+        if self._tails is not None:
+            self._tails.record(call.step, run.embedded)
+        return run.output
+
+    def keep(self, call: Call, run: Run, tap: str) -> bool:
         """Take the feature of a full step into the ring if a later step needs it.
 
         Returns:
@@ -108,16 +106,20 @@ class Trajectory:
         Raises:
             Refusal: the model gave no such feature, or one that does not fit the ring.
         """
+        if self._tails is not None:
+            self._tails.record(call.step, run.embedded)
         if not self.plan.pushes[call.step.index - self.origin]:
             return False
-        if tap == "output":
-            feature, self._kind = read_sample(output), type(output)
+        sample, self._kind = read_sample(run.output), type(run.output)
+        feature = run.feature if tap == "hidden" else sample
         if feature is None:
             raise Refusal(f"no single tensor at the {tap} tap")
         made = self.ring is None
         if self.ring is None:
             self.ring = Ring(self.plan.history, feature)
             self._mixer = Mixer(self.plan, self.ring)
+            if self._tails is not None and sample is not None:
+                self._tail = self._tails.prepare(call, run.embedded, feature)
         elif not self.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
         self.ring.push(feature)

@@ -29,9 +29,9 @@ class ReuseFromSecond:
 
     def __call__(self, denoiser, args, kwargs):
         if self.feature is None:
-            output, self.feature = denoiser.run(args, kwargs, tap=True)
+            output, self.feature, _ = denoiser.run(args, kwargs, tap=True)
             return output
-        return denoiser.run_tail(self.feature, args, kwargs)
+        return denoiser.run_tail(self.feature, args, kwargs).output
 
 
 def flux_call(model, length=16, **more):

@@ -149,7 +149,7 @@ class _Batch:
         output = feature = None
         for part in parts:
             args, kwargs = self.rows(part)
-            result, tapped = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
+            result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
             sample = read_sample(result)
             tapped = sample if job.tap == "output" else tapped
             assert sample is not None and tapped is not None  # collect has refused such models
@@ -162,7 +162,7 @@ class _Batch:
 
     def tail(self, feature: Tensor, rows: Sequence[int]) -> Tensor:
         """The sample that a forecast hidden feature leads to."""
-        sample = read_sample(self.denoiser.run_tail(feature, *self.rows(rows)))
+        sample = read_sample(self.denoiser.run_tail(feature, *self.rows(rows)).output)
         assert sample is not None
         return sample
 

@@ -33,7 +33,7 @@ class Collector:
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = followed(denoiser, kwargs)
         self.sigmas = step.sigmas
-        output, feature = denoiser.run(args, kwargs, tap=self.tap == "hidden")
+        output, feature, _ = denoiser.run(args, kwargs, tap=self.tap == "hidden")
         if self.tap == "output":
             feature = read_sample(output)
         if feature is None:
