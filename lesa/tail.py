@@ -33,8 +33,8 @@ class ModulatedTail:
 
     (scale_s, shift_s) = norm_out.linear(silu(embedding(t_s, ...))) for all steps s in one batch,
     instead of the whole forward around the blocks at each of them. The times are those that the
-    pipeline itself passed when a generation first ran this schedule, bit for bit; until then a
-    skipped step runs the model without its blocks.
+    pipeline itself passes: where a schedule is new, a skipped step first runs the model without its
+    blocks to see its time.
     """
 
     def __init__(self, core: nn.Module, tail: str, embedding: str) -> None:
@@ -57,6 +57,11 @@ class ModulatedTail:
         if type(norm) is not AdaLayerNormContinuous or not plain:
             return None
         return cls(core, spec.tail, spec.embedding)
+
+    @property
+    def embedding(self) -> nn.Module:
+        """Turns (time, ...) into what the norm's scale and shift are made from."""
+        return self._module(self._embedding)
 
     @property
     def norm(self) -> Any:
@@ -89,36 +94,25 @@ class ModulatedTail:
     def prepare(
         self, call: Call, embedded: tuple[Any, ...] | None, feature: Tensor
     ) -> PreparedTail | None:
-        """The tail for the conditioning of this call, from its step on.
-
-        None while some time of the schedule is unknown, or where the arguments are not understood.
-        """
-        step, batch = call.step, feature.shape[0]
+        """The tail for the conditioning of this call, or None where it is not understood."""
+        batch = feature.shape[0]
         if not embedded or not isinstance(embedded[0], Tensor) or embedded[0].shape != (batch,):
             return None
-        times, steps = (
-            self._times.get(_key(step, embedded[0]), {}),
-            range(step.index, step.num_steps),
-        )
-        if not all(s in times for s in steps):
-            return None
-        rest = [_repeated(value, len(steps), batch) for value in embedded[1:]]
-        # It outlives this call, perhaps into one that is not in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            embedding, norm = self._module(self._embedding), self.norm
-            rows = embedding(torch.cat([times[s] for s in steps]), *rest)
-            rows = norm.linear(norm.silu(rows).to(feature.dtype))
-        if rows.shape != (len(steps) * batch, 2 * feature.shape[-1]):
-            return None
-        scale, shift = rows.view(len(steps), batch, -1).chunk(2, dim=-1)
-        return PreparedTail(self, Modulation(scale, shift), call)
+        prepared = PreparedTail(self, call, embedded, self._times[_key(call.step, embedded[0])])
+        width = prepared.modulation(feature).scale.shape[-1]
+        return prepared if width == feature.shape[-1] else None
 
 
 class PreparedTail:
     """A `ModulatedTail` for one trajectory: its steps, its prompts, its guidance."""
 
-    def __init__(self, tail: ModulatedTail, modulation: Modulation, call: Call) -> None:
-        self.tail, self.modulation = tail, modulation
+    def __init__(
+        self, tail: ModulatedTail, call: Call, embedded: tuple[Any, ...], times: dict[int, Tensor]
+    ) -> None:
+        self.tail = tail
+        self._times, self._known = times, 0
+        self._steps, self._like = range(call.step.index, call.step.num_steps), embedded[0]
+        self._rest = [_repeated(value, len(self._steps), len(self._like)) for value in embedded[1:]]
         self._guidance = call.argument("guidance")
 
     def takes(self, call: Call) -> bool:
@@ -127,12 +121,33 @@ class PreparedTail:
             return False
         return not any("scale" in (call.argument(name) or ()) for name in _SCALED)
 
+    def knows(self, step: Step) -> bool:
+        """Whether the schedule's time at this step has been seen."""
+        return step.index in self._times
+
     def run(self, index: int, mixer: Mixer, feature: Tensor | None = None) -> Tensor:
         """The model's output at a skipped step; the forecast feature goes to `feature`, if any."""
         normed = torch.empty_like(mixer.ring.features[0])
-        scale, shift = self.modulation
+        scale, shift = self.modulation(normed)
         mixer.modulated(index, scale, shift, self.tail.eps, normed, feature)
         return self.tail.projection(normed)
+
+    def modulation(self, feature: Tensor) -> Modulation:
+        """Scale and shift of all steps; computed anew only while times become known.
+
+        A step whose time is unknown gets a filler: the batch must have the same shape in the first
+        generation as in later ones, or their last bits would differ.
+        """
+        if self._known < len(self._times):
+            self._known = len(self._times)
+            times = [self._times.get(s, self._like) for s in self._steps]
+            # The rows outlive this call, perhaps into one that is not in inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                rows = self.tail.embedding(torch.cat(times), *self._rest)
+                rows = self.tail.norm.linear(self.tail.norm.silu(rows).to(feature.dtype))
+            parts = rows.view(len(self._steps), len(self._like), -1).chunk(2, dim=-1)
+            self._modulation = Modulation(*parts)
+        return self._modulation
 
 
 def _key(step: Step, time: Tensor) -> tuple[Any, ...]:
@@ -140,7 +155,10 @@ def _key(step: Step, time: Tensor) -> tuple[Any, ...]:
 
 
 def _repeated(value: Any, steps: int, batch: int) -> Any:
-    """A row per sample becomes a row per step and sample; features, read for their dtype, stay."""
-    if isinstance(value, Tensor) and value.ndim in (1, 2) and value.shape[0] == batch:
-        return value.repeat(steps, *[1] * (value.ndim - 1))
-    return value
+    """A row per sample becomes a row per step and sample; of features only the dtype is read."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.ndim > 2:
+        return value.new_empty(0)
+    rows = value.ndim > 0 and value.shape[0] == batch
+    return value.repeat(steps, *[1] * (value.ndim - 1)) if rows else value

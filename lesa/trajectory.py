@@ -77,6 +77,8 @@ class Trajectory:
         pushes, tail = plan.pushes[index], self._tail
         feature: Tensor | None
         if tail is not None and tail.takes(call):
+            if not tail.knows(call.step):
+                self._run_without_blocks(call, ring.features[0])
             feature = torch.empty_like(ring.features[0]) if pushes else None
             output = make_output(self._kind, tail.run(index, self._mixer, feature))
         else:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lesa import native
+from lesa import backend, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,6 +121,8 @@ def native_kernels(request: pytest.FixtureRequest) -> None:
         patch.setenv("LESA_NATIVE_DIR", str(folder / "lesa"))
         native.why_not.cache_clear()
         assert not native.why_not("cpu")
+    backend.why_not.cache_clear()
+    backend._active.cache_clear()
 
 
 def _build(folder: Path) -> None:

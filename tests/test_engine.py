@@ -122,7 +122,7 @@ def test_both_taps_agree_where_the_tail_has_no_time(tiny_flux, inputs):
     for tap in TAPS:
         lesa.enable(tiny_flux, Reuse(), schedule=FULL, tap=tap)
         images[tap] = tiny_flux(**inputs()).images
-    assert torch.equal(images["output"], images["hidden"])
+    torch.testing.assert_close(images["output"], images["hidden"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tap, width, order", [("output", 4, 2), ("hidden", 32, 1)])
@@ -149,7 +149,8 @@ def test_the_ring_is_k_features_and_nothing_else_is_kept(tiny_flux, inputs, tap,
     lesa.disable(tiny_flux)
     tiny_flux(**inputs(batch=2, size=64, callback_on_step_end=census))
     grown = [with_ring - without for with_ring, without in zip(accelerated, extra, strict=True)]
-    assert max(grown) <= (order + 1) * feature + 4096
+    rows = 12 * 2 * 2 * width * 4 if tap == "hidden" else 0  # scale and shift of all steps
+    assert max(grown) <= (order + 1) * feature + rows + 4096
     assert not any(type(x) is Ring for x in gc.get_objects())  # freed when the call ended
 
 

@@ -38,9 +38,12 @@ def test_the_second_generation_runs_no_model_on_skipped_steps(
 ):
     tiny_flux.to(dtype)
     lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden")
-    call = lambda: tiny_flux(**inputs(batch=batch, dtype=dtype)).images  # noqa: E731
+
+    def call(**more):
+        return tiny_flux(**inputs(batch=batch, dtype=dtype, **more)).images
+
     first = call()
-    assert embeddings == [batch] * 12
+    assert embeddings.count(batch) == 12
     embeddings.clear()
     counts = executions(tiny_flux.transformer)
     ran = Counter()
@@ -48,8 +51,13 @@ def test_the_second_generation_runs_no_model_on_skipped_steps(
     second = call()
     assert embeddings == [batch, 12 * batch, *[batch] * 4]  # all of them after the first full step
     assert ran["x"] == 5 == counts["transformer_blocks.0"]
+    assert torch.equal(second, first)
+    lesa.disable(tiny_flux)
+    lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden")
+    # a scale of its own makes it run the model's own tail
+    own = call(joint_attention_kwargs={"scale": 1.0})
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
-    torch.testing.assert_close(second, first, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(second, own, rtol=tolerance, atol=tolerance)
     assert not lesa.stats(tiny_flux).fallbacks
 
 
@@ -59,24 +67,24 @@ def test_another_prompt_and_guidance_are_not_those_of_the_first(tiny_flux, input
     lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden")
     plain = tiny_flux(**inputs(**other)).images
     tiny_flux(**inputs())
-    torch.testing.assert_close(tiny_flux(**inputs(**other)).images, plain, rtol=1e-5, atol=1e-5)
+    assert torch.equal(tiny_flux(**inputs(**other)).images, plain)
 
 
 def test_another_schedule_learns_its_own_times(tiny_flux, inputs, embeddings):
     lesa.enable(tiny_flux, Taylor(1), tap="hidden")
     for steps in (12, 10):
         tiny_flux(**inputs(steps=steps))
-        assert embeddings == [1] * steps
+        assert embeddings.count(1) == steps
         embeddings.clear()
     tiny_flux(**inputs(steps=12))
-    assert len(embeddings) < 12
+    assert embeddings.count(1) == len(lesa.stats(tiny_flux).full_steps) == 4
 
 
 def test_true_cfg_has_a_tail_per_branch(tiny_flux, inputs):
     lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden")
     first = tiny_flux(**inputs(cfg=True)).images
     second = tiny_flux(**inputs(cfg=True)).images
-    torch.testing.assert_close(second, first, rtol=1e-5, atol=1e-5)
+    assert torch.equal(second, first)
 
 
 def test_a_changed_last_layer_is_used(tiny_flux, inputs):
@@ -109,7 +117,7 @@ def test_a_lora_scale_runs_the_models_own_tail(tiny_flux, inputs, embeddings):
 def test_autoregressive_features_enter_the_ring(tiny_flux, inputs):
     lesa.enable(tiny_flux, Autoregressive(1), schedule=FULL, tap="hidden")
     first = tiny_flux(**inputs()).images
-    torch.testing.assert_close(tiny_flux(**inputs()).images, first, rtol=1e-4, atol=1e-4)
+    assert torch.equal(tiny_flux(**inputs()).images, first)
 
 
 class Autoregressive(Taylor):
@@ -188,5 +196,5 @@ def test_a_bare_qwen_loop_repeats_itself():
     first = loop()
     rows = []
     model.time_text_embed.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    torch.testing.assert_close(loop(), first, rtol=1e-5, atol=1e-5)
+    assert torch.equal(loop(), first)
     assert max(rows) == 16 and len(rows) < 8
