@@ -66,7 +66,7 @@ def stats(pipe: Any) -> Stats:
     Raises:
         LesaError: the pipeline is not accelerated.
     """
-    return _controller(find_denoiser(pipe)).counters.snapshot()
+    return _controller(find_denoiser(pipe)).stats()
 
 
 @contextmanager

@@ -27,8 +27,8 @@ class LesaConfig:
             trained forecaster's first calibrated schedule, else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
-        graph: "auto" or "off": whether a skipped step may be captured as a CUDA graph. Nothing is
-            captured where the active backend is eager.
+        graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
+            graph where the model and the device allow it (see `lesa.replay`).
         num_inference_steps: steps of one's own loop around a bare model.
         sigmas: its `num_inference_steps + 1` noise levels in [0, 1].
         scheduler: the diffusers scheduler of one's own loop, instead of the two above.

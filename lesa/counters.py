@@ -16,6 +16,8 @@ class Stats:
     `full` and `skipped` count calls, so each guidance branch by itself; `fallbacks` counts, by
     reason, the calls that had to be computed in full. `ring_bytes` is the cache of one generation,
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
+    `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, evicted,
+    failed, and refused with the reason).
     """
 
     forecaster: str = ""
@@ -29,6 +31,7 @@ class Stats:
     ring_bytes: int = 0
     seconds_full: float = 0.0
     seconds_skipped: float = 0.0
+    graphs: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -45,6 +48,7 @@ class Stats:
             f"  ring     {self.ring_bytes:,} bytes",
         ]
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
+        lines += [f"  graph    {count:6d}  {what}" for what, count in self.graphs.items()]
         return "\n".join(lines)
 
 

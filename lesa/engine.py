@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from dataclasses import replace
 from time import perf_counter
 from typing import Any
 
@@ -12,10 +13,12 @@ import torch
 from lesa.call import Call, Refusal
 from lesa.clock import Step
 from lesa.config import LesaConfig
-from lesa.counters import Counters
+from lesa.counters import Counters, Stats
 from lesa.errors import LesaError
+from lesa.graph import StepGraphs
 from lesa.hooks import Denoiser
 from lesa.plan import Planner
+from lesa.replay import TailBuffers
 from lesa.tail import ModulatedTail
 from lesa.trajectory import Trajectory
 
@@ -38,8 +41,15 @@ class CacheController:
         self.counters = Counters(config.forecaster.name, self.tap)
         self._planner = Planner(config)
         self._local = threading.local()
+        wanted = config.graph == "auto" and torch.cuda.is_available()
+        self.graphs: StepGraphs[TailBuffers] | None = StepGraphs() if wanted else None
         self._found: ModulatedTail | None = None
         self._searched = False
+
+    def stats(self) -> Stats:
+        """What happened so far."""
+        counts = {} if self.graphs is None else dict(self.graphs.counts)
+        return replace(self.counters.snapshot(), graphs=counts)
 
     def reset(self) -> None:
         """Drop this thread's features."""
@@ -133,7 +143,7 @@ class CacheController:
     def _tail(self, call: Call) -> ModulatedTail | None:
         """The tail whose modulation is computed ahead, found once."""
         if self.tap == "hidden" and not self._searched:
-            self._found, self._searched = ModulatedTail.of(call.denoiser), True
+            self._found, self._searched = ModulatedTail.of(call.denoiser, self.graphs), True
         return self._found
 
     def _trajectories(self) -> dict[str, Trajectory]:

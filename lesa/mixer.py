@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lesa import backend, eager, native
-from lesa.plan import DeviceTable, Plan
+from lesa import backend, eager, ops
+from lesa.plan import Plan
 from lesa.ring import Ring
 
 __all__ = ["Mixer"]
@@ -30,20 +28,16 @@ class Mixer:
         features, device = ring.data, ring.data.device
         chosen = backend.active(device)
         wide = features.dtype == torch.float64
-        self._table: DeviceTable | None = None
-        self._modulate: Callable[..., Tensor] = eager.mix_modulate
+        self._table = table = plan.on(device)
+        self._modulate = ops.implementation(
+            "mix_modulate", features[0], ring.history, {"bias": table.bias}
+        )
         self._write = Mixer._eager  # a bound method would make a cycle that keeps the ring alive
         if chosen == "triton" and not wide and ring.history <= 8:
-            from lesa_kernels.mix import mix
-            from lesa_kernels.mix_modulate import mix_modulate
-
-            self._mix, self._modulate, self._table = mix, mix_modulate, plan.on(device)
+            self._mix = ops.implementation("mix", features[0], ring.history)
             self._write = Mixer._triton
         elif chosen == "native" and not wide:
-            self._table = plan.on(device)
-            if native.takes("mix_modulate", features[0], {"bias": self._table.bias}):
-                self._modulate = native.mix_modulate
-            self._rows = self._table.coefficients[:, : ring.history].contiguous().unbind(0)
+            self._rows = table.coefficients[:, : ring.history].contiguous().unbind(0)
             self._write = Mixer._native
 
     def __call__(self, index: int, out: Tensor, latent: Tensor | None = None) -> Tensor:
@@ -66,8 +60,8 @@ class Mixer:
 
         See `lesa_kernels.mix_modulate.mix_modulate`.
         """
-        table = self._table or self.plan.on(out.device)
-        ring, step = self.ring, table.steps[index]
+        table, ring = self._table, self.ring
+        step = table.steps[index]
         return self._modulate(
             ring.data, ring.slots, table.coefficients, step, scale, shift, out,
             bias=table.bias, eps=eps, feature=feature,
@@ -87,7 +81,6 @@ class Mixer:
 
     def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         table, ring = self._table, self.ring
-        assert table is not None
         self._mix(
             ring.data,
             ring.slots,

@@ -23,7 +23,7 @@ from lesa import backend, eager, native
 if TYPE_CHECKING:
     from lesa_kernels.gate import Gate
 
-__all__ = ["gram", "mix", "mix_modulate", "spline_mix"]
+__all__ = ["gram", "implementation", "mix", "mix_modulate", "spline_mix"]
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_HISTORY = 8
@@ -135,7 +135,7 @@ def _mix_out(ring, slots, table, step, out, latent=None, bias=None, band_size=No
     options = dict(latent=latent, bias=bias)
     if table.ndim == 3:
         options["band_size"] = band_size
-    _pick("mix", out, slots, options)(ring, slots, table, step, out, **options)
+    implementation("mix", out, len(slots), options)(ring, slots, table, step, out, **options)
 
 
 # No defaults: the dispatcher would leave them out, and autograd could not count the arguments.
@@ -153,7 +153,7 @@ def _spline_mix_out(ring, slots, weights, tau, projection, shift, base, spline, 
     from lesa_kernels.gate import Gate
 
     gate = Gate(projection, shift, base, spline, low, high)
-    run = _pick("spline_mix", out, slots)
+    run = implementation("spline_mix", out, len(slots))
     run(ring, slots, weights, tau, gate, step, out, experts=experts, bias=bias)
 
 
@@ -171,7 +171,7 @@ def _spline_mix(ring, slots, weights, tau, projection, shift, base, spline, low,
          ("out", "feature"))  # fmt: skip
 def _mix_modulate_out(ring, slots, table, step, scale, shift, out, feature=None, bias=None,
                       eps=1e-6):  # fmt: skip
-    run = _pick("mix_modulate", out, slots, {"bias": bias})
+    run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps, feature=feature)
 
 
@@ -186,7 +186,7 @@ def _mix_modulate(ring, slots, table, step, scale, shift, bias=None, eps=1e-6):
 @_define("gram_out", "(Tensor feature, Tensor ring, Tensor slots, Tensor(a!) out, "
          "Tensor? base=None) -> ()", ("out",))  # fmt: skip
 def _gram_out(feature, ring, slots, out, base=None):
-    _pick("gram", feature, slots)(feature, ring, slots, out, base=base)
+    implementation("gram", feature, len(slots))(feature, ring, slots, out, base=base)
 
 
 @_define("gram", "(Tensor feature, Tensor ring, Tensor slots, Tensor? base=None, "
@@ -201,7 +201,7 @@ def _gram(feature, ring, slots, base=None, samples=1):
          "Tensor? latent, SymInt? band_size, bool features, bool rows) -> "
          "(Tensor, Tensor, Tensor, Tensor)")  # fmt: skip
 def _mix_backward(grad, ring, slots, table, step, latent, band_size, features, rows):
-    run = _pick("mix_backward", grad, slots)
+    run = implementation("mix_backward", grad, len(slots))
     return run(grad, ring, slots, table, step, latent, band_size, features, rows)
 
 
@@ -255,12 +255,15 @@ def _mix_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("lesa::mix", _mix_gradients, setup_context=_keep_for_backward)
 
 
-def _pick(
-    name: str, feature: Tensor, slots: Tensor, options: dict[str, Any] | None = None
+def implementation(
+    name: str, feature: Tensor, history: int, options: dict[str, Any] | None = None
 ) -> Callable[..., Any]:
-    """The implementation of `name` that is active on the feature's device and takes it."""
+    """The function `name` of the backend that is active on the feature's device and can take it.
+
+    `options` are the optional arguments that it will be called with.
+    """
     chosen = backend.active(feature.device)
-    if chosen == "triton" and feature.dtype in _KERNEL_DTYPES and len(slots) <= _KERNEL_HISTORY:
+    if chosen == "triton" and feature.dtype in _KERNEL_DTYPES and history <= _KERNEL_HISTORY:
         return _triton(name)
     if chosen == "native" and native.takes(name, feature, options or {}):
         return getattr(native, name)

@@ -49,6 +49,7 @@ class Plan:
         schedule = table.schedule
         self.history = table.history
         self.uses_latent = table.uses_latent
+        self.autoregressive = table.autoregressive
         self.rows: list[Row | None] = [None] * schedule.steps
         coefficients = table.coefficients.tolist()
         biases = [0.0] * schedule.steps if table.bias is None else table.bias.tolist()

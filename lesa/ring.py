@@ -20,18 +20,21 @@ class Ring:
     Args:
         history: K, at least 1.
         like: a feature that gives shape, dtype and device.
+        data: memory [K, *like.shape] to use instead of its own, for a graph that reads it.
 
     Raises:
         LesaError: `history` is below 1, or a pushed feature has another shape, dtype or device.
     """
 
-    def __init__(self, history: int, like: Tensor) -> None:
+    def __init__(self, history: int, like: Tensor, data: Tensor | None = None) -> None:
         if history < 1:
             raise LesaError(f"history is {history}: a ring holds at least 1 feature.")
         self.history = history
         with torch.inference_mode(False):  # so that it can be written in either mode
             shape = (history, *like.shape)
-            self.data = torch.empty(shape, dtype=like.dtype, device=like.device)
+            if data is None:
+                data = torch.empty(shape, dtype=like.dtype, device=like.device)
+            self.data = data
             self.features = self.data.unbind(0)
             rows = [[(head - age) % history for age in range(history)] for head in range(history)]
             self._slots = torch.tensor(rows, dtype=torch.int32, device=like.device).unbind(0)

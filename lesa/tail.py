@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from lesa.call import Call
 from lesa.clock import Step
 from lesa.errors import LesaError
+from lesa.graph import StepGraphs
 from lesa.hooks import Denoiser, core_of
 from lesa.mixer import Mixer
+from lesa.ops import implementation
+from lesa.plan import Plan
+from lesa.replay import TailBuffers, TailGraph
 
 __all__ = ["ModulatedTail", "Modulation", "PreparedTail"]
 
@@ -37,15 +41,24 @@ class ModulatedTail:
     blocks to see its time.
     """
 
-    def __init__(self, core: nn.Module, tail: str, embedding: str) -> None:
+    def __init__(
+        self,
+        core: nn.Module,
+        tail: str,
+        embedding: str,
+        graphs: StepGraphs[TailBuffers] | None = None,
+    ) -> None:
+        self.graphs = graphs
         # Looked up at each use: an adapter replaces modules. Weak: a cache keeps no model alive.
         self._core, self._tail, self._embedding = weakref.ref(core), tail, embedding
         self.eps = float(self.norm.norm.eps)
         self._times: OrderedDict[tuple[Any, ...], dict[int, Tensor]] = OrderedDict()
 
     @classmethod
-    def of(cls, denoiser: Denoiser) -> ModulatedTail | None:
-        """The tail of a model that has one of this form, else None."""
+    def of(
+        cls, denoiser: Denoiser, graphs: StepGraphs[TailBuffers] | None = None
+    ) -> ModulatedTail | None:
+        """The tail of a model that has one of this form, else None; captured into `graphs`."""
         from diffusers.models.normalization import AdaLayerNormContinuous
 
         spec, core = denoiser.spec, core_of(denoiser.model)
@@ -56,7 +69,7 @@ class ModulatedTail:
         plain = isinstance(inner, nn.LayerNorm) and not inner.elementwise_affine
         if type(norm) is not AdaLayerNormContinuous or not plain:
             return None
-        return cls(core, spec.tail, spec.embedding)
+        return cls(core, spec.tail, spec.embedding, graphs)
 
     @property
     def embedding(self) -> nn.Module:
@@ -73,11 +86,16 @@ class ModulatedTail:
         """The last layer: all that a skipped step runs beside the mix."""
         return self._module("proj_out")
 
-    def _module(self, name: str) -> Any:
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser."""
         core = self._core()
         if core is None:
             raise LesaError("model: it has been freed; enable lesa on a live one.")
-        return getattr(core, name)
+        return core
+
+    def _module(self, name: str) -> Any:
+        return getattr(self.model, name)
 
     def record(self, step: Step, embedded: tuple[Any, ...] | None) -> None:
         """Note the time that the embedding got at a step, which any step of its schedule tells."""
@@ -114,6 +132,19 @@ class PreparedTail:
         self._steps, self._like = range(call.step.index, call.step.num_steps), embedded[0]
         self._rest = [_repeated(value, len(self._steps), len(self._like)) for value in embedded[1:]]
         self._guidance = call.argument("guidance")
+        self._graph: TailGraph | None = None
+
+    def claim(self, call: Call, plan: Plan, feature: Tensor, sample: Tensor) -> Tensor | None:
+        """Memory for the ring that a captured step reads, or None where none is captured."""
+        graphs = self.tail.graphs
+        if graphs is None or plan.autoregressive:  # whose forecasts enter the ring
+            return None
+        bias = plan.on(feature.device).bias
+        run = implementation("mix_modulate", feature, plan.history, {"bias": bias})
+        self._graph = TailGraph.acquire(
+            graphs, self.tail, plan, call.step.branch, feature, sample, run
+        )
+        return self._graph.ring
 
     def takes(self, call: Call) -> bool:
         """Whether a call asks for this tail: the same guidance, no LoRA scale of its own."""
@@ -127,8 +158,11 @@ class PreparedTail:
 
     def run(self, index: int, mixer: Mixer, feature: Tensor | None = None) -> Tensor:
         """The model's output at a skipped step; the forecast feature goes to `feature`, if any."""
-        normed = torch.empty_like(mixer.ring.features[0])
-        scale, shift = self.modulation(normed)
+        like = mixer.ring.features[0]
+        modulation = self.modulation(like)
+        if self._graph is not None:
+            return self._graph.run(index, mixer, modulation)
+        normed, (scale, shift) = torch.empty_like(like), modulation
         mixer.modulated(index, scale, shift, self.tail.eps, normed, feature)
         return self.tail.projection(normed)
 

@@ -118,10 +118,13 @@ class Trajectory:
             raise Refusal(f"no single tensor at the {tap} tap")
         made = self.ring is None
         if self.ring is None:
-            self.ring = Ring(self.plan.history, feature)
-            self._mixer = Mixer(self.plan, self.ring)
+            data = None
             if self._tails is not None and sample is not None:
                 self._tail = self._tails.prepare(call, run.embedded, feature)
+                if self._tail is not None:
+                    data = self._tail.claim(call, self.plan, feature, sample)
+            self.ring = Ring(self.plan.history, feature, data)
+            self._mixer = Mixer(self.plan, self.ring)
         elif not self.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
         self.ring.push(feature)

@@ -179,7 +179,7 @@ def test_the_environment_chooses(monkeypatch, native_kernels):
     assert backend.active("cpu") == "native"
     monkeypatch.setenv("LESA_BACKEND", "eager")
     assert backend.active("cpu") == "eager"
-    assert ops._pick("mix", torch.zeros(3), SLOTS) is eager.mix
+    assert ops.implementation("mix", torch.zeros(3), 3) is eager.mix
     monkeypatch.setenv("LESA_BACKEND", "cuda")
     with pytest.raises(LesaError, match="LESA_BACKEND is 'cuda': set it to auto, triton"):
         backend.active("cpu")

@@ -1,0 +1,106 @@
+"""NVTX ranges: what each part of a step is on a profiler's timeline, in the domain "lesa".
+
+    with ranges.mix:
+        ...
+
+`full` is a full step, `push` a feature's copy into the ring, `mix` a forecast, `tail` the modules
+behind it; `capture` and `replay` are those of a CUDA graph, whose parts a replay does not show.
+
+When this module is imported it asks nvtx whether a profiler listens. Where none does, where nvtx is
+not installed, and with LESA_NVTX=0 in the environment, a range does nothing (0.1 us).
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Any, NamedTuple
+
+__all__ = ["Range", "Ranges", "build", "capture", "full", "mix", "push", "replay", "tail"]
+
+VARIABLE = "LESA_NVTX"
+DOMAIN = "lesa"
+
+
+class Range:
+    """A context manager that does nothing; without state, so nested blocks and threads share it."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+class _Marked(Range):
+    """One that a profiler sees. NVTX keeps a stack per thread, so there is no state here either."""
+
+    __slots__ = ("_event", "_pop", "_push")
+
+    def __init__(self, domain: Any, event: Any) -> None:
+        self._push, self._pop, self._event = domain.push_range, domain.pop_range, event
+
+    def __enter__(self) -> None:
+        self._push(self._event)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._pop()
+
+
+class Ranges(NamedTuple):
+    """All ranges of a step."""
+
+    full: Range
+    push: Range
+    mix: Range
+    tail: Range
+    capture: Range
+    replay: Range
+
+
+_EVENTS = {  # message, category and colour, registered once
+    "full": ("full step", "step", "blue"),
+    "push": ("push", "step", "cyan"),
+    "mix": ("mix", "step", "green"),
+    "tail": ("tail", "step", "yellow"),
+    "capture": ("capture", "graph", "red"),
+    "replay": ("replay", "graph", "purple"),
+}
+
+
+def build() -> Ranges:
+    """The ranges that this process needs, by its environment and by who listens."""
+    domain = _domain()
+    return Ranges(**{name: _range(domain, *event) for name, event in _EVENTS.items()})
+
+
+def _domain() -> Any:
+    if os.environ.get(VARIABLE) == "0":
+        return None
+    try:
+        import nvtx
+    except ImportError:
+        return None
+    return nvtx.get_domain(DOMAIN)
+
+
+def _range(domain: Any, message: str, category: str, color: str) -> Range:
+    if domain is None:
+        return Range()
+    event = domain.get_event_attributes(message=message, color=color, category=category)
+    return Range() if event is None else _Marked(domain, event)  # None: nobody listens
+
+
+full, push, mix, tail, capture, replay = build()

@@ -1,0 +1,135 @@
+"""A skipped step of the hidden tap as one CUDA graph: mix_modulate -> proj_out.
+
+The output tap has none: its skipped step is a single kernel, and a replay costs more than a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lesa.graph import GraphKey, Lease, StepGraphs
+from lesa.mixer import Mixer
+from lesa.plan import Plan
+
+if TYPE_CHECKING:
+    from lesa.tail import ModulatedTail, Modulation
+
+__all__ = ["TailBuffers", "TailGraph"]
+
+
+class TailBuffers:
+    """The static tensors of the step: all that varies from step to step is in them.
+
+    ring [K, *feature], slots [K] and step, table [S, K], bias [S], rows [S, B, 2 C] of scale and
+    shift; normed and output are written.
+    """
+
+    def __init__(self, plan: Plan, steps: int, feature: Tensor, sample: Tensor) -> None:
+        table = plan.on(feature.device)
+        self.ring = feature.new_empty(plan.history, *feature.shape)
+        self.slots = feature.new_zeros(plan.history, dtype=torch.int32)
+        self.step = feature.new_zeros((), dtype=torch.int32)
+        self.table = torch.empty_like(table.coefficients)
+        self.bias = None if table.bias is None else torch.empty_like(table.bias)
+        self.rows = feature.new_empty(steps, feature.shape[0], 2 * feature.shape[-1])
+        self.normed, self.output = torch.empty_like(feature), torch.empty_like(sample)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them."""
+        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def reset(self) -> None:
+        """Nothing to do: a `TailGraph` writes all of it before the first replay reads it."""
+
+    def load(self, plan: Plan) -> None:
+        """Take over the coefficients of a plan."""
+        table = plan.on(self.table.device)
+        self.table.copy_(table.coefficients)
+        if self.bias is not None and table.bias is not None:
+            self.bias.copy_(table.bias)
+
+
+class TailGraph:
+    """The graph for one trajectory, from its first full step on.
+
+    Attributes:
+        ring: memory for the trajectory's ring, which the graph reads.
+    """
+
+    def __init__(self, lease: Lease[TailBuffers], plan: Plan) -> None:
+        self._lease = lease
+        self._pushed = -1
+        self._modulation: Modulation | None = None
+        self.ring = lease.buffers.ring
+        lease.buffers.load(plan)
+
+    @classmethod
+    def acquire(
+        cls,
+        graphs: StepGraphs[TailBuffers],
+        tail: ModulatedTail,
+        plan: Plan,
+        branch: str,
+        feature: Tensor,
+        sample: Tensor,
+        run: Callable[..., Tensor],
+    ) -> TailGraph:
+        """A graph of `run`, the `mix_modulate` of the active backend, and the model's last layer.
+
+        `feature` and `sample` give the layouts of what goes into the ring and comes out.
+        """
+        steps = len(plan.rows)
+        variant = plan.on(feature.device).bias is None, tuple(sample.shape), run
+        key = GraphKey(
+            tuple(feature.shape),
+            feature.dtype,
+            feature.device,
+            branch,
+            plan.history,
+            steps,
+            variant,
+        )
+        lease = graphs.acquire(
+            key,
+            (tail.projection,),
+            partial(TailBuffers, plan, steps, feature, sample),
+            partial(_body, tail, run),
+            model=tail.model,
+        )
+        if lease.reason is not None:
+            graphs.count(f"refused: {lease.reason}")
+        return cls(lease, plan)
+
+    def run(self, index: int, mixer: Mixer, modulation: Modulation) -> Tensor:
+        """The model's output at the plan's step `index`."""
+        buffers, ring = self._lease.buffers, mixer.ring
+        if self._modulation is not modulation:
+            self._modulation = modulation
+            scale, shift = buffers.rows.chunk(2, dim=-1)
+            scale.copy_(modulation.scale)
+            shift.copy_(modulation.shift)
+        if self._pushed != ring.pushed:
+            self._pushed = ring.pushed
+            buffers.slots.copy_(ring.slots)
+        buffers.step.copy_(mixer.plan.on(ring.data.device).steps[index])
+        return self._lease.run()
+
+
+def _body(
+    tail: ModulatedTail, run: Callable[..., Tensor], buffers: TailBuffers
+) -> Callable[[], object]:
+    scale, shift = buffers.rows.chunk(2, dim=-1)
+    given = (buffers.ring, buffers.slots, buffers.table, buffers.step, scale, shift)
+
+    def body() -> None:
+        run(*given, buffers.normed, bias=buffers.bias, eps=tail.eps)
+        buffers.output.copy_(tail.projection(buffers.normed))
+
+    return body
