@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lesa import ranges
 from lesa.call import Call, Refusal
 from lesa.clock import Step
 from lesa.config import LesaConfig
@@ -88,7 +89,8 @@ class CacheController:
         """Run the model and keep its feature."""
         wanted = trajectory is not None and self.tap == "hidden"
         try:
-            run = denoiser.run(args, kwargs, tap=wanted)
+            with ranges.full:
+                run = denoiser.run(args, kwargs, tap=wanted)
         except BaseException:
             denoiser.reset()
             raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa import backend, eager, ops
+from lesa import backend, eager, ops, ranges
 from lesa.plan import Plan
 from lesa.ring import Ring
 
@@ -44,7 +44,8 @@ class Mixer:
         """The forecast of the plan's step `index`, which must be a skipped one."""
         if latent is not None:
             latent = latent.contiguous()
-        self._write(self, index, out, latent)
+        with ranges.mix:
+            self._write(self, index, out, latent)
         return out
 
     def modulated(
@@ -62,10 +63,11 @@ class Mixer:
         """
         table, ring = self._table, self.ring
         step = table.steps[index]
-        return self._modulate(
-            ring.data, ring.slots, table.coefficients, step, scale, shift, out,
-            bias=table.bias, eps=eps, feature=feature,
-        )  # fmt: skip
+        with ranges.mix:
+            return self._modulate(
+                ring.data, ring.slots, table.coefficients, step, scale, shift, out,
+                bias=table.bias, eps=eps, feature=feature,
+            )  # fmt: skip
 
     def _eager(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         coefficients, own, bias = self.plan.row(index)

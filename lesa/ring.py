@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lesa import ranges
 from lesa.errors import LesaError
 
 __all__ = ["Ring"]
@@ -50,7 +51,8 @@ class Ring:
                 "make a new ring for it."
             )
         self._head = (self._head + 1) % self.history
-        self.features[self._head].copy_(feature.detach())
+        with ranges.push:
+            self.features[self._head].copy_(feature.detach())
         self.pushed += 1
 
     def matches(self, feature: Tensor) -> bool:

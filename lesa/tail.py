@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lesa import ranges
 from lesa.call import Call
 from lesa.clock import Step
 from lesa.errors import LesaError
@@ -164,7 +165,8 @@ class PreparedTail:
             return self._graph.run(index, mixer, modulation)
         normed, (scale, shift) = torch.empty_like(like), modulation
         mixer.modulated(index, scale, shift, self.tail.eps, normed, feature)
-        return self.tail.projection(normed)
+        with ranges.tail:
+            return self.tail.projection(normed)
 
     def modulation(self, feature: Tensor) -> Modulation:
         """Scale and shift of all steps; computed anew only while times become known.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa import ranges
 from lesa.call import Call, Refusal
 from lesa.clock import Step
 from lesa.hooks import Run, make_output, read_sample
@@ -92,7 +93,8 @@ class Trajectory:
         return output
 
     def _run_without_blocks(self, call: Call, feature: Tensor) -> Any:
-        run = call.denoiser.run_tail(feature, call.args, call.kwargs)
+        with ranges.tail:
+            run = call.denoiser.run_tail(feature, call.args, call.kwargs)
         if run.output is None:
             raise Refusal("feature and tail differ in shape")
         if self._tails is not None:

@@ -4,7 +4,7 @@ Three stages, each seeded and resumable at its last checkpoint: the autoencoder 
 the denoiser (with its text encoders) by flow matching on encoded scenes; guidance distillation,
 in which the guidance embedding learns to give in one call what classifier-free guidance of that
 scale gives in two (as FLUX.1-dev was made). ``--export`` writes the pipeline folder with its log
-and hashes. About an hour on 2 CPU cores.
+and hashes. Under two hours on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 2e-3
     free_steps: int = 3_000
-    base_steps: int = 5_000
+    base_steps: int = 8_500
     base_batch: int = 32
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.998
-    distill_steps: int = 300
+    distill_steps: int = 500
     distill_lr: float = 2e-4
     guidance: tuple[float, float] = (1.0, 6.0)
     train_shift: float = 2.0
