@@ -1,8 +1,9 @@
-"""The main job in numbers: `python benchmarks/bench_main_job.py`; about 15 minutes on 2 CPU cores.
+"""The main job in numbers: `python benchmarks/bench_main_job.py`; about 20 minutes on 2 CPU cores.
 
 Trains one default forecaster on the embedded pipeline, compares it on unseen prompts with every
-training-free method (each on its own published full steps, and on ours), and times the training and
-the accelerated loop. Writes benchmarks/results/main_job.json.
+training-free method (each on its own published full steps, and on ours), times the training and
+the accelerated loop, and compares the taps. benchmarks/results/main_job.json is written anew after
+each part.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import lesa
 from lesa.evaluation.compare import Comparison, compare
 from lesa.evaluation.methods import METHODS, build_all
 from lesa.evaluation.runs import generate
+from lesa.files import write_atomically
 from lesa.testbed import captions, load, settings
 from lesa.training.progress import Progress
 from lesa.versions import versions
@@ -87,6 +89,32 @@ def loop(
     return rows
 
 
+def taps(pipe: Any, prompts: int, unseen: list[str], call: dict[str, Any]) -> list[dict[str, Any]]:
+    """One forecaster per tap, fitted and judged alike at 10 full steps; decides `DEFAULT_TAP`."""
+    rows, calibration = [], captions(prompts, seed=0, split="train")
+    for tap in ("output", "hidden"):
+        report = Progress(quiet=True)
+        forecaster = lesa.train(
+            pipe, calibration, 50, (10,), tap=tap, call=call, refine=2, progress=report
+        )
+        methods = build_all(("lesa",), (10,), 50, forecaster=forecaster)
+        row = compare(pipe, unseen, methods, call, seed=1000, batch_size=16).rows[0]
+        with lesa.accelerate(pipe, forecaster, full_steps=10):
+            generate(pipe, unseen[:1], range(1), call)
+            stats = lesa.stats(pipe)
+        rows.append(
+            {
+                "tap": tap,
+                **{key: row[key] for key in ("psnr_mean", "psnr_p10", "psnr_min", "speedup")},
+                "ring_bytes": stats.ring_bytes,
+                "skipped_call_ms": 1e3 * stats.seconds_skipped / stats.skipped,
+                "full_call_ms": 1e3 * stats.seconds_full / stats.full,
+            }
+        )
+        print({key: v if isinstance(v, str) else round(v, 3) for key, v in rows[-1].items()})
+    return rows
+
+
 def judge(rows: list[dict[str, Any]], counts: tuple[int, ...]) -> list[dict[str, Any]]:
     """lesa against the best peer on its own full steps, per number of full steps."""
     verdicts = []
@@ -127,21 +155,27 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     options = parser.parse_args()
     pipe, call = load("flux"), settings("flux")
+    report: dict[str, Any] = {"environment": versions()}
+
+    def keep(name: str, part: Any) -> None:
+        report[name] = part
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, json.dumps(report, indent=1) + "\n")
+
     forecaster, training = train(pipe, options.prompts, call)
+    keep("training", training)
     unseen = captions(options.unseen, seed=1, split="test")
-    report: dict[str, Any] = {"environment": versions(), "training": training, "comparisons": {}}
     for steps, counts in {50: COUNTS, **FEWER}.items():
         own = {**call, "num_inference_steps": steps}
         methods = build_all(METHODS, counts, steps, forecaster=forecaster, searched=True)
         result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
         verdicts = judge(result.rows, counts)
         show(f"{steps} steps, {len(unseen)} unseen prompts", result, verdicts)
-        report["comparisons"][str(steps)] = {"rows": result.rows, "verdicts": verdicts}
-    report["loop"] = loop(pipe, forecaster, call, rounds=5)
+        keep(f"{steps} steps", {"rows": result.rows, "verdicts": verdicts})
+    keep("loop", loop(pipe, forecaster, call, rounds=5))
     for row in report["loop"]:
         print({key: round(value, 4) for key, value in row.items()})
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    keep("taps", taps(pipe, options.prompts, unseen[:32], call))
 
 
 if __name__ == "__main__":

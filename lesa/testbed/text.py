@@ -43,16 +43,18 @@ def clip_tokenizer() -> CLIPTokenizer:
     """BPE trained on the vocabulary alone: each of its words becomes one token, other words fall
     apart into letters."""
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    alphabet = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
+    last = [f"{letter}</w>" for letter in LETTERS]
     trainer = BpeTrainer(
         vocab_size=4000,
         initial_alphabet=list(LETTERS),
         end_of_word_suffix="</w>",
         show_progress=False,
+        # numbered first: in the order of the trainer's own hash map, ties would fall at random
+        special_tokens=last,
     )
     bpe.train_from_iterator(vocabulary(), trainer)
     model = json.loads(bpe.to_str())["model"]
-    tokens = dict.fromkeys([*alphabet, *model["vocab"], "<|startoftext|>", "<|endoftext|>"])
+    tokens = dict.fromkeys([*LETTERS, *last, *model["vocab"], "<|startoftext|>", "<|endoftext|>"])
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)

@@ -1,0 +1,197 @@
+"""Every kernel against its alternatives: `python benchmarks/bench_kernels.py`; 3 minutes on a GPU.
+
+Triton, csrc where built, eager, torch.compile of the same formula, TaylorSeer's update, and two
+kinds of copy of as many bytes, at the features of three models in bf16. Device times are of CUDA
+graphs that rotate through buffers of three L2 caches or more; `launched` is the same call as Python
+makes it. Writes kernels_<device>.json after each row. Without a GPU it times nothing, and writes
+what can be counted and compiled into kernels_analytic.json.
+
+A suite of pytest-benchmark too, for one's own records: `python -m pytest` on this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import _analytic
+import pytest
+import torch
+from _contenders import COPIES, KERNELS, SHAPES, check, contenders, kernels_at, tensors
+from _environment import RESULTS, environment, slug, write
+from _timing import (
+    LEAD_BYTES,
+    graph_timer,
+    interleaved,
+    launch_timer,
+    ratios,
+    repeats,
+    rotation,
+    summary,
+)
+from lesa_kernels.config import lookup
+from lesa_kernels.examples import Example
+
+LAUNCHES = 64  # calls of one `launched` time
+LAUNCH_ROUNDS = 5
+
+
+def measure(
+    name: str, place: str, history: int, sets: list[Example], options: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: one kernel at one shape, all contenders, checked before they are timed."""
+    example, size = sets[0], sets[0].nbytes
+    calls = contenders(name, sets, compile=options.compile)
+    errors = check(name, example, calls)
+    lead = torch.empty(LEAD_BYTES, dtype=torch.uint8, device="cuda")
+    pool, rounds = torch.cuda.graph_pool_handle(), repeats(len(sets), size)
+    graphs = {key: graph_timer(found, rounds, pool, lead) for key, found in calls.items()}
+    seconds = interleaved(graphs, options.rounds)
+    often = -(-LAUNCHES // len(sets))
+    launches = {key: launch_timer(found * often, lead) for key, found in calls.items()}
+    launched = interleaved(launches, LAUNCH_ROUNDS)
+    seconds["best copy"] = [min(pair) for pair in zip(*(seconds[c] for c in COPIES), strict=True)]
+    return {
+        "kernel": name,
+        "place": place,
+        "shape": list(SHAPES[place]),
+        "history": history,
+        "dtype": "bfloat16",
+        "bytes": size,
+        "configuration": _configuration(example, history),
+        "buffer_sets": len(sets),
+        "calls_per_replay": rounds * len(sets),
+        "contenders": {
+            key: {
+                "microseconds": _scaled(summary(found), 1e6),
+                "launched_microseconds": _scaled(summary(launched[key]), 1e6)
+                if key in launched
+                else None,
+                "gigabytes_per_second": size / 1e9 / median(found),
+                "share_of_copy": ratios(seconds, "best copy", key),
+                "time_over_triton": ratios(seconds, key, "triton"),
+                "relative_error": errors.get(key),
+            }
+            for key, found in seconds.items()
+        },
+    }
+
+
+def run(options: argparse.Namespace, path: Path) -> None:
+    """All rows that fit into the time and memory given; the file is whole after each."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    deadline = time.perf_counter() + options.seconds
+    content: dict[str, Any] = {"environment": environment(device), "rows": [], "left_out": []}
+    for place, history in product(options.places, options.histories):
+        reason = _obstacle(place, history, device)
+        sets = [] if reason or time.perf_counter() > deadline else _sets(place, history, device)
+        for name in (name for name in kernels_at(place) if name in options.kernels):
+            if not sets or time.perf_counter() > deadline:
+                why = reason or f"--seconds {options.seconds} were over"
+                content["left_out"].append([name, place, history, why])
+                continue
+            row = measure(name, place, history, [made[name] for made in sets], options)
+            content["rows"].append(row)
+            show(row)
+            write(path, content)
+        del sets
+        torch.cuda.empty_cache()
+    write(path, content)
+    for left in content["left_out"]:
+        print("left out:", *left)
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"\n{row['kernel']}, {row['place']}, K = {row['history']}, {row['bytes'] / 1e6:.1f} MB")
+    for key, found in row["contenders"].items():
+        micro, launched = found["microseconds"]["median"], found["launched_microseconds"]
+        host = f"{launched['median']:9.1f} us launched" if launched else ""
+        rate, share = found["gigabytes_per_second"], found["share_of_copy"]["median"]
+        print(f"  {key:14} {micro:9.1f} us {rate:7.0f} GB/s {share:6.1%} of the copy {host}")
+
+
+def _sets(place: str, history: int, device: torch.device) -> list[dict[str, Example]]:
+    first = tensors(SHAPES[place], history, device)
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    count = rotation(min(example.nbytes for example in first.values()), l2)
+    return [first, *(tensors(SHAPES[place], history, device) for _ in range(count - 1))]
+
+
+def _obstacle(place: str, history: int, device: torch.device) -> str:
+    """Why this shape cannot be measured, if so: two sets, float64 checks and copies must fit."""
+    needed = torch.Size(SHAPES[place]).numel() * 2 * (8 * history + 40)
+    free = torch.cuda.mem_get_info(device)[0]
+    return f"needs {needed / 2**30:.0f} GiB, {free / 2**30:.0f} are free" * (needed > free)
+
+
+def _configuration(example: Example, history: int) -> dict[str, int]:
+    arguments = example.arguments
+    feature = arguments["feature" if "feature" in arguments else "out"]
+    return lookup(example.kernel, feature, 1 if "slot" in arguments else history)._asdict()
+
+
+def _scaled(found: dict[str, Any], factor: float) -> dict[str, Any]:
+    quartiles = [value * factor for value in found["quartiles"]]
+    return {**found, "median": found["median"] * factor, "quartiles": quartiles}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("place", [*SHAPES][:2])
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel(benchmark: Any, name: str, place: str) -> None:
+    """Wall time of one call and its synchronisation, over rotating buffers."""
+    if name not in kernels_at(place):
+        pytest.skip("it does not run there")
+    device = torch.device("cuda")
+    sets = [made[name] for made in _sets(place, 3, device)]
+    calls = contenders(name, sets, compile=False)
+    benchmark.extra_info["bytes"] = sets[0].nbytes
+    benchmark.extra_info["relative_error"] = check(name, sets[0], calls)["triton"]
+    benchmark.group = f"{name}, {place}"
+    benchmark.pedantic(_rotated(calls["triton"]), rounds=200, warmup_rounds=20)
+
+
+def _rotated(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    turn = iter(range(10**9))
+
+    def once() -> None:
+        calls[next(turn) % len(calls)]()
+        torch.cuda.synchronize()
+
+    return once
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
+    parser.add_argument("--kernels", nargs="+", default=KERNELS, choices=KERNELS)
+    parser.add_argument("--places", nargs="+", default=[*SHAPES], choices=[*SHAPES])
+    parser.add_argument("--histories", nargs="+", type=int, default=[3], help="K, 1 to 8")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=150, help="begin no row after these")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--analytic", action="store_true", help="what needs no GPU, also on one")
+    options = parser.parse_args()
+    if options.analytic or not torch.cuda.is_available():
+        path = options.out / "kernels_analytic.json"
+        found = _analytic.analysis()
+        _analytic.show(found)
+        write(path, found)
+        print(f"\nNothing was timed, since {_why()}; bytes and compiled code are in {path}.")
+        return
+    path = options.out / f"kernels_{slug(torch.cuda.get_device_name())}.json"
+    run(options, path)
+    print(f"\n{path}")
+
+
+def _why() -> str:
+    return "--analytic was given" if torch.cuda.is_available() else "PyTorch sees no GPU here"
+
+
+if __name__ == "__main__":
+    main()

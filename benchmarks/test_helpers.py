@@ -1,0 +1,122 @@
+"""The helpers of the benchmarks, on the CPU: `python -m pytest benchmarks`."""
+
+from __future__ import annotations
+
+import time
+
+import _formulas
+import pytest
+import torch
+from _contenders import (
+    _FORMULAS,
+    DISTANCE,
+    KERNELS,
+    LIMIT,
+    LIMITS,
+    _dense,
+    _features,
+    _narrowed,
+    _taylorseer,
+    check,
+    expected,
+    tensors,
+)
+from _environment import command, environment, slug, write
+from _timing import interleaved, ratios, repeats, rotation, summary, wall_timer
+
+
+@pytest.fixture
+def made():
+    torch.manual_seed(0)
+    return tensors((2, 5, 32), 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_formulas_compute_what_the_kernels_do(made, name):
+    """In the tolerance that the benchmark itself applies to every contender."""
+    function, arguments = _FORMULAS[name]
+    example = made[name]
+    found = _dense(_narrowed(function, example.arguments)(*arguments(example.arguments)))
+    exact = expected(name, example)
+    assert float((found - exact).norm() / exact.norm()) < LIMITS.get(name, LIMIT)
+
+
+def test_the_fp8_ring_is_filled(made):
+    arguments = made["mix_fp8"].arguments
+    assert all(bool(arguments["ring"][slot].float().any()) for slot in range(3))
+
+
+def test_a_kernel_that_does_not_write_is_caught(made):
+    lazy = lambda: made["mix"].result  # noqa: E731
+    with pytest.raises(SystemExit, match="triton mix at .* nothing is timed on wrong results"):
+        check("mix", made["mix"], {"triton": [lazy]})
+    right = lambda: expected("mix", made["mix"]).to(torch.bfloat16)  # noqa: E731
+    assert check("mix", made["mix"], {"triton": [right], "copy": [lazy]})["triton"] < LIMIT
+    push = made["push_fp8"]
+    with pytest.raises(SystemExit):
+        check("push_fp8", push, {"triton": [lambda: (push.result[0], push.arguments["scales"][0])]})
+
+
+def test_taylorseers_update_is_its_series(made):
+    arguments = made["mix"].arguments
+    found = _formulas.taylorseer(_features(arguments), DISTANCE)
+    exact = _taylorseer(arguments)
+    assert found.dtype == torch.bfloat16
+    assert float((found.double() - exact).norm() / exact.norm()) < 2e-2
+    f = [x.double() for x in _features(arguments)]
+    assert torch.allclose(exact, f[0] + 4 * f[1] + 8 * f[2])
+
+
+def test_rounds_are_interleaved_and_warm_ups_do_not_count():
+    order = []
+
+    def timer(name, seconds):
+        return lambda: order.append(name) or seconds
+
+    found = interleaved({"a": timer("a", 2.0), "b": timer("b", 1.0)}, 5, warmup=2)
+    assert found == {"a": [2.0] * 5, "b": [1.0] * 5} and len(order) == 14
+    assert all(set(order[i : i + 2]) == {"a", "b"} for i in range(0, 14, 2))
+    assert ratios(found, "a", "b")["median"] == 2.0
+
+
+def test_one_round_is_run_whatever_the_deadline():
+    found = interleaved({"a": lambda: 1.0}, 9, deadline=time.perf_counter() - 1)
+    assert found == {"a": [1.0]} and summary(found["a"])["quartiles"] == [1.0, 1.0]
+
+
+def test_buffers_outgrow_the_cache():
+    l2 = 50 << 20
+    for nbytes in (800, 2 << 20, 100 << 20, 3 << 30):
+        sets = rotation(nbytes, l2)
+        assert sets >= 2 and sets * nbytes >= 3 * l2
+        assert repeats(sets, nbytes) >= 1
+    assert repeats(2, 100 << 20) == 21
+
+
+def test_wall_time_ends_after_the_work():
+    order = []
+    seconds = wall_timer(lambda: time.sleep(0.01), lambda: order.append("sync"))()
+    assert seconds >= 0.01 and order == ["sync", "sync"]
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), (("flux.1-dev", 11.90), ("qwen-image", 20.43), ("hunyuan-video", 12.82))
+)
+def test_full_size_means_the_published_number_of_parameters(name, billions):
+    models = pytest.importorskip("_models")
+    row = models.MODELS[name]
+    with models.init_empty_weights():
+        model = getattr(models.diffusers, row.transformer)(**row.config)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_results_are_strict_json(tmp_path):
+    write(tmp_path / "new" / "x.json", {"environment": environment(), "nan": float("nan")})
+    text = (tmp_path / "new" / "x.json").read_text()
+    assert '"nan": null' in text and '"commit"' in text and '"torch"' in text
+    assert command(["/x/bench.py", "--out", "/tmp", "--rounds", "3"]) == [
+        "bench.py",
+        "--rounds",
+        "3",
+    ]
+    assert slug("NVIDIA H200 80GB (x)") == "nvidia-h200-80gb-x"

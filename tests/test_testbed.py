@@ -1,0 +1,79 @@
+"""The embedded pipeline: what is shipped is what its scripts make."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lesa.testbed
+from lesa.errors import LesaError
+from lesa.testbed import captions, checker, load
+from lesa.testbed.scenes import render, scenes
+from lesa.testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
+from lesa.testbed.train import Plan
+
+FLUX = Path(lesa.testbed.__file__).parent / "flux"
+
+
+def test_the_weights_are_those_of_the_record():
+    record = json.loads((FLUX / "training.json").read_text())
+    files = {str(path.relative_to(FLUX)): path for path in FLUX.rglob("*.safetensors")}
+    assert set(files) == set(record["sha256"])
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"][name], name
+    assert sum(path.stat().st_size for path in files.values()) <= 16e6
+    plan = asdict(Plan())
+    assert record["plan"] == plan | {"guidance": list(plan["guidance"])}
+
+
+def test_the_tokenizers_are_made_alike_in_every_process():
+    """The trainer of the first one used to number its tokens in the order of a hash map."""
+    pipe = load("flux")
+    for made, shipped in ((clip_tokenizer(), pipe.tokenizer), (t5_tokenizer(), pipe.tokenizer_2)):
+        assert made.get_vocab() == shipped.get_vocab()
+        for word in vocabulary():
+            assert made(word).input_ids == shipped(word).input_ids
+
+
+def test_every_word_is_one_token():
+    clip = clip_tokenizer()
+    assert all(len(clip(word).input_ids) == 3 for word in vocabulary())
+    assert max(len(clip(caption).input_ids) for caption in captions(500)) <= 20
+
+
+def test_no_test_caption_comes_from_a_training_seed():
+    assert captions(50, split="test") == captions(50, split="test")
+    assert len(set(captions(300, split="test"))) == 300
+    assert set(captions(50, split="test")) != set(captions(50, split="train"))
+
+
+def test_the_checker_asks_for_what_training_never_showed():
+    trained = {scene.caption for scene in scenes(Plan().free_scenes)}
+    asked = checker.unseen(200)
+    assert len(set(asked)) == 200 and not trained & set(asked)
+    assert trained & set(captions(200))  # or the filter would not be needed
+
+
+def test_the_checker_finds_nothing_wrong_with_the_scenes_themselves():
+    drawn = scenes(40, seed=3, split="test")
+    found = checker.accuracy(np.stack([render(s) for s in drawn]), [s.caption for s in drawn])
+    assert found == {"shape": 1.0, "colour": 1.0, "place": 1.0}
+
+
+def test_the_checker_notices_another_caption():
+    drawn = scenes(40, seed=3, split="test")
+    shuffled = [s.caption for s in drawn[1:] + drawn[:1]]
+    found = checker.accuracy(np.stack([render(s) for s in drawn]), shuffled)
+    assert max(found.values()) < 0.6
+
+
+def test_an_unknown_pipeline_is_refused():
+    with pytest.raises(LesaError, match="'nothing' is neither embedded"):
+        load("nothing")
+    with pytest.raises(LesaError, match="'sd' is not embedded"):
+        lesa.testbed.settings("sd")
