@@ -5,7 +5,7 @@ STAMP  := .venv/.installed
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench profile clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -21,11 +21,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## run every script of benchmarks/
-	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(STAMP)  ## build csrc/ where a compiler is found, run every script of benchmarks/
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys and ncu
+	PYTHON=$(BIN)/python benchmarks/profile_nsys.sh
+	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
 
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv build dist *.egg-info lesa-demo .benchmarks \
+	rm -rf .venv build dist *.egg-info lesa-demo profiles .benchmarks \
 	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lesa kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

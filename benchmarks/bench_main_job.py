@@ -9,7 +9,6 @@ each part.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -17,19 +16,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from _environment import RESULTS, environment, write
 
 import lesa
 from lesa.evaluation.compare import Comparison, compare
 from lesa.evaluation.methods import METHODS, build_all
 from lesa.evaluation.runs import generate
-from lesa.files import write_atomically
 from lesa.testbed import captions, load, settings
 from lesa.training.progress import Progress
-from lesa.versions import versions
 
 COUNTS = (13, 10, 8)
 FEWER = {28: (10, 8)}  # full steps that are compared at another step count
-RESULT = Path(__file__).parent / "results" / "main_job.json"
 
 
 def train(pipe: Any, prompts: int, call: dict[str, Any]) -> tuple[lesa.LesaForecaster, dict]:
@@ -152,15 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of main_job.json")
     options = parser.parse_args()
     pipe, call = load("flux"), settings("flux")
-    report: dict[str, Any] = {"environment": versions()}
+    report: dict[str, Any] = {"environment": environment()}
 
     def keep(name: str, part: Any) -> None:
         report[name] = part
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, json.dumps(report, indent=1) + "\n")
+        write(options.out / "main_job.json", report)
 
     forecaster, training = train(pipe, options.prompts, call)
     keep("training", training)

@@ -10,50 +10,20 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import platform
-import random
-import subprocess
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from _environment import RESULTS, environment, write
+from _timing import interleaved, wall_timer
 from torch import Tensor
 
-from lesa import native, ops
-from lesa.versions import versions
+from lesa import eager, native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-EAGER = ops.mix  # what runs where nothing is built
-RESULT = Path(__file__).parent / "results" / "mix_cpu.json"
-
-
-def environment(threads: int) -> dict[str, Any]:
-    """Whatever the numbers depend on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULT.parent
-    )
-    models = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
-        "processor": models[0].partition(": ")[2] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "instruction_set": native.isa(),
-        "load": os.getloadavg(),
-        "versions": versions(),
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def memcpy(pool: ThreadPoolExecutor, size: int, threads: int) -> Callable[[], None]:
@@ -94,7 +64,7 @@ def contenders(
     found: dict[str, Callable[[], Any]] = {
         "csrc": lambda: mix(ring, slots, coefficients, None, 0.0, 0.0, out),
         "csrc in place": lambda: mix(ring, slots, coefficients, None, 0.0, 0.0, feature),
-        "eager": lambda: EAGER(ring, order, weights, other),
+        "eager": lambda: eager.mix_row(ring, order, weights, other),
         "memcpy": memcpy(pool, size, options.threads),
         "torch copy_": lambda: half[0].copy_(half[1]),
     }
@@ -111,20 +81,6 @@ def _plain(ring: Tensor, weights: list[float]) -> Tensor:
     return total
 
 
-def rounds(functions: dict[str, Callable[[], Any]], count: int) -> dict[str, list[float]]:
-    """Seconds of each contender in each round."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    names = list(functions)
-    for index in range(count + 2):  # two to warm up
-        random.shuffle(names)
-        for name in names:
-            start = time.perf_counter()
-            functions[name]()
-            if index > 1:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def measure(
     dtype: torch.dtype, pool: ThreadPoolExecutor, options: argparse.Namespace
 ) -> dict[str, Any]:
@@ -133,7 +89,9 @@ def measure(
     generator = torch.Generator().manual_seed(0)
     ring = torch.randn(options.history, *shape, generator=generator).to(dtype)
     with torch.inference_mode():
-        seconds = rounds(contenders(ring, pool, options), options.rounds)
+        runs = contenders(ring, pool, options)
+        timers = {name: wall_timer(run) for name, run in runs.items()}
+        seconds = interleaved(timers, options.rounds)
     size = (options.history + 1) * ring[0].numel() * ring.element_size()
     pairs = {name: zip(times, seconds["csrc"], strict=True) for name, times in seconds.items()}
     over = {name: sorted(time / ours for time, ours in pair) for name, pair in pairs.items()}
@@ -173,19 +131,19 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="torch.compile too; needs a compiler"
     )
-    parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of mix_cpu.json")
     options = parser.parse_args()
     if reason := native.why_not("cpu"):
-        raise SystemExit(f"nothing to measure: {reason}")
+        return print(f"nothing to measure: {reason}")
     torch.set_num_threads(options.threads)
-    facts = environment(options.threads)
+    facts = environment()
     with ThreadPoolExecutor(options.threads) as pool:
         rows = [measure(dtype, pool, options) for dtype in DTYPES]
     for row in rows:
         show(row)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({"environment": facts, "rows": rows}, indent=1) + "\n")
-    print(f"\n{options.output}, {facts['processor']}, load {facts['load'][0]:.2f}")
+    path = options.out / "mix_cpu.json"
+    write(path, {"environment": facts, "rows": rows})
+    print(f"\n{path}, {facts['processor']}, load {facts['load'][0]:.2f}")
 
 
 if __name__ == "__main__":
