@@ -20,7 +20,7 @@ from _environment import RESULTS, environment, write
 
 import lesa
 from lesa.evaluation.compare import Comparison, compare
-from lesa.evaluation.methods import METHODS, build_all
+from lesa.evaluation.methods import METHODS, Method, build_all
 from lesa.evaluation.runs import generate
 from lesa.testbed import captions, load, settings
 from lesa.training.progress import Progress
@@ -56,6 +56,13 @@ def train(pipe: Any, prompts: int, call: dict[str, Any]) -> tuple[lesa.LesaForec
         "log": report.lines,
     }
     return forecaster, facts
+
+
+def hardness(pipe: Any, unseen: list[str], call: dict[str, Any]) -> dict[str, Any]:
+    """First-order TaylorSeer on the paper's list for interval 7: 20 to 38 dB tell methods apart."""
+    schedule = lesa.Schedule.every(7, 50)
+    method = Method("taylorseer-1", 50, lesa.Taylor(1), schedule)
+    return compare(pipe, unseen, [method], call, seed=1000, batch_size=16).rows[0]
 
 
 def loop(
@@ -161,6 +168,7 @@ def main() -> None:
     forecaster, training = train(pipe, options.prompts, call)
     keep("training", training)
     unseen = captions(options.unseen, seed=1, split="test")
+    keep("hardness", hardness(pipe, unseen, call))
     for steps, counts in {50: COUNTS, **FEWER}.items():
         own = {**call, "num_inference_steps": steps}
         methods = build_all(METHODS, counts, steps, forecaster=forecaster, searched=True)
