@@ -65,6 +65,7 @@ def contenders(
         "csrc": lambda: mix(ring, slots, coefficients, None, 0.0, 0.0, out),
         "csrc in place": lambda: mix(ring, slots, coefficients, None, 0.0, 0.0, feature),
         "eager": lambda: eager.mix_row(ring, order, weights, other),
+        "plain formula": lambda: _plain(ring, weights).to(ring.dtype),
         "memcpy": memcpy(pool, size, options.threads),
         "torch copy_": lambda: half[0].copy_(half[1]),
     }
