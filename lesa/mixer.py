@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,21 @@ from lesa import backend, eager, ops, ranges
 from lesa.plan import Plan
 from lesa.ring import Ring
 
-__all__ = ["Mixer"]
+__all__ = ["Mixer", "Modulation"]
+
+
+class Modulation(NamedTuple):
+    """Scale and shift [S, B, C] of all steps, two halves of one tensor [S, B, 2 C]; and by step."""
+
+    scale: Tensor
+    shift: Tensor
+    rows: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, both: Tensor) -> Modulation:
+        """From the tensor [S, B, 2 C]."""
+        scale, shift = both.chunk(2, dim=-1)
+        return cls(scale, shift, tuple(zip(scale.unbind(0), shift.unbind(0), strict=True)))
 
 
 class Mixer:
@@ -29,16 +46,22 @@ class Mixer:
         chosen = backend.active(device)
         wide = features.dtype == torch.float64
         self._table = table = plan.on(device)
-        self._modulate = ops.implementation(
+        self._mix: Callable[..., Any]
+        self._modulate: Callable[..., Any] = ops.implementation(
             "mix_modulate", features[0], ring.history, {"bias": table.bias}
         )
-        self._write = Mixer._eager  # a bound method would make a cycle that keeps the ring alive
+        # Functions, not bound methods: those would make a cycle that keeps the ring alive.
+        self._write, self._write_modulated = Mixer._eager, Mixer._launch_modulated
         if chosen == "triton" and not wide and ring.history <= 8:
             self._mix = ops.implementation("mix", features[0], ring.history)
             self._write = Mixer._triton
         elif chosen == "native" and not wide:
             self._rows = table.coefficients[:, : ring.history].contiguous().unbind(0)
+            self._mix = torch.ops.lesa_native.mix_out.default
             self._write = Mixer._native
+            if device.type == "cpu":
+                self._modulate = torch.ops.lesa_native.mix_modulate_out.default
+                self._write_modulated = Mixer._native_modulated
 
     def __call__(self, index: int, out: Tensor, latent: Tensor | None = None) -> Tensor:
         """The forecast of the plan's step `index`, which must be a skipped one."""
@@ -51,8 +74,7 @@ class Mixer:
     def modulated(
         self,
         index: int,
-        scale: Tensor,
-        shift: Tensor,
+        modulation: Modulation,
         eps: float,
         out: Tensor,
         feature: Tensor | None = None,
@@ -61,13 +83,27 @@ class Mixer:
 
         See `lesa_kernels.mix_modulate.mix_modulate`.
         """
-        table, ring = self._table, self.ring
-        step = table.steps[index]
         with ranges.mix:
-            return self._modulate(
-                ring.data, ring.slots, table.coefficients, step, scale, shift, out,
-                bias=table.bias, eps=eps, feature=feature,
-            )  # fmt: skip
+            self._write_modulated(self, index, modulation, eps, out, feature)
+        return out
+
+    def _launch_modulated(
+        self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
+    ) -> None:
+        table, ring = self._table, self.ring
+        self._modulate(
+            ring.data, ring.slots, table.coefficients, table.steps[index],
+            modulation.scale, modulation.shift, out, bias=table.bias, eps=eps, feature=feature,
+        )  # fmt: skip
+
+    def _native_modulated(
+        self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
+    ) -> None:
+        ring, bias = self.ring, self.plan.row(index).bias
+        scale, shift = modulation.rows[index]
+        self._modulate(
+            ring.data, ring.slots, self._rows[index], bias, scale, shift, eps, out, feature
+        )
 
     def _eager(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         coefficients, own, bias = self.plan.row(index)
@@ -77,9 +113,7 @@ class Mixer:
     def _native(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         _, own, bias = self.plan.row(index)
         ring = self.ring
-        torch.ops.lesa_native.mix_out(
-            ring.data, ring.slots, self._rows[index], latent, own, bias, out
-        )
+        self._mix(ring.data, ring.slots, self._rows[index], latent, own, bias, out)
 
     def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         table, ring = self._table, self.ring

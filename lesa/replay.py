@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lesa.graph import GraphKey, Lease, StepGraphs
-from lesa.mixer import Mixer
+from lesa.mixer import Mixer, Modulation
 from lesa.plan import Plan
 
 if TYPE_CHECKING:
-    from lesa.tail import ModulatedTail, Modulation
+    from lesa.tail import ModulatedTail
 
 __all__ = ["TailBuffers", "TailGraph"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,15 @@ from lesa.clock import Step
 from lesa.errors import LesaError
 from lesa.graph import StepGraphs
 from lesa.hooks import Denoiser, core_of
-from lesa.mixer import Mixer
+from lesa.mixer import Mixer, Modulation
 from lesa.ops import implementation
 from lesa.plan import Plan
 from lesa.replay import TailBuffers, TailGraph
 
-__all__ = ["ModulatedTail", "Modulation", "PreparedTail"]
+__all__ = ["ModulatedTail", "PreparedTail"]
 
 _MAX_SCHEDULES = 16
 _SCALED = ("joint_attention_kwargs", "attention_kwargs")  # where a call puts its LoRA scale
-
-
-class Modulation(NamedTuple):
-    """Scale and shift [S, B, C] of every step: two halves of one tensor [S, B, 2 C]."""
-
-    scale: Tensor
-    shift: Tensor
 
 
 class ModulatedTail:
@@ -163,8 +156,8 @@ class PreparedTail:
         modulation = self.modulation(like)
         if self._graph is not None:
             return self._graph.run(index, mixer, modulation)
-        normed, (scale, shift) = torch.empty_like(like), modulation
-        mixer.modulated(index, scale, shift, self.tail.eps, normed, feature)
+        normed = torch.empty_like(like)
+        mixer.modulated(index, modulation, self.tail.eps, normed, feature)
         with ranges.tail:
             return self.tail.projection(normed)
 
@@ -181,8 +174,8 @@ class PreparedTail:
             with torch.inference_mode(False), torch.no_grad():
                 rows = self.tail.embedding(torch.cat(times), *self._rest)
                 rows = self.tail.norm.linear(self.tail.norm.silu(rows).to(feature.dtype))
-            parts = rows.view(len(self._steps), len(self._like), -1).chunk(2, dim=-1)
-            self._modulation = Modulation(*parts)
+            both = rows.view(len(self._steps), len(self._like), -1)
+            self._modulation = Modulation.of(both)
         return self._modulation
 
 
