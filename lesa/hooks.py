@@ -65,6 +65,7 @@ class Denoiser:
         spec: its row in `lesa.models`.
         clock: tells the step of each call.
         controller: decides each call.
+        turn: lock that is held while the model or a watched part of it runs.
         original_class: the class of the model before `attach`.
     """
 
@@ -78,8 +79,8 @@ class Denoiser:
         self._model = weakref.ref(model)
         self._call: Callable[..., Any] = type(model).__call__
         self._slot = Slot()
-        # The slot is one per model: two threads that share it take turns.
-        self._turn = threading.RLock()
+        # The slot is one per model: two threads that share it take turns, also in parts of it.
+        self.turn = threading.RLock()
         names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
         self._position = {name: position for position, name in enumerate(names)}
 
@@ -105,7 +106,7 @@ class Denoiser:
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False) -> Run:
         """Run the whole model; feature and embedding are noted with `tap` only."""
         slot = self._slot
-        with self._turn:
+        with self.turn:
             slot.capture = tap
             try:
                 output = self._call(self.model, *args, **kwargs)
@@ -125,7 +126,7 @@ class Denoiser:
         slot = self._slot
         if self.spec.dropped:
             kwargs = {name: kwargs[name] for name in kwargs if name not in self.spec.dropped}
-        with self._turn:
+        with self.turn:
             slot.skip, slot.feature, slot.mismatch = True, feature, False
             try:
                 output = self._call(self.model, *args, **kwargs)

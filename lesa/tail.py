@@ -125,7 +125,7 @@ class PreparedTail:
         self._times, self._known = times, 0
         self._steps, self._like = range(call.step.index, call.step.num_steps), embedded[0]
         self._rest = [_repeated(value, len(self._steps), len(self._like)) for value in embedded[1:]]
-        self._guidance = call.argument("guidance")
+        self._guidance, self._turn = call.argument("guidance"), call.denoiser.turn
         self._graph: TailGraph | None = None
 
     def claim(self, call: Call, plan: Plan, feature: Tensor, sample: Tensor) -> Tensor | None:
@@ -171,7 +171,7 @@ class PreparedTail:
             self._known = len(self._times)
             times = [self._times.get(s, self._like) for s in self._steps]
             # The rows outlive this call, perhaps into one that is not in inference mode.
-            with torch.inference_mode(False), torch.no_grad():
+            with self._turn, torch.inference_mode(False), torch.no_grad():
                 rows = self.tail.embedding(torch.cat(times), *self._rest)
                 rows = self.tail.norm.linear(self.tail.norm.silu(rows).to(feature.dtype))
             both = rows.view(len(self._steps), len(self._like), -1)

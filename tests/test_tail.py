@@ -15,7 +15,7 @@ from diffusers import (
 
 import lesa
 from lesa import Schedule, Taylor
-from lesa.hooks import attach, detach
+from lesa.hooks import attach, attached, detach
 from lesa.tail import ModulatedTail
 
 FULL = Schedule.explicit([0, 1, 2, 5, 9])
@@ -68,6 +68,17 @@ def test_another_prompt_and_guidance_are_not_those_of_the_first(tiny_flux, input
     plain = tiny_flux(**inputs(**other)).images
     tiny_flux(**inputs())
     assert torch.equal(tiny_flux(**inputs(**other)).images, plain)
+
+
+def test_the_embedding_never_runs_beside_the_model(tiny_flux, inputs):
+    """Its hook would hand the batch of all steps to a thread that is noting its own call."""
+    lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden")
+    turn, owned = attached(tiny_flux.transformer).turn, []
+    tiny_flux.transformer.time_text_embed.register_forward_pre_hook(
+        lambda *_: owned.append(turn._is_owned())
+    )
+    tiny_flux(**inputs())
+    assert len(owned) > 12 and all(owned)
 
 
 def test_another_schedule_learns_its_own_times(tiny_flux, inputs, embeddings):
