@@ -14,6 +14,8 @@ from lesa_kernels.gate import Gate
 from torch import Tensor
 from torch.nn import functional
 
+from lesa.eager import gate_value
+
 Features = Sequence[Tensor]
 
 
@@ -34,16 +36,7 @@ def mix_modulate(features: Features, row: Tensor, scale: Tensor, shift: Tensor) 
 
 def spline_mix(features: Features, row: Tensor, tau: Tensor, gate: Gate, bias: Tensor) -> Tensor:
     """features[0] + gate(tau) * (mix + bias) with the gate of one expert (E = 1)."""
-    projection, shift, base, spline = (part[0] for part in gate[:4])
-    z = tau @ projection + shift  # [M]
-    intervals = len(spline) - 3
-    place = (z.clamp(gate.low, gate.high) - gate.low) * (intervals / (gate.high - gate.low))
-    index = place.long().clamp(max=intervals - 1)
-    u = place - index
-    v = 1 - u
-    basis = torch.stack([v**3, 3 * u * u * (u - 2) + 4, 3 * v * v * (v - 2) + 4, u**3]) / 6
-    active = spline.gather(0, index + torch.arange(4, device=z.device)[:, None])
-    alpha = ((basis * active).sum(0) + base * functional.silu(z)).sum()
+    alpha = gate_value(tau, *(part[0] for part in gate[:4]), gate.low, gate.high)
     return features[0].float() + alpha * (mix(features, row) + bias)
 
 

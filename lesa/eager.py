@@ -17,7 +17,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from lesa_kernels.gate import Gate
 
-__all__ = ["gram", "mix", "mix_backward", "mix_modulate", "mix_row", "spline_mix"]
+__all__ = ["gate_value", "gram", "mix", "mix_backward", "mix_modulate", "mix_row", "spline_mix"]
 
 
 def mix_row(
@@ -88,20 +88,34 @@ def spline_mix(
     at = step.view(1).long()
     expert = torch.zeros_like(at) if experts is None else experts.index_select(0, at).long()
     projection, shift, base, spline = (x.index_select(0, expert)[0] for x in gate[:4])
-    z = tau.index_select(0, at)[0] @ projection + shift  # [M]
+    row = tau.index_select(0, at)[0]
+    alpha = gate_value(row, projection, shift, base, spline, gate.low, gate.high)
+    residual = _mixed(ring, slots, weights, step, None, bias, None)
+    newest = _features(ring, slots)[0].to(residual.dtype)
+    return out.copy_(newest + alpha * residual)
+
+
+def gate_value(
+    tau: Tensor,
+    projection: Tensor,
+    shift: Tensor,
+    base: Tensor,
+    spline: Tensor,
+    low: float,
+    high: float,
+) -> Tensor:
+    """alpha at tau [T] of one expert's ridge gate (see `lesa_kernels.gate.Gate`), a scalar."""
+    z = tau @ projection + shift  # [M]
     intervals = len(spline) - 3
-    place = (z.clamp(gate.low, gate.high) - gate.low) * (intervals / (gate.high - gate.low))
+    place = (z.clamp(low, high) - low) * (intervals / (high - low))
     index = place.long().clamp(max=intervals - 1)
     u = place - index
     v = 1 - u
     basis = torch.stack(  # the four cubic B-splines that are not zero there
         [v**3, 3 * u * u * (u - 2) + 4, 3 * v * v * (v - 2) + 4, u**3]
     )
-    active = torch.stack([spline.gather(0, (index + i)[None])[0] for i in range(4)])
-    alpha = ((basis * active).sum(0) / 6 + base * functional.silu(z)).sum()
-    residual = _mixed(ring, slots, weights, step, None, bias, None)
-    newest = _features(ring, slots)[0].to(residual.dtype)
-    return out.copy_(newest + alpha * residual)
+    active = spline.gather(0, index + torch.arange(4, device=z.device)[:, None])
+    return ((basis * active).sum(0) / 6 + base * functional.silu(z)).sum()
 
 
 def mix_modulate(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa import backend, eager, ops, ranges
+from lesa import eager, native, ops, ranges
 from lesa.plan import Plan
 from lesa.ring import Ring
 
@@ -42,20 +42,18 @@ class Mixer:
 
     def __init__(self, plan: Plan, ring: Ring) -> None:
         self.plan, self.ring = plan, ring
-        features, device = ring.data, ring.data.device
-        chosen = backend.active(device)
-        wide = features.dtype == torch.float64
-        self._table = table = plan.on(device)
-        self._mix: Callable[..., Any]
+        feature, device = ring.features[0], ring.data.device
+        self.table = table = plan.on(device)
+        self._mix: Callable[..., Any] = ops.implementation("mix", feature, ring.history)
         self._modulate: Callable[..., Any] = ops.implementation(
-            "mix_modulate", features[0], ring.history, {"bias": table.bias}
+            "mix_modulate", feature, ring.history, {"bias": table.bias}
         )
         # Functions, not bound methods: those would make a cycle that keeps the ring alive.
         self._write, self._write_modulated = Mixer._eager, Mixer._launch_modulated
-        if chosen == "triton" and not wide and ring.history <= 8:
-            self._mix = ops.implementation("mix", features[0], ring.history)
-            self._write = Mixer._triton
-        elif chosen == "native" and not wide:
+        if self._mix is eager.mix or feature.dtype == torch.float64:  # whose rows stay float64
+            return
+        self._write = Mixer._triton
+        if self._mix is native.mix:
             self._rows = table.coefficients[:, : ring.history].contiguous().unbind(0)
             self._mix = torch.ops.lesa_native.mix_out.default
             self._write = Mixer._native
@@ -90,7 +88,7 @@ class Mixer:
     def _launch_modulated(
         self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
     ) -> None:
-        table, ring = self._table, self.ring
+        table, ring = self.table, self.ring
         self._modulate(
             ring.data, ring.slots, table.coefficients, table.steps[index],
             modulation.scale, modulation.shift, out, bias=table.bias, eps=eps, feature=feature,
@@ -116,7 +114,7 @@ class Mixer:
         self._mix(ring.data, ring.slots, self._rows[index], latent, own, bias, out)
 
     def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
-        table, ring = self._table, self.ring
+        table, ring = self.table, self.ring
         self._mix(
             ring.data,
             ring.slots,

@@ -90,7 +90,7 @@ def mix_modulate(
 ) -> Tensor:
     """out = layer_norm(h) * (1 + scale) + shift, h = sum_k table[s, k] * ring[slots[k]] (+ bias).
 
-    See `lesa_kernels.mix_modulate.mix_modulate`. `feature`, where h goes too, needs an `out`.
+    See `lesa_kernels.mix_modulate.mix_modulate`. Without `out` the result is a new tensor.
     """
     if out is None and feature is None:
         return torch.ops.lesa.mix_modulate(ring, slots, table, step, scale, shift, bias, eps)

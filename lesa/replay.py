@@ -118,7 +118,7 @@ class TailGraph:
         if self._pushed != ring.pushed:
             self._pushed = ring.pushed
             buffers.slots.copy_(ring.slots)
-        buffers.step.copy_(mixer.plan.on(ring.data.device).steps[index])
+        buffers.step.copy_(mixer.table.steps[index])
         return self._lease.run()
 
 
