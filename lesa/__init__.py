@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lesa.errors import LesaError
     from lesa.forecasters import HiCache, Reuse, Spectrum, Taylor
     from lesa.forecasters.lesa import LesaForecaster
+    from lesa.models import ModelSpec, register_model
     from lesa.schedule import Schedule
     from lesa.table import Table
     from lesa.training.train import train
@@ -45,6 +46,8 @@ _HOME = {
     "Spectrum": "forecasters",
     "Taylor": "forecasters",
     "LesaForecaster": "forecasters.lesa",
+    "ModelSpec": "models",
+    "register_model": "models",
     "Schedule": "schedule",
     "Table": "table",
     "train": "training.train",
@@ -56,6 +59,7 @@ __all__ = [
     "LesaConfig",
     "LesaError",
     "LesaForecaster",
+    "ModelSpec",
     "Reuse",
     "Schedule",
     "Spectrum",
@@ -67,6 +71,7 @@ __all__ = [
     "disable",
     "enable",
     "patch_diffusers",
+    "register_model",
     "remove_lesa_cache",
     "stats",
     "train",

@@ -261,14 +261,24 @@ def inspect(
 
 @app.command(cls=JsonCommand)
 @guarded
-def env(json: Json = None) -> None:
+def env(
+    models: Annotated[
+        bool, typer.Option("--models", help="List the denoiser classes instead.")
+    ] = False,
+    json: Json = None,
+) -> None:
     """Print versions, devices and active backends, for a bug report.
 
     Example: lesa env --json
     """
-    from lesa.commands import environment
+    from lesa.commands import environment, model_rows, models_table
 
     check_json(json)
+    if models:
+        rows = model_rows()
+        console(json).print(models_table(rows))
+        emit(json, rows)
+        return
     facts: dict[str, Any] = environment()
     for name, value in facts.items():
         console(json).print(f"{name:>16}  {value}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from lesa.errors import LesaError
@@ -165,6 +166,38 @@ def environment() -> dict[str, Any]:
         if reason := backend.why_not(name, kind):
             found[f"not {name}"] = reason
     return found
+
+
+def model_rows() -> list[dict[str, Any]]:
+    """The denoiser classes that have a row, and what this diffusers makes of them."""
+    import diffusers
+
+    from lesa.models import known_models
+
+    rows = []
+    for name, spec in known_models().items():
+        cls = getattr(diffusers, name, None)
+        rows.append(
+            {
+                "class": name,
+                "blocks": spec.blocks,
+                "tail": spec.tail,
+                "taps": spec.taps,
+                "cache_mixin": hasattr(cls, "enable_cache") if cls else None,
+                "notes": spec.notes if cls else "not in this diffusers",
+            }
+        )
+    return rows
+
+
+def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """`model_rows` for people."""
+    table = Table("class", "blocks", "tail", "taps", "CacheMixin", "notes")
+    for row in rows:
+        mixin = {True: "yes", False: "no", None: "-"}[row["cache_mixin"]]
+        blocks, taps = ", ".join(row["blocks"]), ", ".join(row["taps"])
+        table.add_row(row["class"], blocks, row["tail"], taps, mixin, row["notes"])
+    return table
 
 
 def _table(forecaster: Any, entry: Any, branch: str) -> Any:

@@ -4,22 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import nn
+
+from lesa.discovery import Unclear, read_structure
 from lesa.errors import LesaError
+from lesa.forecasters.base import Tap
 
 __all__ = ["ModelSpec", "known_models", "model_spec", "register_model"]
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a denoiser class keeps its blocks, its tail and its latent.
+    """Where a denoiser class keeps its blocks, its tail and its latent: its row.
 
-    `blocks` are the `ModuleList`s that a skipped step does not run, `identities` the modules that
-    it passes through. The *hidden* feature is the first argument of `tail`. `latent` names the
-    argument that holds the current latent, `conditioning` those whose identity tells a changed
-    prompt, `unbatched` those without a batch dimension; `dropped` ones are not passed on a skipped
-    step. `embedding` is the module that turns (time, ...) into what modulates `tail`, for models
-    that return `proj_out(tail(h, embedding(...)))` as it is. `upcast` marks models that hand the
-    tail an fp32 copy of a narrower feature.
+    A class whose forward ends in `proj_out(norm_out(h, temb))`, after a loop over `self.stages`:
+
+        lesa.register_model(lesa.ModelSpec("MyTransformer", blocks=("stages",)))
+
+    Attributes:
+        name: name of the class.
+        blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
+        tail: the module after the blocks; the *hidden* feature is its first argument.
+        latent: the argument of the forward that holds the current latent.
+        conditioning: the arguments whose identity tells a changed prompt.
+        unbatched: arguments without a batch dimension.
+        identities: modules that a skipped step passes through.
+        dropped: arguments that are not passed on a skipped step.
+        embedding: the module that turns (time, ...) into what modulates `tail`, for models that
+            return `proj_out(tail(h, embedding(...)))` as it is.
+        upcast: whether the tail gets an fp32 copy of a narrower feature.
+        taps: where a feature can be taken, the best one first.
+        notes: what a reader of the table should know.
     """
 
     name: str
@@ -32,6 +47,7 @@ class ModelSpec:
     dropped: tuple[str, ...] = ()
     embedding: str = ""
     upcast: bool = False
+    taps: tuple[Tap, ...] = ("output", "hidden")
     notes: str = ""
 
 
@@ -79,7 +95,6 @@ _ROWS = (
     ModelSpec(
         "DiTTransformer2DModel",
         _DOUBLE,
-        tail="norm_out",
         conditioning=("class_labels",),
         notes="the tail reads transformer_blocks[0].norm1.emb",
     ),
@@ -91,7 +106,8 @@ _ROWS = (
         tail="all_final_layer.2-1",
         latent="x",
         conditioning=(),
-        notes="latent and output are lists of tensors, so only the hidden tap applies",
+        taps=("hidden",),
+        notes="latent and output are lists of tensors",
     ),
     ModelSpec("SanaTransformer2DModel", _DOUBLE),
     ModelSpec(
@@ -102,32 +118,82 @@ _ROWS = (
         identities=("mid_block",),
         dropped=("down_block_additional_residuals", "mid_block_additional_residual"),
     ),
+    ModelSpec("AllegroTransformer3DModel", _DOUBLE),
+    ModelSpec(
+        "AuraFlowTransformer2DModel", ("joint_transformer_blocks", "single_transformer_blocks")
+    ),
+    ModelSpec("BriaTransformer2DModel", _DOUBLE_SINGLE, conditioning=_TEXT_POOLED, unbatched=_IDS),
+    ModelSpec("CogView4Transformer2DModel", _DOUBLE),
+    ModelSpec(
+        "HunyuanImageTransformer2DModel",
+        _DOUBLE_SINGLE,
+        conditioning=("encoder_hidden_states", "encoder_hidden_states_2"),
+    ),
+    ModelSpec(
+        "Kandinsky5Transformer3DModel",
+        ("visual_transformer_blocks", "text_transformer_blocks"),
+        tail="out_layer",
+        conditioning=_TEXT_POOLED,
+        unbatched=("visual_rope_pos", "text_rope_pos"),
+    ),
+    ModelSpec("LongCatImageTransformer2DModel", _DOUBLE_SINGLE, unbatched=_IDS),
+    ModelSpec("Lumina2Transformer2DModel", ("layers", "noise_refiner", "context_refiner")),
+    ModelSpec("MochiTransformer3DModel", _DOUBLE),
+    ModelSpec("OvisImageTransformer2DModel", _DOUBLE_SINGLE, unbatched=_IDS),
+    ModelSpec("SanaVideoTransformer3DModel", _DOUBLE),
+    ModelSpec("SkyReelsV2Transformer3DModel", ("blocks",), upcast=True),
 )
 _SPECS = {row.name: row for row in _ROWS}
 
 
 def register_model(spec: ModelSpec) -> None:
-    """Add a denoiser class, or replace its row."""
+    """Add a denoiser class, or replace its row.
+
+    Raises:
+        LesaError: the row names no blocks.
+    """
     if not spec.blocks:
         raise LesaError(f"ModelSpec.blocks is empty for {spec.name}: name its block containers.")
     _SPECS[spec.name] = spec
 
 
-def known_models() -> tuple[str, ...]:
-    """Names of the denoiser classes that can be accelerated."""
-    return tuple(_SPECS)
+def known_models() -> dict[str, ModelSpec]:
+    """The rows, by the name of the class."""
+    return dict(_SPECS)
 
 
 def model_spec(model: object) -> ModelSpec:
-    """Row of a model, by the name of its class or of a base class.
+    """Row of a model, by the name of its class or of a base class, else read from its structure.
 
     Raises:
-        LesaError: no row; the message lists the known classes.
+        LesaError: no row, and no structure that can be relied on; the message tells the remedy.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _SPECS:
             return _SPECS[cls.__name__]
-    raise LesaError(
-        f"model: {type(model).__name__} is not a known denoiser class "
-        f"({', '.join(_SPECS)}); add a row with lesa.models.register_model."
+    name = type(model).__name__
+    try:
+        return _read_row(model)
+    except Unclear as reason:
+        raise LesaError(
+            f"model: {name} is not a known denoiser class, nor of a form that can be relied on "
+            f"({reason}); describe it with lesa.register_model(lesa.ModelSpec({name!r}, "
+            "blocks=('transformer_blocks',), tail='norm_out'))."
+        ) from None
+
+
+def _read_row(model: object) -> ModelSpec:
+    if not isinstance(model, nn.Module):
+        raise Unclear("it is no torch module")
+    blocks, tail, arguments = read_structure(model)
+    if "hidden_states" not in arguments:
+        raise Unclear("its forward has no argument hidden_states")
+    prompt = ("encoder_hidden_states", "pooled_projections", "class_labels")
+    return ModelSpec(
+        type(model).__name__,
+        blocks,
+        tail,
+        conditioning=tuple(name for name in arguments if name.startswith(prompt)),
+        unbatched=tuple(name for name in ("img_ids", "txt_ids") if name in arguments),
+        notes="read from its forward",
     )

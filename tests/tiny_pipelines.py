@@ -59,7 +59,7 @@ def _flux() -> Row:
 @row("kontext")
 def _kontext() -> Row:
     parts = {"transformer": _flux_transformer(), "scheduler": _flow(), "vae": _vae(1)}
-    own = {"image": _draw(1, 3, 16, 16), "max_area": 256, "_auto_resize": False}
+    own = {"image": draw(1, 3, 16, 16), "max_area": 256, "_auto_resize": False}
     return diffusers.FluxKontextPipeline, parts, _FLUX_CALL | own
 
 
@@ -84,7 +84,7 @@ def _flux2() -> Row:
         norm_num_groups=1,
     )
     parts = {"transformer": transformer, "scheduler": _flow(), "vae": vae}
-    own = {"prompt_embeds": _draw(1, 6, 32)} | _size(16)
+    own = {"prompt_embeds": draw(1, 6, 32)} | _size(16)
     return diffusers.Flux2Pipeline, parts, own
 
 
@@ -316,7 +316,7 @@ def _z_image() -> Row:
     for name in ("x_pad_token", "cap_pad_token"):  # made with torch.empty
         torch.nn.init.normal_(getattr(transformer, name))
     parts = {"transformer": transformer, "scheduler": _flow(), "vae": _vae(4)}
-    own = {"prompt_embeds": [_draw(6, 16)], "negative_prompt_embeds": [_draw(5, 16)]}
+    own = {"prompt_embeds": [draw(6, 16)], "negative_prompt_embeds": [draw(5, 16)]}
     return diffusers.ZImagePipeline, parts, own | _size(16)
 
 
@@ -391,13 +391,14 @@ def _vae(channels: int) -> Any:
     )
 
 
-def _draw(*shape: int, seed: int = 3) -> torch.Tensor:
+def draw(*shape: int, seed: int = 3) -> torch.Tensor:
+    """A random tensor: the same one for the same shape and seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _both(name: str, *shape: int) -> dict[str, Any]:
     """The embeddings of the prompt and of the negative prompt."""
-    return {name: _draw(*shape), f"negative_{name}": _draw(*shape, seed=4)}
+    return {name: draw(*shape), f"negative_{name}": draw(*shape, seed=4)}
 
 
 def _masks(name: str, length: int) -> dict[str, Any]:

@@ -1,0 +1,170 @@
+"""Every pipeline of the paper, and every other denoiser class that has a row."""
+
+from __future__ import annotations
+
+import contextlib
+
+import diffusers
+import pytest
+import tiny_models
+import tiny_pipelines
+import torch
+from model_checks import (
+    check_full_steps_are_plain,
+    check_reuse_is_exact,
+    check_skips,
+    first_call,
+)
+from torch import nn
+
+import lesa
+from lesa.discovery import Unclear, read_structure
+from lesa.models import known_models, model_spec
+
+SHIPPED = known_models()
+
+
+@pytest.fixture(params=list(tiny_pipelines.ROWS))
+def built(request):
+    try:
+        return tiny_pipelines.build(request.param)
+    except AttributeError as missing:  # the oldest supported diffusers has not all of them
+        pytest.skip(f"diffusers {diffusers.__version__}: {missing}")
+
+
+def test_a_skipped_call_by_reuse_is_the_full_one_without_its_blocks(built):
+    pipe, call = built
+    args, kwargs = first_call(pipe, call(num_inference_steps=2))
+    check_reuse_is_exact(lesa.api.find_denoiser(pipe), args, kwargs)
+
+
+def test_every_step_in_full_is_the_plain_run_and_off_leaves_no_trace(built):
+    check_full_steps_are_plain(*built)
+
+
+def test_blocks_run_on_the_full_steps_only(built):
+    pipe, call = built
+    for tap in model_spec(lesa.api.find_denoiser(pipe)).taps:
+        check_skips(pipe, call, tap)
+
+
+@pytest.mark.parametrize("name", list(tiny_models.ROWS))
+def test_other_classes_are_as_their_rows_say(name):
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    model, arguments = tiny_models.build(name)
+    check_reuse_is_exact(model, (), arguments)
+
+
+def test_every_row_is_checked_above():
+    checked = set(tiny_models.ROWS)
+    for name in tiny_pipelines.ROWS:
+        with contextlib.suppress(AttributeError):
+            checked.add(type(lesa.api.find_denoiser(tiny_pipelines.build(name)[0])).__name__)
+    unchecked = {name for name in SHIPPED if hasattr(diffusers, name)} - checked
+    assert not unchecked
+
+
+def test_what_is_read_from_a_forward_is_what_its_row_says():
+    agreed = set()
+    for name in filter(lambda name: hasattr(diffusers, name), tiny_models.ROWS):
+        model, _ = tiny_models.build(name)
+        with contextlib.suppress(Unclear):
+            blocks, tail, _ = read_structure(model)
+            assert (set(blocks), tail) <= (set(SHIPPED[name].blocks), SHIPPED[name].tail), name
+            agreed.add(name)
+    assert agreed >= {"MochiTransformer3DModel", "OvisImageTransformer2DModel"}
+
+
+class Denoiser(nn.Module):
+    """A class without a row, whose forward can be read."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(blocks))
+        self.norm_out = nn.LayerNorm(4)
+        self.proj_out = nn.Linear(4, 4)
+
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        context = encoder_hidden_states
+        for block in self.blocks:
+            hidden_states = block(hidden_states + context)
+        hidden_states = hidden_states[:, :3]
+        hidden_states = self.norm_out(hidden_states)
+        return self.proj_out(hidden_states)
+
+
+class Leaking(Denoiser):
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        first = hidden_states
+        for block in self.blocks:
+            first = block(first)
+        hidden_states = self.norm_out(first)
+        return self.proj_out(hidden_states) + first
+
+
+class Collecting(Denoiser):
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        seen = []
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+            seen.append(hidden_states)
+        hidden_states = self.norm_out(hidden_states)
+        return self.proj_out(hidden_states + seen[0])
+
+
+class Renaming(Denoiser):
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        copy = hidden_states * 2
+        hidden_states = self.norm_out(hidden_states)
+        return self.proj_out(hidden_states) + copy
+
+
+class Indexing(Denoiser):
+    def forward(self, hidden_states, encoder_hidden_states=None, timestep=None):
+        for i, _ in enumerate(self.blocks):
+            hidden_states = self.blocks[i](hidden_states)
+        hidden_states = self.norm_out(hidden_states)
+        return self.proj_out(hidden_states)
+
+
+class Branching(Denoiser):
+    def __init__(self):
+        super().__init__()
+        self.audio_blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+
+def test_a_class_without_a_row_is_read_from_its_forward():
+    spec = model_spec(Denoiser())
+    assert spec.blocks == ("blocks",) and spec.tail == "norm_out"
+    assert spec.conditioning == ("encoder_hidden_states",)
+    call = {"hidden_states": torch.randn(1, 5, 4), "encoder_hidden_states": torch.randn(1, 5, 4)}
+    check_reuse_is_exact(Denoiser(), (), call)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (Leaking(), "through norm_out alone"),
+        (Collecting(), "through norm_out alone"),
+        (Renaming(), "through norm_out alone"),
+        (Indexing(), "simply loop over blocks"),
+        (Branching(), "audio_blocks"),
+        (Denoiser(blocks=1), "no two blocks"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_class_that_cannot_be_relied_on_is_turned_down_with_the_remedy(model, reason):
+    with pytest.raises(lesa.LesaError, match=reason) as error:
+        model_spec(model)
+    assert f"lesa.ModelSpec('{type(model).__name__}'" in str(error.value)
+
+
+def test_a_tap_that_a_model_does_not_have_is_refused_and_not_chosen():
+    pipe, call = tiny_pipelines.build("z-image")
+    with pytest.raises(lesa.LesaError, match="tap is 'output'.*use 'hidden'"):
+        lesa.enable(pipe, lesa.Reuse(), tap="output")
+    lesa.enable(pipe, lesa.Reuse())
+    assert lesa.stats(pipe).tap == "hidden"
