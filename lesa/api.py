@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal
 
@@ -136,6 +137,7 @@ def find_denoiser(pipe: Any) -> nn.Module:
 
 
 def _install(model: nn.Module, config: LesaConfig, pipe: Any = None) -> None:
+    config = _with_tap_of(model, config)
     _check_model(model, config)
     clock = _clock(config)
     before = attached(model)
@@ -147,6 +149,19 @@ def _install(model: nn.Module, config: LesaConfig, pipe: Any = None) -> None:
     if pipe is not None and pipe is not model:
         clock.add_pipe(pipe)
     attach(model, CacheController(config), clock=clock, config=config)
+
+
+def _with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
+    """The configuration with a tap that the model has; LesaError if another one is asked for."""
+    spec = model_spec(core_of(model))
+    if config.resolved_tap in spec.taps:
+        return config
+    if config.tap or config.forecaster.tap:
+        raise LesaError(
+            f"tap is {config.resolved_tap!r}, which {spec.name} does not have ({spec.notes}): "
+            f"use {' or '.join(map(repr, spec.taps))}."
+        )
+    return replace(config, tap=spec.taps[0])
 
 
 def _check_model(model: nn.Module, config: LesaConfig) -> None:
