@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from lesa.counters import Stats
 from lesa.engine import CacheController
 from lesa.errors import LesaError
 from lesa.forecasters.base import Forecaster, Tap
-from lesa.hooks import Denoiser, attach, attached, core_of, detach
+from lesa.hooks import Denoiser, attach, attached, core_of, detach, refuse_other_cache
 from lesa.models import model_spec
 from lesa.schedule import Schedule
 
@@ -45,20 +46,26 @@ def enable(
     """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
 
     The pipeline is called as before. A second `enable` replaces the first. See `LesaConfig` for
-    the options and their defaults.
+    the options and their defaults. A pipeline with two transformers has both accelerated, each
+    with a ring of its own. Warns where the forecaster was trained on other weights.
 
     Raises:
         LesaError: an option is invalid, the denoiser is of an unknown class, the forecaster was
-            made for another model, or another cache is enabled.
+            made for another one, or another cache is enabled. Nothing has been changed then.
     """
     options: dict[str, Any] = {} if forecaster is None else {"forecaster": forecaster}
     config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
-    _install(find_denoiser(pipe), config, pipe)
+    models = find_denoisers(pipe)
+    for model in models:
+        _check_model(model, config)
+    for model in models:
+        _install(model, config, pipe)
 
 
 def disable(pipe: Any) -> None:
     """Make a pipeline (or a bare denoiser) what it was before `enable`; no effect if it is."""
-    detach(find_denoiser(pipe))
+    for model in find_denoisers(pipe):
+        detach(model)
 
 
 def stats(pipe: Any) -> Stats:
@@ -67,21 +74,19 @@ def stats(pipe: Any) -> Stats:
     Raises:
         LesaError: the pipeline is not accelerated.
     """
-    return _controller(find_denoiser(pipe)).stats()
+    models = find_denoisers(pipe)
+    accelerated = [model for model in models if attached(model)] or models[:1]
+    return Stats.joined([_controller(model).stats() for model in accelerated])
 
 
 @contextmanager
 def accelerate(pipe: Any, forecaster: Forecaster | None = None, **options: Any) -> Iterator[Any]:
     """`enable` for the length of a `with` block, which gets the pipeline; then as it was before."""
-    model = find_denoiser(pipe)
-    before = attached(model)
-    enable(pipe, forecaster, **options)
-    try:
+    with ExitStack() as stack:
+        for model in find_denoisers(pipe):
+            stack.callback(_put_back, model, attached(model))
+        enable(pipe, forecaster, **options)
         yield pipe
-    finally:
-        detach(model)
-        if before is not None:
-            attach(model, before.controller, clock=before.clock, config=_shown(before))
 
 
 def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
@@ -95,6 +100,7 @@ def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
     """
     if not isinstance(config, LesaConfig):
         raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
+    _check_model(model, config)
     _install(model, config)
 
 
@@ -124,12 +130,17 @@ def patch_diffusers() -> None:
 
 def find_denoiser(pipe: Any) -> nn.Module:
     """The `transformer` or `unet` of a pipeline; a module is returned as it is."""
+    return find_denoisers(pipe)[0]
+
+
+def find_denoisers(pipe: Any) -> list[nn.Module]:
+    """All of them: Wan 2.2 has one transformer for high noise and one for low, or one of them."""
     if isinstance(pipe, nn.Module):
-        return pipe
-    for name in ("transformer", "unet"):
-        model = getattr(pipe, name, None)
-        if isinstance(model, nn.Module):
-            return model
+        return [pipe]
+    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
+    models = [part for part in parts if isinstance(part, nn.Module)]
+    if models:
+        return models
     raise LesaError(
         f"pipe: {type(pipe).__name__} has neither a transformer nor a unet; give a diffusers "
         "pipeline, or use lesa.apply_lesa_cache on the denoiser."
@@ -138,7 +149,6 @@ def find_denoiser(pipe: Any) -> nn.Module:
 
 def _install(model: nn.Module, config: LesaConfig, pipe: Any = None) -> None:
     config = _with_tap_of(model, config)
-    _check_model(model, config)
     clock = _clock(config)
     before = attached(model)
     if before is not None:
@@ -164,28 +174,54 @@ def _with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
     return replace(config, tap=spec.taps[0])
 
 
-def _check_model(model: nn.Module, config: LesaConfig) -> None:
-    """LesaError if the forecaster was trained for another model."""
-    forecaster: Any = config.forecaster
-    if not hasattr(forecaster, "check_model"):
-        return
-    core = core_of(model)
-    identity = {}
-    if forecaster.metadata.get("model_hash") is not None and _has_plain_weights(core):
-        from lesa.training.job import weights_hash
+def _put_back(model: nn.Module, before: Denoiser | None) -> None:
+    """The controller that a model had before, or none."""
+    detach(model)
+    if before is not None:
+        attach(model, before.controller, clock=before.clock, config=_shown(before))
 
-        identity["model_hash"] = weights_hash(core)
+
+def _check_model(model: nn.Module, config: LesaConfig) -> None:
+    """LesaError if this model cannot be accelerated, or not by this forecaster."""
+    core = core_of(model)
     spec = model_spec(core)
-    forecaster.check_model(spec.name, tap=config.resolved_tap, **identity)
+    if attached(model) is not None:
+        _controller(model)
+    refuse_other_cache(core)
+    forecaster: Any = config.forecaster
+    if hasattr(forecaster, "check_model"):
+        forecaster.check_model(spec.name, tap=config.resolved_tap)
+        difference = _difference(core, forecaster.metadata.get("model_hash"))
+        if difference is not None:
+            warnings.warn(
+                f"the forecaster {forecaster.name} was trained on other weights: {difference}. "
+                "See with `lesa compare` whether it serves them, or train one with lesa.train.",
+                stacklevel=3,
+            )
+
+
+def _difference(model: nn.Module, trained: str | None) -> str | None:
+    """How the weights differ from those of the hash `trained`, as far as that can be told."""
+    adapters = getattr(model, "peft_config", None)
+    if trained is None:
+        return None
+    if adapters:
+        return f"this {type(model).__name__} has the adapters {', '.join(adapters)}"
+    if not _has_plain_weights(model):
+        return None
+    from lesa.training.job import weights_hash
+
+    found = weights_hash(model)
+    if found == trained:
+        return None
+    return f"model_hash={trained!r}, this {type(model).__name__} has {found!r}"
 
 
 def _has_plain_weights(model: nn.Module) -> bool:
-    """Whether a hash of the weights means something: no adapter, quantiser or offload on them."""
+    """Whether a hash of the weights means something: no quantiser or offload on them."""
     plain = {torch.float32, torch.bfloat16}
-    return (
-        getattr(model, "peft_config", None) is None
-        and getattr(model, "hf_quantizer", None) is None
-        and all(p.dtype in plain and p.device.type != "meta" for p in model.parameters())
+    return getattr(model, "hf_quantizer", None) is None and all(
+        p.dtype in plain and p.device.type != "meta" for p in model.parameters()
     )
 
 

@@ -12,12 +12,18 @@ from typing import Any
 
 import torch
 
+from lesa.errors import RunError
 from lesa.noise import noise_levels, own_noise_levels
 
 __all__ = ["Step", "StepClock"]
 
 # More calls than this under one name at one step: the scheduler is not the one of the loop.
 _MAX_ORDINAL = 4
+
+_SHARED = (
+    "two threads use one scheduler: give each thread a pipeline of its own, "
+    "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +43,21 @@ class Step:
 
 
 @dataclass
+class _Run:
+    """The use of one scheduler with one `timesteps` object, by the thread that began it."""
+
+    timesteps: object
+    thread: int
+    shared: bool = False
+
+
+@dataclass
 class _Generation:
     """One run of the denoising loop, as one thread sees it."""
 
     timesteps: object = None
+    pipe: weakref.ref[Any] | None = None
+    run: _Run | None = None
     first: int = 0
     num_steps: int = 0
     sigmas: tuple[float, ...] = ()
@@ -88,13 +105,13 @@ class StepClock:
     """Tells the step of every call, separately in every thread.
 
     Sources, in this order: `cache_context` fields (`step_index`, `num_inference_steps`); the step
-    index of the pipeline's scheduler (weakly held, looked up at every call) or of `scheduler`; the
-    number of calls since the generation began. A generation begins when `scheduler.timesteps` is a
-    new object, when the step goes backwards or, without a scheduler, after `num_steps` steps or
-    when a `timestep` that lies on the CPU rises.
+    index of the scheduler of the pipeline whose `__call__` this is (weakly held; the scheduler is
+    looked up at every call) or of `scheduler`; the number of calls since the generation began. A
+    generation begins when `scheduler.timesteps` is a new object, when the step goes backwards or,
+    without a scheduler, after `num_steps` steps or when a `timestep` that lies on the CPU rises.
 
     Args:
-        pipe: the pipeline whose loop calls the model.
+        pipe: the pipeline whose loop calls the model, if that is no `__call__` of a pipeline.
         scheduler: the scheduler of one's own loop, without a pipeline.
         num_steps: steps of one's own loop, without a scheduler.
         sigmas: its `num_steps + 1` noise levels in [0, 1]; evenly spaced if None.
@@ -115,6 +132,8 @@ class StepClock:
         self._scheduler = scheduler
         self._own_sigmas = own_noise_levels(num_steps, sigmas)
         self._thread = _Thread()
+        self._runs: dict[int, _Run] = {}  # unfinished ones, by id of the scheduler
+        self._lock = threading.Lock()
         if pipe is not None:
             self.add_pipe(pipe)
 
@@ -130,7 +149,11 @@ class StepClock:
 
     def reset(self) -> None:
         """Forget this thread's generation: the next call begins a new one."""
-        self._thread.generation = None
+        generation, self._thread.generation = self._thread.generation, None
+        with self._lock:
+            for key, run in list(self._runs.items()):
+                if generation is not None and run is generation.run:
+                    del self._runs[key]
 
     def context(
         self,
@@ -145,13 +168,17 @@ class StepClock:
         return _Context(self._thread, name, fields, inner)
 
     def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
-        """Step of the call that is about to run; to be asked exactly once per call."""
+        """Step of the call that is about to run; to be asked exactly once per call.
+
+        Raises:
+            RunError: a generation begins with a scheduler of no known order.
+        """
         thread = self._thread
         name = thread.name
-        pipe = self._pipe()
+        run = thread.generation
+        pipe = self._pipe(run)
         scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
         timesteps = None if scheduler is None else getattr(scheduler, "timesteps", None)
-        run = thread.generation
         fresh = run is None or run.timesteps is not timesteps
         if run is None or fresh:
             run = self._begin(pipe, scheduler, timesteps)
@@ -172,7 +199,7 @@ class StepClock:
 
     def _begin(self, pipe: Any, scheduler: Any, timesteps: Any) -> _Generation:
         """Read what stays the same during a generation: no device is read at later steps."""
-        run = _Generation(timesteps=timesteps)
+        run = _Generation(timesteps, None if pipe is None else weakref.ref(pipe))
         self._thread.generation = run
         given = self._thread.fields.get("num_inference_steps")
         if scheduler is not None and timesteps is not None:
@@ -180,7 +207,8 @@ class StepClock:
             run.num_steps = int(given or _executed_steps(pipe, timesteps, run.first))
             run.sigmas = noise_levels(scheduler, run.first, run.num_steps) or ()
             run.counting = not hasattr(scheduler, "step_index")
-            order = getattr(scheduler, "order", 1)
+            run.run = self._claim(scheduler, timesteps)
+            order = _order(scheduler)
             if order > 1:
                 run.problem = f"scheduler of order {order}"
         elif self._own_sigmas:
@@ -192,12 +220,34 @@ class StepClock:
             run.problem = "no decreasing noise levels in the scheduler"
         return run
 
-    def _pipe(self) -> Any:
-        """The pipeline whose loop this call belongs to."""
+    def _pipe(self, run: _Generation | None) -> Any:
+        """The pipeline whose loop this call belongs to; looked for at each call if several may."""
+        if len(self._pipes) < 2 and run is not None:
+            return None if run.pipe is None else run.pipe()
+        if self._own_sigmas or self._scheduler is not None:
+            return None
         pipes = self.pipes
-        if len(pipes) < 2:
-            return pipes[0] if pipes else None
-        return _pipe_on_stack(pipes) or pipes[-1]
+        return _pipe_on_stack(pipes) or (pipes[-1] if pipes else None)
+
+    def _claim(self, scheduler: Any, timesteps: Any) -> _Run:
+        """The run of this scheduler, marked for all if another thread is in it."""
+        me = threading.get_ident()
+        with self._lock:
+            run = self._runs.get(id(scheduler))
+            if run is None or run.timesteps is not timesteps:
+                run = self._runs[id(scheduler)] = _Run(timesteps, me)
+            run.shared |= run.thread != me
+        return run
+
+
+def _order(scheduler: Any) -> int:
+    order = getattr(scheduler, "order", 1)
+    if not isinstance(order, int) or order < 1:
+        raise RunError(
+            f"scheduler: {type(scheduler).__name__}.order is {order!r}; it says how many "
+            "evaluations a step takes: give 1, or 2 for Heun's method."
+        )
+    return order
 
 
 def _executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
@@ -240,19 +290,25 @@ def _is_over(
 def _problem(run: _Generation, index: int, ordinal: int) -> str | None:
     if run.problem is not None:
         return run.problem
+    if run.run is not None and run.run.shared:
+        return _SHARED
     if not 0 <= index < run.num_steps:
         return "step outside the run"
     return "scheduler does not advance" if ordinal >= _MAX_ORDINAL else None
 
 
-def _pipe_on_stack(pipes: list[Any]) -> Any:
-    """The pipeline among `pipes` whose `__call__` this thread is in: two share the model."""
+def _pipe_on_stack(known: list[Any]) -> Any:
+    """The nearest pipeline whose `__call__` this thread is in: several may share the model."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "__call__":
             owner = frame.f_locals.get("self")
-            found = next((pipe for pipe in pipes if pipe is owner), None)
-            if found is not None:
-                return found
+            if any(owner is pipe for pipe in known) or _is_pipe(owner):
+                return owner
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def _is_pipe(owner: Any) -> bool:
+    scheduler = getattr(owner, "scheduler", None)
+    return not isinstance(owner, torch.nn.Module) and hasattr(scheduler, "timesteps")

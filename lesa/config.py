@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
-from lesa.errors import LesaError
+from lesa.errors import LesaError, RunError
 from lesa.forecasters.base import Forecaster, Tap
 from lesa.forecasters.taylor import Taylor
 from lesa.schedule import Schedule, spread
@@ -82,6 +82,19 @@ class LesaConfig:
         if calibrated:
             return forecaster.schedule_for(len(calibrated[0].full_steps), num_steps, sigmas)
         return Schedule.every(_DEFAULT_INTERVAL, num_steps)
+
+    def check_run(self, num_steps: int, branch: str) -> None:
+        """RunError where a run of `num_steps` steps, or its guidance, contradicts these options.
+
+        Calls without a name of their own ("default#1") are taken as they come.
+        """
+        try:
+            if self.schedule is not None and self.schedule.rule == "explicit":
+                Schedule("explicit", self.schedule.value, num_steps)
+            if hasattr(self.forecaster, "branch") and "#" not in branch:
+                self.forecaster.branch(branch)
+        except LesaError as error:
+            raise RunError(str(error)) from None
 
     def _check_steps(self) -> None:
         if self.schedule is not None and self.full_steps is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -36,6 +38,22 @@ class Stats:
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return asdict(self) | {"full_steps": list(self.full_steps)}
+
+    @classmethod
+    def joined(cls, parts: Sequence[Stats]) -> Stats:
+        """Of the denoisers of one pipeline: the first one's, with calls, bytes and seconds added.
+
+        All take part in one generation, so their number is the largest.
+        """
+        total = replace(parts[0], generations=max(part.generations for part in parts))
+        for name in ("full", "skipped", "ring_bytes", "seconds_full", "seconds_skipped"):
+            setattr(total, name, sum(getattr(part, name) for part in parts))
+        for name in ("fallbacks", "graphs"):
+            counts: Counter[str] = Counter()
+            for part in parts:
+                counts.update(getattr(part, name))
+            setattr(total, name, dict(counts))
+        return total
 
     def __str__(self) -> str:
         full = _milliseconds(self.seconds_full, self.full)

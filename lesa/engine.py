@@ -12,12 +12,11 @@ import torch
 
 from lesa import ranges
 from lesa.call import Call, Refusal
-from lesa.clock import Step
 from lesa.config import LesaConfig
 from lesa.counters import Counters, Stats
-from lesa.errors import LesaError
+from lesa.errors import LesaError, RunError
 from lesa.graph import StepGraphs
-from lesa.hooks import Denoiser
+from lesa.hooks import Denoiser, core_of, refuse_other_cache
 from lesa.plan import Planner
 from lesa.replay import TailBuffers
 from lesa.tail import ModulatedTail
@@ -34,8 +33,9 @@ class CacheController:
     """Computes the scheduled steps in full and forecasts the others from a table.
 
     State belongs to one thread, generation and guidance branch. Whatever it does not understand
-    is computed in full, with a counted reason: it never raises on its own account. A disturbed
-    generation (changed prompt, missing history) goes on with a table for its remaining steps.
+    is computed in full, with a counted reason. A disturbed generation (changed prompt, missing
+    history) goes on with a table for its remaining steps. It raises on its own account at step 0
+    only, a RunError, where the generation contradicts the configuration.
     """
 
     def __init__(self, config: LesaConfig) -> None:
@@ -72,6 +72,9 @@ class CacheController:
                     return output
                 except Refusal as refusal:
                     trajectory = self._restart(call, str(refusal))
+        except RunError:  # nothing has been computed yet
+            denoiser.reset()
+            raise
         except Exception as error:  # the user's picture matters more
             self._fall_back(f"{type(error).__name__}: {error}")
             self.reset()
@@ -111,7 +114,7 @@ class CacheController:
         """The trajectory of this call, begun anew where its features are of no use."""
         step = call.step
         if step.fresh:
-            self._begin(step)
+            self._begin(call)
         if torch.is_grad_enabled() or step.problem is not None:
             self._fall_back(step.problem or "grad is enabled")
             self._trajectories().pop(step.branch, None)
@@ -122,8 +125,11 @@ class CacheController:
         disturbance = trajectory.disturbance(call)
         return trajectory if disturbance is None else self._restart(call, disturbance)
 
-    def _begin(self, step: Step) -> None:
+    def _begin(self, call: Call) -> None:
+        step = call.step
         self.reset()
+        if step.index == 0:
+            _check_caches(call)
         self.counters.add_generation()
         try:
             self.counters.set_schedule(self._planner.schedule(step).full_steps, step.num_steps)
@@ -136,6 +142,8 @@ class CacheController:
             self._fall_back(reason)
         trajectories = self._trajectories()
         trajectories.pop(call.step.branch, None)
+        if call.step.index == 0:
+            self.config.check_run(call.step.num_steps, call.step.branch)
         plan = self._planner.plan(call.step)
         if isinstance(plan, str):
             if reason is None:
@@ -158,6 +166,14 @@ class CacheController:
     def _fall_back(self, reason: str) -> None:
         if self.counters.add_fallback(reason):
             logger.warning("computed in full: %s", reason)
+
+
+def _check_caches(call: Call) -> None:
+    """RunError if a cache of diffusers was put on the model after lesa."""
+    try:
+        refuse_other_cache(core_of(call.denoiser.model))
+    except LesaError as error:
+        raise RunError(str(error)) from None
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,7 +21,19 @@ from torch import nn
 from lesa.clock import StepClock
 from lesa.errors import LesaError
 from lesa.models import ModelSpec, model_spec
-from lesa.swap import Identity, Listener, Skippable, Slot, Swapped, Tap, is_swapped, restore, swap
+from lesa.swap import (
+    ControlListener,
+    Identity,
+    Listener,
+    Noticed,
+    Skippable,
+    Slot,
+    Swapped,
+    Tap,
+    is_swapped,
+    restore,
+    swap,
+)
 
 __all__ = [
     "Controller",
@@ -32,7 +45,14 @@ __all__ = [
     "detach",
     "make_output",
     "read_sample",
+    "refuse_other_cache",
 ]
+
+
+_COMPILED_LATE = (
+    "model: torch.compile(model) came after lesa.enable, so the model runs uncompiled; compile "
+    "first and enable then, or use model.compile()."
+)
 
 
 class Controller(Protocol):
@@ -66,6 +86,7 @@ class Denoiser:
         clock: tells the step of each call.
         controller: decides each call.
         turn: lock that is held while the model or a watched part of it runs.
+        revision: counts what was done to the model's adapters and attention processors.
         original_class: the class of the model before `attach`.
     """
 
@@ -77,12 +98,14 @@ class Denoiser:
         self.controller = controller
         self.original_class = type(model)
         self._model = weakref.ref(model)
+        self.revision = 0
         self._call: Callable[..., Any] = type(model).__call__
         self._slot = Slot()
         # The slot is one per model: two threads that share it take turns, also in parts of it.
         self.turn = threading.RLock()
         names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
         self._position = {name: position for position, name in enumerate(names)}
+        self._controls: list[ControlListener] = []
 
     @property
     def model(self) -> nn.Module:
@@ -91,6 +114,23 @@ class Denoiser:
         if model is None:
             raise LesaError("model: it has been freed; attach to a live one.")
         return model
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What the model's features depend on besides its arguments; compared by value."""
+        return (self.revision, *[control.scale for control in self._controls])
+
+    def watch(self, pipe: Any) -> None:
+        """Take note of the scale of the pipeline's ControlNet, if it has one."""
+        control = getattr(pipe, "controlnet", None)
+        if isinstance(control, nn.Module) and not any(c.is_on(control) for c in self._controls):
+            self._controls.append(ControlListener(control))
+
+    def unwatch(self) -> None:
+        """Undo `watch`."""
+        for control in self._controls:
+            control.remove()
+        self._controls.clear()
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Value of the forward's argument `name` in this call, or None."""
@@ -164,8 +204,12 @@ def attach(
     """
     core = core_of(model)
     spec = model_spec(core)
-    _refuse_other_cache(model, core)
+    if attached(model) is not None:
+        raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first.")
+    refuse_other_cache(core)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
+    for known in denoiser.clock.pipes:
+        denoiser.watch(known)
     for name in spec.blocks:
         swap(core.get_submodule(name), Skippable, _lesa_slot=denoiser._slot)
     for name in spec.identities:
@@ -189,6 +233,7 @@ def detach(model: nn.Module) -> None:
     denoiser = attached(model)
     if denoiser is None:
         return
+    model = denoiser.model
     if not is_swapped(model):
         raise LesaError(
             f"model: its class became {type(model).__name__} after lesa was enabled; "
@@ -197,13 +242,15 @@ def detach(model: nn.Module) -> None:
     core = core_of(model)
     for name in (*denoiser.spec.blocks, *denoiser.spec.identities):
         restore(core.get_submodule(name))
+    denoiser.unwatch()
     _clean(core, denoiser.spec)
     restore(model)
 
 
 def attached(model: nn.Module) -> Denoiser | None:
-    """The denoiser that `attach` made for this model, if it is attached."""
-    return model.__dict__.get("_lesa_denoiser")
+    """The denoiser that `attach` made for this model, or for the one that it is compiled from."""
+    own = model.__dict__.get("_lesa_denoiser")
+    return own or core_of(model).__dict__.get("_lesa_denoiser")
 
 
 def read_sample(output: Any) -> torch.Tensor | None:
@@ -231,6 +278,8 @@ class _Controlled(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         denoiser = self._lesa_denoiser
+        if torch.compiler.is_dynamo_compiling():
+            return _call_uncompiled(denoiser, args, kwargs)
         return denoiser.controller(denoiser, args, kwargs)
 
     def cache_context(self, name: str, **fields: Any) -> AbstractContextManager[None]:
@@ -268,6 +317,33 @@ class _Controlled(Swapped):
         )
 
 
+for _name in (
+    "add_adapter",
+    "attn_processors",  # IP-Adapter scales are written to them
+    "delete_adapters",
+    "disable_adapters",
+    "disable_lora",
+    "enable_adapters",
+    "enable_lora",
+    "fuse_lora",
+    "load_lora_adapter",
+    "load_state_dict",
+    "set_adapter",
+    "set_adapters",
+    "set_attn_processor",
+    "unfuse_lora",
+    "unload_lora",
+):
+    setattr(_Controlled, _name, Noticed(_name, _Controlled))
+
+
+@torch.compiler.disable(reason=_COMPILED_LATE)
+def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call out of a `torch.compile` that came later: else dynamo traces the controller."""
+    warnings.warn(_COMPILED_LATE, stacklevel=2)
+    return denoiser.controller(denoiser, args, kwargs)
+
+
 def _clean(core: nn.Module, spec: ModelSpec) -> None:
     """Remove the pre-hooks and the configuration that `attach` left on the model or its copy."""
     core.__dict__.pop("_cache_config", None)
@@ -285,10 +361,9 @@ def core_of(model: nn.Module) -> nn.Module:
     return model if core is None else core
 
 
-def _refuse_other_cache(model: nn.Module, core: nn.Module) -> None:
-    if attached(model) is not None or attached(core) is not None:
-        raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first.")
-    config = getattr(core, "_cache_config", None)
+def refuse_other_cache(core: nn.Module) -> None:
+    """LesaError if a cache of diffusers is on this model."""
+    config = None if attached(core) else getattr(core, "_cache_config", None)
     if config is not None:
         raise LesaError(
             f"model: {type(config).__name__} is enabled on it; call model.disable_cache() first."

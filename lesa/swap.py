@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -11,8 +13,10 @@ import torch
 from torch import nn
 
 __all__ = [
+    "ControlListener",
     "Identity",
     "Listener",
+    "Noticed",
     "Skippable",
     "Slot",
     "Swapped",
@@ -113,6 +117,54 @@ class Listener:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Listener:
         return self
+
+
+class ControlListener:
+    """Pre-hook of a ControlNet: the scale that it was last called with in this thread.
+
+    Its residuals are new tensors at every step, also where they are multiplied by 0 from
+    `control_guidance_end` on: only the scale tells that the features have changed.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+        self._local = threading.local()
+        self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def is_on(self, module: nn.Module) -> bool:
+        """Whether it listens to this module."""
+        return self._module() is module
+
+    @property
+    def scale(self) -> Any:
+        """A number, or one for each ControlNet; None before the first call."""
+        return getattr(self._local, "scale", None)
+
+    def remove(self) -> None:
+        """Take the pre-hook away."""
+        self._handle.remove()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._local.scale = kwargs.get("conditioning_scale")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ControlListener:
+        return self
+
+
+class Noticed:
+    """An attribute of the model through which its adapters or processors are changed.
+
+    Who asks for it is taken to change them: `denoiser.revision` grows before it is handed out.
+    """
+
+    def __init__(self, name: str, mixin: type) -> None:
+        self._name, self._mixin = name, mixin
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            return getattr(super(self._mixin, owner), self._name)
+        model._lesa_denoiser.revision += 1
+        return getattr(super(self._mixin, model), self._name)
 
 
 class _Alias(type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from lesa.ring import Ring
 from lesa.tail import ModulatedTail, PreparedTail
 
 __all__ = ["Trajectory"]
+
+_COLLECTIONS = (dict, list, tuple)
+_NUMBERS = (int, float, str)
 
 
 class Trajectory:
@@ -36,13 +40,9 @@ class Trajectory:
         self._tail: PreparedTail | None = None
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
-        self._conditioning: list[tuple[str, weakref.ref[Tensor] | None, int]] = []
-        for name in call.denoiser.spec.conditioning:
-            value = call.argument(name)
-            if isinstance(value, Tensor):
-                self._conditioning.append((name, weakref.ref(value), _version(value)))
-            else:
-                self._conditioning.append((name, None, 0))
+        self._state = call.denoiser.state
+        self._kinds = _kinds(call)
+        self._conditioning = [(_held(value), _version(value)) for _, value in _conditioning(call)]
 
     def skips(self, step: Step) -> bool:
         """Whether the plan forecasts this step."""
@@ -56,12 +56,14 @@ class Trajectory:
             return "latent changed in shape, dtype or device"
         if call.argument("return_dict") is not self._return_dict:
             return "return_dict changed"
-        for name, known, version in self._conditioning:
-            value = call.argument(name)
-            if isinstance(value, Tensor):
-                if known is None or known() is not value or _version(value) != version:
-                    return f"{name} changed"
-            elif known is not None:
+        if call.denoiser.state != self._state:
+            return "adapters, attention processors or the ControlNet's scale changed"
+        if _kinds(call) != self._kinds:
+            return "an argument appeared or vanished"
+        for (name, value), (known, version) in zip(
+            _conditioning(call), self._conditioning, strict=False
+        ):
+            if not _is(value, known) or _version(value) != version:
                 return f"{name} changed"
         return None
 
@@ -139,6 +141,38 @@ def _layout(latent: Any) -> tuple[Any, ...]:
     return tuple(_layout(part) for part in latent or ())
 
 
-def _version(tensor: Tensor) -> int:
+def _kinds(call: Call) -> tuple[Any, ...]:
+    """Which arguments there are, and the length of those that hold several."""
+    return tuple(
+        [
+            (name, len(value)) if value.__class__ in _COLLECTIONS else name
+            for name, value in call.kwargs.items()
+            if value is not None
+        ]
+    )
+
+
+def _conditioning(call: Call) -> Iterator[tuple[str, Any]]:
+    """What the features come from besides latent and time, which is the same at every step."""
+    for name in call.denoiser.spec.conditioning:
+        yield name, call.argument(name)
+    for name, value in call.kwargs.items():
+        if value.__class__ is dict:  # image embeddings, time ids, LoRA scales
+            for key, part in value.items():
+                for item in part if part.__class__ is list else (part,):
+                    yield f"{name}[{key!r}]", item
+
+
+def _held(value: Any) -> Any:
+    return weakref.ref(value) if isinstance(value, Tensor) else value
+
+
+def _is(value: Any, held: Any) -> bool:
+    if isinstance(value, Tensor):
+        return isinstance(held, weakref.ref) and held() is value
+    return value is held or (value.__class__ in _NUMBERS and value == held)
+
+
+def _version(value: Any) -> int:
     """Counts in-place writes; inference tensors have no such counter."""
-    return 0 if tensor.is_inference() else tensor._version
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

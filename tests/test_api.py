@@ -184,7 +184,7 @@ def test_a_forecaster_for_another_model_is_refused(tiny_flux):
         lesa.enable(tiny_flux, LesaForecaster(metadata={"model_class": "SanaTransformer2DModel"}))
     digest = weights_hash(tiny_flux.transformer)
     lesa.enable(tiny_flux, LesaForecaster(metadata={**own, "model_hash": digest}))
-    with pytest.raises(LesaError, match=f"feedbeef.*{digest}"):
+    with pytest.warns(UserWarning, match=f"feedbeef.*{digest}"):  # fine-tuned: perhaps it serves
         lesa.enable(tiny_flux, LesaForecaster(metadata={**own, "model_hash": "feedbeef"}))
     with pytest.raises(LesaError, match="hidden"):
         lesa.enable(tiny_flux, LesaForecaster(), tap="hidden")

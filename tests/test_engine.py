@@ -458,7 +458,6 @@ def test_a_failing_forecaster_costs_speed_only(tiny_flux, inputs, error, reason)
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"schedule": Schedule.explicit([0, 30])}, "holds step 30"),
         ({"schedule": Schedule.every(4, 50)}, "bound to 50 steps"),
         ({"schedule": None, "full_steps": 20}, "full_steps is 20"),
     ],
