@@ -203,7 +203,7 @@ class StepClock:
         self._thread.generation = run
         given = self._thread.fields.get("num_inference_steps")
         if scheduler is not None and timesteps is not None:
-            run.first = getattr(scheduler, "begin_index", None) or 0
+            run.first = _first_step(pipe, scheduler, timesteps)
             run.num_steps = int(given or _executed_steps(pipe, timesteps, run.first))
             run.sigmas = noise_levels(scheduler, run.first, run.num_steps) or ()
             run.counting = not hasattr(scheduler, "step_index")
@@ -250,16 +250,28 @@ def _order(scheduler: Any) -> int:
     return order
 
 
+def _first_step(pipe: Any, scheduler: Any, timesteps: Any) -> int:
+    """Where in `timesteps` this run begins: video-to-video pipelines do not tell the scheduler."""
+    begin = getattr(scheduler, "begin_index", None)
+    now = getattr(pipe, "_current_timestep", None)
+    if begin is not None or not _is_view(now, timesteps):
+        return begin or 0
+    first = now.storage_offset() - timesteps.storage_offset()
+    return first if first + (getattr(pipe, "_num_timesteps", None) or 0) == len(timesteps) else 0
+
+
+def _is_view(now: Any, timesteps: Any) -> bool:
+    tensors = isinstance(now, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+    return tensors and now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
+
+
 def _executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
     """Steps of this run: fewer than the scheduler's with img2img strength or `denoising_end`."""
     count = len(timesteps) - first
     told = getattr(pipe, "_num_timesteps", None)
     now = getattr(pipe, "_current_timestep", None)
-    if isinstance(now, torch.Tensor) and isinstance(timesteps, torch.Tensor):
-        # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
-        is_caller = now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-    else:
-        is_caller = not hasattr(pipe, "_current_timestep")
+    # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
+    is_caller = _is_view(now, timesteps) or not hasattr(pipe, "_current_timestep")
     return told if told and is_caller and told <= count else count
 
 

@@ -48,6 +48,14 @@ def test_blocks_run_on_the_full_steps_only(built):
         check_skips(pipe, call, tap)
 
 
+@pytest.mark.parametrize("name", list(tiny_pipelines.IMG2IMG))
+def test_a_run_from_a_picture_counts_its_own_steps(name):
+    if not hasattr(diffusers, tiny_pipelines.IMG2IMG[name][0]):
+        pytest.skip(f"diffusers {diffusers.__version__} has no such pipeline")
+    pipe, call = tiny_pipelines.build_img2img(name)
+    check_skips(pipe, call, "hidden")
+
+
 @pytest.mark.parametrize("name", list(tiny_models.ROWS))
 def test_other_classes_are_as_their_rows_say(name):
     if not hasattr(diffusers, name):
