@@ -84,6 +84,16 @@ class Table:
             return min(step, self.history)
         return len(self.schedule.cached_before(step, self.history))
 
+    def used(self, step: int) -> str:
+        """What a step is made from: "3 features + latent", or, where the ring holds fewer than K,
+        "1 of 3 features + latent"; "model" at a full step."""
+        if self.schedule.is_full(step):
+            return "model"
+        held = self.available(step)
+        count = f"{held}" if held == self.history else f"{held} of {self.history}"
+        plural = "feature" if count == "1" else "features"
+        return f"{count} {plural}{' + latent' if self.uses_latent else ''}"
+
     def row(self, step: int) -> Tensor:
         """Coefficients [K + uses_latent] of one step, float64."""
         return self.coefficients[step]

@@ -10,10 +10,11 @@ import lesa
 from lesa.errors import LesaError
 from lesa.schedule import Schedule
 from lesa.testbed import captions, load, settings
-from lesa.training.closed_loop import Lane, run_lanes, take_rows
+from lesa.training.closed_loop import run_lanes, take_rows
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash
+from lesa.training.lane import Lane
 from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
 from lesa.training.statistics import Statistics, gram
 
@@ -51,7 +52,7 @@ def test_statistics_survive_a_file_and_damage_is_told(tmp_path, statistics):
     statistics.save(path)
     again = Statistics.load(path)
     assert again.prompts == statistics.prompts and again.sigmas == statistics.sigmas
-    torch.testing.assert_close(again.grams["cond"], statistics.grams["cond"], rtol=0, atol=0)
+    torch.testing.assert_close(again.joint, statistics.joint, rtol=0, atol=0)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(LesaError, match="statistics-12.safetensors.*collect again"):
         Statistics.load(path)
@@ -59,7 +60,7 @@ def test_statistics_survive_a_file_and_damage_is_told(tmp_path, statistics):
 
 def test_collect_does_not_depend_on_batches_and_leaves_no_trace(pipe, statistics):
     single = collect(Job(pipe, captions(3), CALL, batch_size=1), STEPS)
-    torch.testing.assert_close(single.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(single.joint, statistics.joint, rtol=1e-4, atol=1e-6)
     assert type(pipe.transformer).__mro__[1].__name__ == "ModelMixin"
 
 
@@ -92,9 +93,7 @@ def test_interrupted_collection_resumes_to_the_same_statistics(pipe, statistics,
     calls = -100
     finished = collect(job({**CALL, "callback_on_step_end": interrupt}), STEPS)
     assert finished.prompts == captions(3) and calls == -100 + 2 * STEPS
-    torch.testing.assert_close(
-        finished.grams["cond"], statistics.grams["cond"], rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(finished.joint, statistics.joint, rtol=1e-4, atol=1e-6)
 
 
 def test_continuing_with_other_prompts_or_settings_is_refused(pipe, tmp_path):
@@ -162,9 +161,9 @@ def test_lanes_are_what_the_engine_does(pipe):
     run_lanes(job, lanes, reuse, STEPS)
     assert lanes[2].score.min() > 80  # float32 noise of another batch size
     assert balanced(lanes[1].score) > balanced(lanes[0].score)
-    plain = job.run(job.prompts, job.generators(0, 2), STEPS).double().flatten(1)
+    plain = job.run(range(2), STEPS).double().flatten(1)
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
-        fast = job.run(job.prompts, job.generators(0, 2), STEPS).double().flatten(1)
+        fast = job.run(range(2), STEPS).double().flatten(1)
     score = -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
     torch.testing.assert_close(score, lanes[0].score, rtol=0, atol=0.01)
 
@@ -190,11 +189,11 @@ def test_train_calibrates_every_count_and_beats_taylor(pipe, trained, tmp_path):
     trained.save_pretrained(tmp_path / "forecaster")
     again = lesa.LesaForecaster.from_pretrained(tmp_path / "forecaster")
     job = Job(pipe, captions(3), CALL)
-    plain = job.run(job.prompts, job.generators(0, 3), STEPS).double()
+    plain = job.run(range(3), STEPS).double()
 
     def error(forecaster, **options):
         with lesa.accelerate(pipe, forecaster, **options):
-            fast = job.run(job.prompts, job.generators(0, 3), STEPS).double()
+            fast = job.run(range(3), STEPS).double()
             counted = lesa.stats(pipe)
         assert (counted.full, counted.skipped) == (5, STEPS - 5) and not counted.fallbacks
         return float((fast - plain).square().mean())
@@ -212,7 +211,7 @@ def test_other_forms_train_and_run(pipe, form, more):
     forecaster = lesa.train(pipe, captions(2), STEPS, 4, **options, **more)
     job = Job(pipe, captions(2), CALL)
     with lesa.accelerate(pipe, forecaster, full_steps=4):
-        job.run(job.prompts, job.generators(0, 2), STEPS)
+        job.run(range(2), STEPS)
         counted = lesa.stats(pipe)
     assert (counted.full, counted.skipped) == (4, STEPS - 4) and not counted.fallbacks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -11,6 +12,7 @@ from lesa.forecasters.base import Tap
 FORMS = ("continuous", "paper", "table")
 GATES = ("kan", "mlp")
 SPLINES = ("ridge", "edge")
+_BRANCH = re.compile(r"[A-Za-z_]\w*(#\d+)?")  # a second call without a name is "default#1"
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Settings:
             self._positive("hidden or intervals", value)
         self._check_stages()
         self._check_latent()
-        if not self.branches or not all(name.isidentifier() for name in self.branches):
-            raise LesaError(f"branches={self.branches!r} must be names such as 'cond', 'uncond'")
+        if not self.branches or not all(map(_BRANCH.fullmatch, self.branches)):
+            raise LesaError(
+                f"branches={self.branches!r} must be names such as 'cond', 'uncond' or 'default#1'"
+            )
 
     def _choice(self, name: str, known: tuple[str, ...]) -> None:
         if getattr(self, name) not in known:

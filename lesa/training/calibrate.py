@@ -11,12 +11,15 @@ from torch import Tensor
 
 from lesa.forecasters import LesaForecaster
 from lesa.schedule import Schedule
-from lesa.training.closed_loop import Lane, run_lanes
+from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
+from lesa.training.lane import Lane
 from lesa.training.search import OpenLoop, balanced, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 0.6, 1.0)  # values of beta that compete: which is best depends on the step list
+CAUTIOUS = (0.0, 0.3, 0.6)  # where the sampler is known in part, steering may do harm
+EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
 
 
@@ -44,13 +47,14 @@ class Calibrator:
         """The best lane of each step list over the strengths of drift correction."""
         started = time.perf_counter()
         learned = self.forecaster
+        drifts = self._drifts()
         lanes = [
             Lane(plan, learned.settings.history, learned.uses_latent, drift)
             for plan in plans
-            for drift in DRIFTS
+            for drift in drifts
         ]
         self._run(lanes)
-        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(DRIFTS)} betas")
+        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(drifts)} betas")
         return [max((x for x in lanes if x.schedule == plan), key=quality) for plan in plans]
 
     def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
@@ -67,7 +71,8 @@ class Calibrator:
                 lanes.append([replace(leader, schedule=self._plan(s)) for s in chosen])
             self._run([lane for group in lanes for lane in group])
             best = [
-                max(leader, *group, key=quality) for leader, group in zip(best, lanes, strict=True)
+                max([leader, *group], key=quality)
+                for leader, group in zip(best, lanes, strict=True)
             ]
         if rounds:
             self._say("search by accelerated runs", started, f"{rounds} rounds")
@@ -88,7 +93,15 @@ class Calibrator:
 
     def _run(self, lanes: Sequence[Lane]) -> None:
         if lanes:
-            run_lanes(self.job, lanes, self._prior, self.statistics.num_steps)
+            steps = self.statistics.num_steps
+            run_lanes(self.job, lanes, self._prior, steps, self.statistics)
+
+    def _drifts(self) -> tuple[float, ...]:
+        """Values of beta to try; only 0 where nothing is known of the sampler."""
+        sampler = self.statistics.sampler
+        if sampler is None or not sampler.trusted:
+            return (0.0,)
+        return DRIFTS if sampler.misfit < EXACT else CAUTIOUS
 
     def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
         with torch.no_grad():

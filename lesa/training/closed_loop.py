@@ -11,118 +11,69 @@ the only ones that are computed.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lesa.clock import Step
 from lesa.hooks import Denoiser, attach, detach, make_output, read_sample
 from lesa.schedule import Schedule
-from lesa.training.job import Job, followed
+from lesa.training.job import Job, followed, parts_of
+from lesa.training.lane import Lane, Visit
+from lesa.training.statistics import Statistics
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
 
 
-@dataclass
-class Lane:
-    """One accelerated run beside the base run.
-
-    ``drift`` is beta of the target v* = v_base + beta (x_base - x) / dsigma, which also pulls the
-    latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
-    mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
-
-    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``residual`` (branch ->
-    relative squared error of each skipped step) and ``score`` (dB per prompt).
-    """
-
-    schedule: Schedule
-    history: int
-    uses_latent: bool = True
-    drift: float = 0.5
-    ridge: float = 1e-5
-    frozen: bool = False
-    coefficients: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, list[float]] = field(default_factory=dict)
-    score: Tensor | None = None
-    rings: dict[str, list[Tensor]] = field(default_factory=dict)
-
-    def push(self, branch: str, feature: Tensor) -> None:
-        """Keep the feature of a full step, newest first."""
-        ring = self.rings.setdefault(branch, [])
-        ring.insert(0, feature.clone())
-        del ring[self.history :]
-
-    def forecast(self, at: Visit, latent: Tensor, base_latent: Tensor, base: Tensor) -> Tensor:
-        """Fit the row of a skipped step on the states at hand, store it, and apply it."""
-        ring, rows = self.rings[at.branch], self.coefficients[at.branch]
-        regressors = [*ring, latent] if self.uses_latent else ring
-        columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
-        if not self.frozen:
-            target = base + at.pull * self.drift * (base_latent - latent) if at.pull else base
-            fitted = ridge_fit(regressors, target, rows[at.step, columns], self.ridge)
-            rows[at.step] = 0
-            rows[at.step, columns] = fitted
-        weights = rows[at.step, columns].tolist()
-        total = sum(weight * part.float() for weight, part in zip(weights, regressors, strict=True))
-        assert isinstance(total, Tensor)
-        error = (total - base.float()).square().mean() / base.float().square().mean()
-        self.residual.setdefault(at.branch, []).append(error.item())
-        return total.to(base.dtype)
-
-
-class Visit(NamedTuple):
-    """Where a lane is asked for a forecast; ``pull`` is 1 / dsigma, 0 without drift correction."""
-
-    step: int
-    branch: str
-    pull: float
-
-
-def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """argmin_c |sum_k c_k r_k - target|^2 + p |c - start|^2, p = ridge x mean_k |r_k|^2.
-
-    Inner products are taken in float64 where the tensors are; the result ``[K]`` is on the CPU.
-    """
-    matrix = torch.stack([part.double().flatten() for part in regressors])
-    moments = (matrix @ matrix.T).cpu()
-    onto = (matrix @ target.double().flatten()).cpu()
-    pull = ridge * moments.diagonal().mean() * torch.eye(len(start), dtype=torch.float64)
-    return start + torch.linalg.solve(moments + pull, onto - moments @ start)
-
-
 class LockStep:
-    """Controller of the shared call: computes base rows and full rows, forecasts the others."""
+    """Controller of the shared call: computes base rows and full rows, forecasts the others.
 
-    def __init__(self, job: Job, lanes: Sequence[Lane], prior: Prior) -> None:
+    The rows of a call are ``[parts, 1 + lanes, pictures]``: a batched guidance part holds the base
+    run's pictures, then every lane's.
+    """
+
+    def __init__(
+        self, job: Job, lanes: Sequence[Lane], prior: Prior, statistics: Statistics | None = None
+    ) -> None:
         self.job, self.lanes, self.prior = job, lanes, prior
-        # The latent follows x' = x + dsigma v only for a first-order flow sampler.
-        flow = "FlowMatchEuler" in type(job.pipe.scheduler).__name__
-        self.corrects = flow and job.tap == "output"
+        self.statistics, self.pictures = statistics, len(job.prompts) * job.pictures
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
-        call = _Batch(denoiser, args, kwargs, len(latent))
-        count = len(latent) // (1 + len(self.lanes))
-        places = [range(n * count, (n + 1) * count) for n in range(1 + len(self.lanes))]
+        call, copies = _Batch(denoiser, args, kwargs, len(latent)), 1 + len(self.lanes)
+        parts = parts_of(len(latent), copies * self.pictures)
+        places = torch.arange(len(latent)).reshape(parts, copies, self.pictures)
         full = [True, *(lane.schedule.is_full(step.index) for lane in self.lanes)]
-        needed = [
-            row for place, is_full in zip(places, full, strict=True) if is_full for row in place
-        ]
-        kind, output, feature = call.compute(needed, self.job)
-        rate = step.sigmas[step.index + 1] - step.sigmas[step.index]
-        visit = Visit(step.index, step.branch, 1 / rate if self.corrects else 0.0)
-        base = slice(0, count)
-        for lane, place, is_full in zip(self.lanes, places[1:], full[1:], strict=True):
-            rows = slice(place.start, place.stop)
-            if is_full:
-                lane.push(step.branch, feature[rows])
+        kind, output, feature = call.compute(places[:, full].flatten().tolist(), self.job)
+        outputs, features, latents = (
+            part.unflatten(0, places.shape) for part in (output, feature, latent)
+        )
+        visit = self._visit(step, steers=latent.shape == feature.shape)
+        for copy, lane in enumerate(self.lanes, 1):
+            if full[copy]:
+                lane.push(step.branch, features[:, copy])
                 continue
             if step.branch not in lane.coefficients:
                 lane.coefficients[step.branch] = self.prior(lane.schedule, step.sigmas, step.branch)
-            forecast = lane.forecast(visit, latent[rows], latent[base], feature[base])
-            output[rows] = forecast if self.job.tap == "output" else call.tail(forecast, place)
+            forecast = lane.forecast(visit, latents[:, copy], latents[:, 0], features[:, 0])
+            if self.job.tap == "hidden":
+                tail = call.tail(forecast.flatten(0, 1), places[:, copy].flatten().tolist())
+                forecast = tail.unflatten(0, (parts, self.pictures))
+            outputs[:, copy] = forecast
         return make_output(kind, output)
+
+    def _visit(self, step: Step, steers: bool) -> Visit:
+        """What is known of the sampler at this step."""
+        known = self.statistics
+        if known is None or known.sampler is None or not steers:
+            return Visit(step.index, step.branch)
+        sampler = known.sampler
+        rates = sampler.rates[step.index]
+        pull = float(sampler.keep[step.index] / rates.sum()) if sampler.trusted else 0.0
+        rate = float(rates[known.places(step.branch)].sum())
+        return Visit(step.index, step.branch, known.weights(step.branch), rate, pull)
 
 
 @dataclass
@@ -182,23 +133,29 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
     return value
 
 
-def run_lanes(job: Job, lanes: Sequence[Lane], prior: Prior, num_inference_steps: int) -> None:
+def run_lanes(
+    job: Job,
+    lanes: Sequence[Lane],
+    prior: Prior,
+    num_inference_steps: int,
+    statistics: Statistics | None = None,
+) -> None:
     """Run base and lanes side by side; fills each lane's coefficients, residuals and score.
 
-    The score of a prompt is 10 log10 of the base latent's mean square over the mean squared error
-    of the lane's final latent, in dB.
+    With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
+    10 log10 of the base latent's mean square over the mean squared error of the lane's final
+    latent, in dB.
     """
     count, copies = len(job.prompts), 1 + len(lanes)
     for lane in lanes:
-        lane.rings, lane.residual, lane.coefficients = {}, {}, {}
-    noise = [generator for _ in range(copies) for generator in job.generators(0, count)]
-    attach(job.model, LockStep(job, lanes, prior), job.pipe)
+        lane.begin()
+    attach(job.model, LockStep(job, lanes, prior, statistics), job.pipe)
     try:
-        final = job.run(list(job.prompts) * copies, noise, num_inference_steps)
+        final = job.run([*range(count)] * copies, num_inference_steps)
     finally:
         detach(job.model)
-    runs = final.double().flatten(1).reshape(copies, count, -1)
+    runs = final.double().reshape(copies, count * job.pictures, -1)
     for lane, run in zip(lanes, runs[1:], strict=True):
-        lane.rings = {}
+        lane.rings, lane.debt = {}, None
         error = (run - runs[0]).square().mean(1) / runs[0].square().mean(1)
         lane.score = -10 * torch.log10(error + 1e-12)

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser, attach, detach, read_sample
-from lesa.training.job import Job, followed
+from lesa.training.job import Job, followed, parts_of
 from lesa.training.statistics import Statistics, gram
 
 
-@dataclass
-class _Trajectory:
-    features: list[Tensor] = field(default_factory=list)
-    latents: list[Tensor] = field(default_factory=list)
-
-
 class Collector:
-    """Controller that runs every step in full and keeps one batch's trajectory until ``reduce``."""
+    """Controller that runs every step in full and keeps one batch's trajectory until ``reduce``.
+
+    A branch's features are ``[rows, pictures, D]`` per step: with batched guidance one call holds
+    several rows of every picture.
+    """
 
     def __init__(self, tap: str) -> None:
         self.tap = tap
         self.sigmas: tuple[float, ...] = ()
-        self.branches: dict[str, _Trajectory] = {}
+        self.pictures = 1
         self.peak_bytes = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self.features: dict[str, list[Tensor]] = {}
+        self.latents: list[Tensor] = []
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = followed(denoiser, kwargs)
@@ -36,36 +38,51 @@ class Collector:
         output, feature, _ = denoiser.run(args, kwargs, tap=self.tap == "hidden")
         if self.tap == "output":
             feature = read_sample(output)
-        if feature is None:
+        if feature is None or read_sample(output) is None:
             raise LesaError(
-                f"tap={self.tap!r}: {type(denoiser.model).__name__} has no single tensor there: "
-                "choose the other tap"
+                f"tap={self.tap!r}: {denoiser.original_class.__name__} does not return one "
+                "tensor, or has none at this tap: choose the other tap, or another model"
             )
+        rows = parts_of(len(feature), self.pictures)
+        known = self.features.setdefault(step.branch, [])
+        known.append(feature.detach().reshape(rows, self.pictures, -1).clone())
         latent = denoiser.latent(args, kwargs)
-        branch = self.branches.setdefault(step.branch, _Trajectory())
-        branch.features.append(feature.detach().flatten(1).clone())
-        if self.tap == "output" and isinstance(latent, Tensor) and latent.shape == feature.shape:
-            branch.latents.append(latent.detach().flatten(1).clone())
+        alike = isinstance(latent, Tensor) and latent.shape == feature.shape
+        if self.tap == "output" and alike and len(self.latents) < len(known):
+            self.latents.append(latent[: self.pictures].detach().flatten(1).clone())
         return output
 
-    def reduce(self) -> dict[str, tuple[Tensor, bool]]:
-        """Gram matrices ``[B, M, M]`` of the batch per branch; forgets the batch.
+    def reduce(self, final: Tensor) -> Trajectories:
+        """The batch that ended in the latents ``final``, as inner products; forgets it.
 
-        The flag tells whether latents are part of the basis.
+        Raises LesaError where the branches or their rows changed from step to step.
         """
-        kept = [part for t in self.branches.values() for part in (*t.features, *t.latents)]
-        self.peak_bytes = max(self.peak_bytes, sum(part.nbytes for part in kept))
-        result = {}
-        for name, trajectory in self.branches.items():
-            has_latent = len(trajectory.latents) == len(trajectory.features)
-            parts = trajectory.features + (trajectory.latents if has_latent else [])
-            parts = [*parts, torch.ones_like(parts[0])]
-            grams = [
-                gram(torch.stack([part[row] for part in parts])) for row in range(len(parts[0]))
-            ]
-            result[name] = torch.stack(grams), has_latent
-        self.branches = {}
-        return result
+        runs, latents = self.features, self.latents
+        steps = len(self.sigmas) - 1
+        rows = {name: len(run[0]) for name, run in runs.items()}
+        for name, run in runs.items():
+            if len(run) != steps or any(len(part) != rows[name] for part in run):
+                raise LesaError(
+                    f"guidance branch {name!r} is not the same at all steps of this pipeline: "
+                    "train with a call that guides every step alike"
+                )
+        parts = [part[row] for n, run in runs.items() for row in range(rows[n]) for part in run]
+        if len(latents) == steps:
+            fits = final.numel() == latents[0].numel()
+            parts += [*latents, *([final.flatten(1).to(latents[0].dtype)] if fits else [])]
+        basis = [*parts, torch.ones_like(parts[0])]
+        self.peak_bytes = max(self.peak_bytes, sum(part.nbytes for part in basis))
+        grams = [gram(torch.stack([part[i] for part in basis])) for i in range(self.pictures)]
+        self._forget()
+        return Trajectories(rows, len(parts) - steps * sum(rows.values()), torch.stack(grams))
+
+
+class Trajectories(NamedTuple):
+    """One batch: rows per branch, number of latents, Gram matrices ``[pictures, M, M]``."""
+
+    rows: dict[str, int]
+    num_latents: int
+    joint: Tensor
 
 
 def collect(job: Job, num_inference_steps: int) -> Statistics:
@@ -86,14 +103,14 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
             f"collect {num_inference_steps} steps", len(job.prompts), done
         ) as bar:
             while done < len(job.prompts):
-                batch = list(job.prompts[done : done + job.batch_size])
-                job.run(batch, job.generators(done, len(batch)), num_inference_steps)
-                for branch, (grams, has_latent) in collector.reduce().items():
-                    if found is None:
-                        found = Statistics(collector.sigmas, job.tap, has_latent, setting=setting)
-                    found.extend(branch, grams)
-                assert found is not None
-                found.prompts += batch
+                batch = range(done, min(done + job.batch_size, len(job.prompts)))
+                collector.pictures = len(batch) * job.pictures
+                final = job.run(batch, num_inference_steps)
+                rows, num_latents, joint = collector.reduce(final)
+                if found is None:
+                    found = Statistics(collector.sigmas, job.tap, num_latents, rows)
+                    found.setting = setting
+                found.extend(joint, [job.prompts[i] for i in batch])
                 if path is not None:
                     found.save(path)
                 done += len(batch)

@@ -42,7 +42,7 @@ def fit_continuous(
     parts = [
         (s, torch.tensor(s.sigmas, dtype=torch.float64), b, s.mean(b))
         for s in statistics
-        for b in s.grams
+        for b in s.branches
     ]
     smooth = 0.0
     with progress.bar("ground-truth fit", iterations) as advance:
@@ -125,7 +125,7 @@ def fit_paper(
             for _ in range(iterations):
                 losses = [
                     _window_error(net, statistics, schedule, branch, unrolled)
-                    for branch in statistics.grams
+                    for branch in statistics.branches
                 ]
                 loss = torch.stack(losses).mean()
                 optimiser.zero_grad()

@@ -16,6 +16,7 @@ from lesa.api import find_denoiser
 from lesa.clock import Step
 from lesa.errors import LesaError
 from lesa.hooks import Denoiser
+from lesa.prompts import pictures_per_prompt, prompt_arguments
 from lesa.training.progress import Progress
 
 
@@ -23,9 +24,9 @@ from lesa.training.progress import Progress
 class Job:
     """A pipeline, its calibration prompts, and the arguments of every call of it.
 
-    call: further arguments of ``pipe(...)``. tap: the feature to forecast. seed: prompt i starts
-    from noise seed + i, whatever batch it runs in. batch_size: prompts that the denoiser computes
-    at once. folder: where statistics are kept, or None.
+    call: further arguments of ``pipe(...)``; embeddings hold one row per prompt. tap: the feature
+    to forecast. seed: picture i starts from noise seed + i, whatever batch it runs in. batch_size:
+    rows that the denoiser computes at once. folder: where statistics are kept, or None.
     """
 
     pipe: Any
@@ -42,24 +43,27 @@ class Job:
         """The module that the pipeline denoises with."""
         return find_denoiser(self.pipe)
 
-    def generators(self, start: int, count: int) -> list[torch.Generator]:
-        """The noise sources of prompts ``start`` to ``start + count``."""
-        return [torch.Generator().manual_seed(self.seed + start + row) for row in range(count)]
+    @property
+    def pictures(self) -> int:
+        """Pictures or videos per prompt."""
+        return pictures_per_prompt(self.call)
 
-    def run(
-        self, prompts: Sequence[str], generators: list[torch.Generator], num_inference_steps: int
-    ) -> torch.Tensor:
-        """Final latents of one call of the pipeline, ``[N, ...]``."""
+    def run(self, rows: Sequence[int], num_inference_steps: int) -> torch.Tensor:
+        """Final latents of one call of the pipeline for some prompts, ``[len(rows) x pictures,
+        ...]``; every picture of prompt ``i`` from a noise source of its own, always the same."""
         fixed = {"output_type": "latent", "return_dict": False}
-        call = {**self.call, **fixed, "num_inference_steps": num_inference_steps}
+        call = prompt_arguments(self.prompts, self.call, rows)
+        call |= fixed | {"num_inference_steps": num_inference_steps}
+        seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
+        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
-            return self.pipe(prompt=list(prompts), generator=generators, **call)[0]
+            return self.pipe(generator=noise, **call)[0]
 
     def fingerprint(self, num_inference_steps: int) -> str:
         """Short hash of everything but the prompts that statistics depend on."""
         fields = {**self.call, "steps": num_inference_steps, "tap": self.tap, "seed": self.seed}
         fields["weights"] = weights_hash(self.model)
-        text = json.dumps(fields, sort_keys=True, default=lambda value: type(value).__name__)
+        text = json.dumps(fields, sort_keys=True, default=_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def metadata(self) -> dict[str, Any]:
@@ -91,6 +95,27 @@ def followed(denoiser: Denoiser, kwargs: dict[str, Any]) -> Step:
             "a first-order scheduler and the pipeline's own loop"
         )
     return step
+
+
+def parts_of(rows: int, pictures: int) -> int:
+    """How often a call of the denoiser holds every picture: 2 with batched guidance.
+
+    Raises LesaError where the rows do not divide.
+    """
+    parts, left = divmod(rows, pictures)
+    if left or not parts:
+        raise LesaError(
+            f"the denoiser got {rows} rows for {pictures} pictures: train with a call in which "
+            "every picture has the same number of rows"
+        )
+    return parts
+
+
+def _digest(value: Any) -> str:
+    """What a setting that is no plain value is known by: a tensor by its content."""
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
 
 
 def weights_hash(model: torch.nn.Module) -> str:

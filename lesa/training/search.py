@@ -28,17 +28,26 @@ def balanced(scores: Vector | torch.Tensor) -> float:
 class OpenLoop:
     """Predicted quality of a step list from Gram matrices alone.
 
-    Each skipped step gets its least-squares forecast on the base features; the forecast errors
-    e_s, times the step sizes, add up to the error of the final latent, sum_s dsigma_s e_s, whose
-    energy per prompt is again an inner product.
+    Each skipped step gets its least-squares forecast on the base features. The forecast errors
+    e_s, times what the sampler makes of them, add up to the error of the final latent,
+    sum_{s,b} (dx_T / dv_{s,b}) e_{s,b} over steps and guidance branches, whose energy per picture
+    is again an inner product. Where the sampler is not known (hidden tap) the factor is dsigma,
+    and the energies of the branches' rows are averaged.
     """
 
     def __init__(self, statistics: Statistics, history: int, ridge: float = 1e-6) -> None:
         self.statistics, self.history, self.ridge = statistics, history, ridge
-        self.grams = {branch: gram.numpy() for branch, gram in statistics.grams.items()}
-        self.means = {branch: gram.mean(0) for branch, gram in self.grams.items()}
-        self.rates = np.diff(np.array(statistics.sigmas))
+        self.joint = statistics.joint.numpy()
+        self.means = {branch: statistics.mean(branch).numpy() for branch in statistics.branches}
+        self.rates = statistics.influence()
         self._errors: dict[tuple[str, int, Steps], tuple[npt.NDArray[np.int64], Vector]] = {}
+        # Groups of (branch, its place in the joint basis): errors add up within a group only.
+        embedded = [
+            (branch, statistics.embed(branch, way).numpy())
+            for branch in statistics.branches
+            for way in statistics.ways(branch)
+        ]
+        self.groups = [[part] for part in embedded] if statistics.sampler is None else [embedded]
 
     def coefficients(
         self, branch: str, step: int, cached: Steps
@@ -67,16 +76,21 @@ class OpenLoop:
     def scores(self, full_steps: Steps) -> Vector:
         """-10 log10 of the final latent's squared error per prompt; higher is better."""
         schedule = Schedule.explicit(full_steps, self.statistics.num_steps)
-        energy = np.zeros(len(next(iter(self.grams.values()))))
-        for branch, grams in self.grams.items():
-            total = np.zeros(self.statistics.size)
-            for step in schedule.skipped_steps:
-                indices, weights = self._error(
-                    branch, step, schedule.cached_before(step, self.history)
-                )
-                np.add.at(total, indices, self.rates[step] * weights)
-            energy = energy + (grams @ total) @ total
-        return -10 * np.log10(np.maximum(energy / len(self.grams), 1e-12))
+        errors = {branch: self._total(branch, schedule) for branch in self.statistics.branches}
+        energy = np.zeros(len(self.joint))
+        for group in self.groups:
+            total = sum(place @ errors[branch] for branch, place in group)
+            energy += (self.joint @ total) @ total / len(self.groups)
+        return -10 * np.log10(np.maximum(energy, 1e-12))
+
+    def _total(self, branch: str, schedule: Schedule) -> Vector:
+        """A branch's share of the final latent's error, in its own basis."""
+        total = np.zeros(self.statistics.size)
+        for step in schedule.skipped_steps:
+            cached = schedule.cached_before(step, self.history)
+            indices, weights = self._error(branch, step, cached)
+            np.add.at(total, indices, self.rates[branch][step] * weights)
+        return total
 
     def quality(self, full_steps: Steps) -> float:
         return balanced(self.scores(full_steps))

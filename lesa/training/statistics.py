@@ -4,35 +4,48 @@ them."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.training.sampler import Sampler, identify
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass
 class Statistics:
-    """Gram matrices of one step count: per branch and prompt, over the features and latents of
-    the base run.
+    """Gram matrices of one step count, one per picture, over the features and latents of its base
+    run.
 
-    The basis of branch ``b`` is (v_0 .. v_{T-1}, x_0 .. x_{T-1}, 1): the tapped feature and the
-    denoiser's latent at each step, and the constant (``[P, 2T + 1, 2T + 1]``, float64, mean over
-    elements). Without latents (hidden tap, or a latent of another shape) the x part is absent.
-    Any forecast that is linear in this basis has the squared error c^T G c. Additive over
-    prompts, so that machines can collect apart and concatenate.
+    ``rows`` names the guidance branches in the order of their calls, with the number of rows that
+    each computes per picture: {"cond": 1, "uncond": 1} where the pipeline calls the denoiser twice,
+    {"default": 2} where it batches both. The basis is (v_0 .. v_{T-1} for every row of every
+    branch, x_0 .. x_T, 1): the tapped features, the denoiser's latents (x_T is the final one) and
+    the constant; ``joint`` is [P, M, M], float64, mean over elements. ``num_latents`` is T + 1, or
+    T without the final latent, or 0 (hidden tap, or a latent of another shape). Any forecast that
+    is linear in this basis has the squared error c^T G c. Additive over pictures, so that machines
+    can collect apart and concatenate.
+
+    Fits see one branch at a time, in the basis (v_0 .. v_{T-1}, x_0 .. x_{T-1}, 1): the rows of a
+    branch share a table, so that only their sum with guidance weights matters, and that sum is the
+    v of ``grams``. Where the weights are unknown every row is a picture of its own.
     """
 
     sigmas: tuple[float, ...]
     tap: str
-    has_latent: bool
-    grams: dict[str, Tensor] = field(default_factory=dict)
+    num_latents: int
+    rows: dict[str, int]
+    joint: Tensor = field(default_factory=lambda: torch.empty(0))
     prompts: list[str] = field(default_factory=list)
     setting: str = ""
 
@@ -41,37 +54,107 @@ class Statistics:
         return len(self.sigmas) - 1
 
     @property
+    def branches(self) -> tuple[str, ...]:
+        return tuple(self.rows)
+
+    @property
+    def has_latent(self) -> bool:
+        """Are the latents part of the basis?"""
+        return self.num_latents > 0
+
+    @property
     def size(self) -> int:
-        """Length of the basis."""
+        """Length of a branch's basis."""
         return self.num_steps * (1 + self.has_latent) + 1
 
+    @property
+    def joint_size(self) -> int:
+        """M, the length of the joint basis."""
+        return self.num_steps * sum(self.rows.values()) + self.num_latents + 1
+
     def latent(self, step: int) -> int:
-        """Index of x_step in the basis; v_step has the index ``step``, the constant the index
-        -1."""
+        """Index of x_step in a branch's basis; v_step has the index ``step``, the constant the
+        index -1."""
         return self.num_steps + step
 
+    @cached_property
+    def sampler(self) -> Sampler | None:
+        """How outputs move the latent; None where the final latent is not in the basis."""
+        if self.num_latents <= self.num_steps:
+            return None
+        return identify(self.joint.mean(0), self.num_steps, sum(self.rows.values()))
+
+    def weights(self, branch: str) -> Tensor | None:
+        """Guidance weights of a branch's rows, sum 1; None where they are unknown."""
+        if self.sampler is None:
+            return None
+        rates = self.sampler.rates[:, self.places(branch)]
+        shares = (rates / rates.sum(1, keepdim=True)).median(0).values
+        return shares / shares.sum()
+
+    def ways(self, branch: str) -> Tensor:
+        """Row weights under which a branch is seen ``[N, rows]``: its guidance weights, or one row
+        at a time where they are unknown."""
+        weights = self.weights(branch)
+        if weights is None:
+            return torch.eye(self.rows[branch], dtype=torch.float64)
+        return weights[None]
+
+    def influence(self) -> dict[str, npt.NDArray[np.float64]]:
+        """Per branch d x_T / d v_s ``[T]``, by the noise levels alone where nothing is known."""
+        if self.sampler is None:
+            return {branch: np.diff(np.array(self.sigmas)) for branch in self.branches}
+        found = self.sampler.influence()
+        return {branch: found[:, self.places(branch)].sum(1).numpy() for branch in self.branches}
+
+    def embed(self, branch: str, weights: Tensor) -> Tensor:
+        """A branch's basis in the joint one, ``[joint_size, size]``, for some row weights."""
+        steps, total = self.num_steps, self.num_steps * sum(self.rows.values())
+        matrix = torch.zeros(self.joint_size, self.size, dtype=torch.float64)
+        unit = torch.eye(steps, dtype=torch.float64)
+        for row, weight in zip(self.places(branch), weights.tolist(), strict=True):
+            matrix[row * steps : (row + 1) * steps, :steps] = weight * unit
+        if self.has_latent:
+            matrix[total : total + steps, steps : 2 * steps] = unit
+        matrix[-1, -1] = 1
+        return matrix
+
+    @cached_property
+    def grams(self) -> dict[str, Tensor]:
+        """Per branch ``[P, size, size]``, or ``[P x rows, size, size]`` without weights."""
+        found = {}
+        for branch in self.branches:
+            matrices = [self.embed(branch, way) for way in self.ways(branch)]
+            found[branch] = torch.cat([m.T @ self.joint @ m for m in matrices])
+        return found
+
     def mean(self, branch: str) -> Tensor:
-        """Gram matrix averaged over prompts, ``[size, size]``."""
+        """A branch's Gram matrix averaged over pictures, ``[size, size]``."""
         return self.grams[branch].mean(0)
 
-    def extend(self, branch: str, grams: Tensor) -> None:
-        """Add the Gram matrices ``[P, size, size]`` of more prompts."""
-        known = self.grams.get(branch)
-        self.grams[branch] = grams if known is None else torch.cat([known, grams])
+    def extend(self, joint: Tensor, prompts: Sequence[str]) -> None:
+        """Add the Gram matrices ``[P, M, M]`` of more pictures, of these prompts."""
+        self.joint = torch.cat([self.joint, joint]) if len(self.joint) else joint
+        self.prompts += prompts
+        for name in ("sampler", "grams"):  # computed from all pictures
+            self.__dict__.pop(name, None)
+
+    def places(self, branch: str) -> range:
+        """Places of a branch's rows among all rows."""
+        before = sum(list(self.rows.values())[: self.branches.index(branch)])
+        return range(before, before + self.rows[branch])
 
     def save(self, path: Path) -> int:
         """Write upper triangles to a safetensors file (temporary name first); returns its
         bytes."""
-        rows, columns = torch.triu_indices(self.size, self.size)
-        tensors = {
-            f"gram.{branch}": gram[:, rows, columns].contiguous()
-            for branch, gram in self.grams.items()
-        }
+        rows, columns = torch.triu_indices(self.joint_size, self.joint_size)
+        tensors = {"gram": self.joint[:, rows, columns].contiguous()}
         meta = {
             "format": FORMAT,
             "sigmas": self.sigmas,
             "tap": self.tap,
-            "has_latent": self.has_latent,
+            "num_latents": self.num_latents,
+            "rows": self.rows,
             "prompts": self.prompts,
             "setting": self.setting,
         }
@@ -89,7 +172,7 @@ class Statistics:
         try:
             with safe_open(path, "pt") as file:
                 meta = json.loads(file.metadata()["lesa"])
-                packed = {key.removeprefix("gram."): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                packed = file.get_tensor("gram")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise LesaError(
                 f"statistics file {path} cannot be read ({error}): delete it and collect again"
@@ -100,12 +183,10 @@ class Statistics:
                 "again"
             )
         found = cls(**{**meta, "sigmas": tuple(meta["sigmas"])})
-        rows, columns = torch.triu_indices(found.size, found.size)
-        for branch, values in packed.items():
-            gram = values.new_zeros(len(values), found.size, found.size)
-            gram[:, rows, columns] = values
-            gram[:, columns, rows] = values
-            found.grams[branch] = gram
+        rows, columns = torch.triu_indices(found.joint_size, found.joint_size)
+        found.joint = packed.new_zeros(len(packed), found.joint_size, found.joint_size)
+        found.joint[:, rows, columns] = packed
+        found.joint[:, columns, rows] = packed
         return found
 
 
@@ -117,4 +198,4 @@ def gram(basis: Tensor, chunk: int = 1 << 20) -> Tensor:
     for part in basis.split(width, dim=1):
         wide = part.double()
         total += (wide @ wide.T).cpu()
-    return total / basis.shape[1]
+    return (total + total.T) / (2 * basis.shape[1])  # symmetric to the last bit

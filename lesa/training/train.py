@@ -9,6 +9,7 @@ from typing import Any
 
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
+from lesa.prompts import count_prompts
 from lesa.schedule import Schedule
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
@@ -21,7 +22,7 @@ from lesa.training.statistics import Statistics
 
 def train(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str] | None,
     num_inference_steps: int | Sequence[int] = 50,
     full_steps: int | Sequence[int] = 10,
     *,
@@ -40,7 +41,9 @@ def train(
 
     Args:
         pipe: the pipeline, as it will be used: its scheduler is the one trained for.
-        prompts: calibration prompts; 5 to 32 are enough.
+        prompts: calibration prompts; 5 to 32 are enough. None where ``call`` holds
+            ``prompt_embeds`` and what belongs to them, one row per prompt, for a pipeline
+            without text encoders.
         num_inference_steps: step count, or several (one checkpoint serves all).
         full_steps: number of full steps to calibrate, or several.
         form: "continuous", "table" or "paper" (one step count, one number of full steps).
@@ -48,7 +51,7 @@ def train(
         schedule: calibrate this step list (bound or a rule) instead of searching one per count.
         refine: rounds of search by true accelerated runs after the search on statistics.
         batch_size: prompts that the denoiser computes at once.
-        seed: prompt i is generated from noise seed + i.
+        seed: prompt i is generated from noise seed + i (picture n of N: seed + i N + n).
         call: further arguments of ``pipe(...)``.
         folder: keep statistics here, to resume an interrupted collection.
         progress: show bars and log lines; or a Progress, which keeps the lines.
@@ -72,7 +75,7 @@ def train(
     taken, fields = call_arguments(pipe, {**(call or {}), **more})
     taken.pop("num_inference_steps", None)
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-    calibration = _checked_prompts(prompts)
+    calibration = _checked_prompts(prompts, taken)
     job = Job(pipe, calibration, taken, tap, seed, batch_size, _folder(folder), report)
     started = time.perf_counter()
     collected = [collect(job, count) for count in counts]
@@ -96,7 +99,7 @@ def _untrained(
     job: Job, statistics: Statistics, form: str, fields: dict[str, Any]
 ) -> LesaForecaster:
     known = {
-        "branches": tuple(statistics.grams),
+        "branches": statistics.branches,
         "num_steps": statistics.num_steps,
         "uses_latent": statistics.has_latent and form != "paper",
     }
@@ -124,7 +127,9 @@ def _train_paper(
     return forecaster
 
 
-def _checked_prompts(prompts: Sequence[str]) -> list[str]:
+def _checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> list[str]:
+    if prompts is None:
+        return [f"embedding {row}" for row in range(count_prompts(call))]
     fine = not isinstance(prompts, str) and len(prompts) > 0
     if not fine or not all(isinstance(p, str) and p.strip() for p in prompts):
         raise LesaError(

@@ -1,0 +1,125 @@
+"""One accelerated run beside the base run: its ring, and the fit of a skipped step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.schedule import Schedule
+
+
+class Visit(NamedTuple):
+    """Where a lane is asked for a forecast.
+
+    ``shares`` are the guidance weights of the branch's rows, None where unknown. ``rate`` is the
+    branch's d x_{s+1} / d v_s, ``pull`` the correction of v_s in every branch that takes one unit
+    of error out of x_{s+1}; both are 0 where the sampler is unknown.
+    """
+
+    step: int
+    branch: str
+    shares: Tensor | None = None
+    rate: float = 0.0
+    pull: float = 0.0
+
+
+@dataclass
+class Lane:
+    """One accelerated run beside the base run.
+
+    ``drift`` is beta of the target v* = v_base - beta pull (x - x_base), which also steers the
+    latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
+    mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
+
+    The rows of a picture in one call share their coefficients, so the fit sees their sum with
+    guidance weights, which is what the sampler gets. Branches that are called one after the other
+    have coefficients of their own; what the first could not fit is added to the target of the
+    next, so that it cancels in the guided sum.
+
+    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``residual`` (branch ->
+    relative squared error of each skipped step) and ``score`` (dB per picture).
+    """
+
+    schedule: Schedule
+    history: int
+    uses_latent: bool = True
+    drift: float = 0.5
+    ridge: float = 1e-5
+    frozen: bool = False
+    coefficients: dict[str, Tensor] = field(default_factory=dict)
+    residual: dict[str, list[float]] = field(default_factory=dict)
+    score: Tensor | None = None
+    rings: dict[str, list[Tensor]] = field(default_factory=dict)
+    debt: tuple[int, Tensor] | None = None
+
+    def begin(self) -> None:
+        """Forget an earlier run's states and results."""
+        self.rings, self.residual, self.coefficients, self.debt = {}, {}, {}, None
+
+    def push(self, branch: str, feature: Tensor) -> None:
+        """Keep the feature ``[rows, pictures, ...]`` of a full step, newest first."""
+        ring = self.rings.setdefault(branch, [])
+        ring.insert(0, feature.clone())
+        del ring[self.history :]
+
+    def forecast(self, at: Visit, latent: Tensor, base_latent: Tensor, base: Tensor) -> Tensor:
+        """Fit the row of a skipped step on the states at hand, store it, and apply it.
+
+        All tensors are ``[rows, pictures, ...]``, and so is the forecast.
+        """
+        ring, rows = self.rings[at.branch], self.coefficients[at.branch]
+        regressors = [*ring, latent] if self.uses_latent else ring
+        columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
+        seen = [guided(part, at.shares) for part in regressors]
+        truth = guided(base, at.shares)
+        if not self.frozen:
+            target = self._target(at, truth, latent, base_latent)
+            fitted = ridge_fit(seen, target, rows[at.step, columns], self.ridge)
+            rows[at.step] = 0
+            rows[at.step, columns] = fitted
+        weights = rows[at.step, columns].tolist()
+        forecast = mixed(weights, seen)
+        if at.rate and not self.frozen:
+            self.debt = at.step, at.rate * (target - forecast)
+        error = (forecast - truth).square().mean() / truth.square().mean()
+        self.residual.setdefault(at.branch, []).append(error.item())
+        return mixed(weights, regressors).to(base.dtype)
+
+    def _target(self, at: Visit, truth: Tensor, latent: Tensor, base_latent: Tensor) -> Tensor:
+        """v_base, what steers back, and what an earlier branch of this step still owes."""
+        target = truth
+        if at.pull:
+            target = target - at.pull * self.drift * (latent[0] - base_latent[0]).float()
+        if self.debt is not None and self.debt[0] == at.step:
+            target = target + self.debt[1] / at.rate
+        return target
+
+
+def guided(part: Tensor, shares: Tensor | None) -> Tensor:
+    """Sum over the rows with their guidance weights, ``[pictures, ...]``; as it is without."""
+    if shares is None:
+        return part.float()
+    return torch.tensordot(shares.to(part.device, torch.float32), part.float(), 1)
+
+
+def mixed(weights: list[float], parts: list[Tensor]) -> Tensor:
+    """sum_k weights[k] parts[k] in float32."""
+    total = torch.zeros_like(parts[0], dtype=torch.float32)
+    for weight, part in zip(weights, parts, strict=True):
+        total += weight * part.float()
+    return total
+
+
+def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """argmin_c |sum_k c_k r_k - target|^2 + p |c - start|^2, p = ridge x mean_k |r_k|^2.
+
+    Inner products are taken in float64 where the tensors are; the result ``[K]`` is on the CPU.
+    """
+    matrix = torch.stack([part.double().flatten() for part in regressors])
+    moments = (matrix @ matrix.T).cpu()
+    onto = (matrix @ target.double().flatten()).cpu()
+    pull = ridge * moments.diagonal().mean() * torch.eye(len(start), dtype=torch.float64)
+    return start + torch.linalg.solve(moments + pull, onto - moments @ start)

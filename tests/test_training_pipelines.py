@@ -1,0 +1,243 @@
+"""Training on every kind of pipeline: two guidance calls, batched guidance, video, few steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipelines import build
+
+import lesa
+from lesa.errors import LesaError
+from lesa.hooks import read_sample
+from lesa.prompts import count_prompts, prompt_arguments
+from lesa.schedule import Schedule
+from lesa.training.closed_loop import run_lanes
+from lesa.training.collect import collect
+from lesa.training.job import Job, parts_of
+from lesa.training.lane import Lane, Visit
+from lesa.training.statistics import Statistics
+
+STEPS = 6
+GUIDANCE = 4.0
+TWO_CALLS, BATCHED = ("qwen", "hunyuan-video", "chroma"), ("sdxl", "sd3")
+
+
+def make(name, prompts=2, **more):
+    """A pipeline and a call of it with embeddings that differ from prompt to prompt."""
+    pipe, call = build(name)
+    arguments = call(prompts)
+    for key in ("num_inference_steps", "generator", "output_type"):
+        del arguments[key]
+    draw = torch.Generator().manual_seed(1)
+    for key, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            arguments[key] = value + 0.5 * torch.randn(value.shape, generator=draw)
+    scale = "guidance_scale" if name in (*BATCHED, "chroma", "sana") else "true_cfg_scale"
+    return pipe, {**arguments, scale: GUIDANCE, **more}
+
+
+def make_job(name, prompts=2, **more):
+    pipe, call = make(name, prompts, **more)
+    return Job(pipe, [f"prompt {i}" for i in range(prompts)], call)
+
+
+def reuse(width):
+    def rows(schedule, sigmas, branch):
+        table = torch.zeros(schedule.num_steps, width, dtype=torch.float64)
+        table[list(schedule.skipped_steps), 0] = 1
+        return table
+
+    return rows
+
+
+def decibels(plain, fast):
+    plain, fast = plain.double().flatten(1), fast.double().flatten(1)
+    return -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
+
+
+def test_joint_gram_holds_the_products_of_a_picture_own_rows():
+    """Batched guidance, two pictures per prompt: against features recorded from outside."""
+    job = make_job("sdxl", num_images_per_prompt=2)
+    seen = []
+    hook = job.model.register_forward_hook(
+        lambda _, args, __, output: seen.append((args[0].clone(), read_sample(output).clone())),
+        with_kwargs=True,
+    )
+    final = job.run(range(2), STEPS)
+    hook.remove()
+    latents, outputs = zip(*seen, strict=True)
+    found = collect(job, STEPS)
+    assert found.rows == {"default": 2} and found.joint.shape == (4, 3 * STEPS + 2, 3 * STEPS + 2)
+    for picture in range(4):
+        rows = [step[half * 4 + picture] for half in range(2) for step in outputs]
+        rows += [*(step[picture] for step in latents), final[picture]]
+        basis = torch.stack([*rows, torch.ones_like(rows[0])]).double().flatten(1)
+        exact = basis @ basis.T / basis.shape[1]
+        torch.testing.assert_close(found.joint[picture], exact, rtol=1e-5, atol=1e-6)
+
+
+def test_sampler_of_a_scaled_input_and_batched_guidance_is_the_schedulers():
+    """Euler on predicted noise: x' = x + eps dsigma, and the denoiser gets x / sqrt(s^2 + 1)."""
+    job = make_job("sdxl")
+    found = collect(job, STEPS)
+    sigmas = job.pipe.scheduler.sigmas.double()
+    shown = 1 / (sigmas.square() + 1).sqrt()
+    shown[-1] = 1  # the final latent is not scaled
+    torch.testing.assert_close(found.sampler.keep, shown[1:] / shown[:-1], rtol=1e-4, atol=0)
+    weights = torch.tensor([1 - GUIDANCE, GUIDANCE], dtype=torch.float64)
+    rates = (shown[1:] * sigmas.diff())[:, None] * weights
+    torch.testing.assert_close(found.sampler.rates, rates, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.weights("default"), weights, rtol=1e-4, atol=0)
+    assert found.sampler.misfit < 1e-4
+    # Moving the last outputs by a unit moves the final latent by the last step of sigma.
+    assert found.influence()["default"][-1] == pytest.approx(float(sigmas[-1] - sigmas[-2]), 1e-3)
+
+
+def test_sampler_of_two_calls_has_the_guidance_weights():
+    found = collect(make_job("hunyuan-video"), STEPS)
+    steps = torch.tensor(found.sigmas, dtype=torch.float64).diff()
+    exact = steps[:, None] * torch.tensor([GUIDANCE, 1 - GUIDANCE], dtype=torch.float64)
+    torch.testing.assert_close(found.sampler.rates, exact, rtol=1e-3, atol=1e-5)
+    assert found.rows == {"cond": 1, "uncond": 1} and found.sampler.misfit < 1e-4
+
+
+def test_a_sampler_that_adds_noise_is_not_trusted():
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    job = make_job("sdxl")
+    job.pipe.scheduler = EulerAncestralDiscreteScheduler()
+    assert not collect(job, STEPS).sampler.trusted
+
+
+def test_statistics_of_two_rows_survive_a_file(tmp_path):
+    found = collect(make_job("sd3"), STEPS)
+    found.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    assert (again.rows, again.num_latents) == ({"default": 2}, STEPS + 1)
+    torch.testing.assert_close(again.mean("default"), found.mean("default"), rtol=0, atol=0)
+
+
+def test_rows_with_guidance_are_fitted_to_their_guided_sum():
+    """argmin_c |sum_h g_h (sum_k c_k r_kh - v_h)|^2, in closed form."""
+    shares = torch.tensor([-3.0, 4.0], dtype=torch.float64)
+    ring, base = torch.randn(2, 2, 3, 40), torch.randn(2, 3, 40)
+    lane = Lane(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0)
+    lane.coefficients["default"] = torch.zeros(3, 2, dtype=torch.float64)
+    for feature in ring:
+        lane.push("default", feature)
+    forecast = lane.forecast(Visit(2, "default", shares), base, base, base)
+    seen = torch.einsum("h,khpd->kpd", shares, ring.flip(0).double()).flatten(1)
+    target = torch.einsum("h,hpd->pd", shares, base.double()).flatten()
+    exact = torch.linalg.lstsq(seen.T, target[:, None]).solution[:, 0]
+    torch.testing.assert_close(lane.coefficients["default"][2], exact, rtol=1e-4, atol=1e-6)
+    mixed = torch.einsum("k,khpd->hpd", exact, ring.flip(0).double())
+    torch.testing.assert_close(forecast.double(), mixed, rtol=1e-3, atol=1e-4)
+
+
+def test_the_second_call_makes_up_for_what_the_first_one_missed():
+    """argmin_c |w e_cond + (1 - w) e_uncond|^2 over the second branch's coefficients."""
+    w, one = 4.0, torch.ones(1, dtype=torch.float64)
+    ring, truth = torch.randn(2, 1, 3, 40), torch.randn(2, 1, 3, 40)
+    lane = Lane(Schedule.explicit((0,), 2), 1, uses_latent=False, ridge=0.0, drift=0.0)
+    errors = []
+    for branch, rate, feature, base in zip("cu", (w, 1 - w), ring, truth, strict=True):
+        lane.coefficients[branch] = torch.zeros(2, 1, dtype=torch.float64)
+        lane.push(branch, feature)
+        forecast = lane.forecast(Visit(1, branch, one, rate), base, base, base)
+        errors.append(rate * (forecast - base).double().flatten())
+    guided = sum(errors)
+    assert abs(guided @ ring[1].double().flatten()) < 1e-3 * guided.norm() * ring[1].norm()
+
+
+@pytest.mark.parametrize("name", [*TWO_CALLS[:2], "sdxl"])
+def test_lanes_are_what_the_engine_does(name):
+    """The engine ends where a frozen lane ended; a lane of full steps is the base run."""
+    more = {"num_images_per_prompt": 2} if name == "sdxl" else {}
+    job, schedule = make_job(name, **more), Schedule.explicit((0, 2, 4), STEPS)
+    lanes = [Lane(schedule, 3, frozen=True), Lane(Schedule.every(1, STEPS), 3)]
+    run_lanes(job, lanes, reuse(4), STEPS, collect(job, STEPS))
+    assert lanes[1].score.min() > 80  # float32 noise of another batch size
+    plain = job.run(range(2), STEPS)
+    with lesa.accelerate(job.pipe, lesa.Reuse(), schedule=schedule):
+        fast = job.run(range(2), STEPS)
+    torch.testing.assert_close(decibels(plain, fast), lanes[0].score, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["qwen", "hunyuan-video", "sdxl", "chroma", "sana"])
+def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
+    pipe, call = make(name)
+    job = Job(pipe, ["a", "b"], call)
+    options = dict(form="table", refine=1, progress=False)
+    trained = lesa.train(pipe, None, STEPS, 3, call=call, **options)
+    trained.save_pretrained(tmp_path)
+    again = lesa.LesaForecaster.from_pretrained(tmp_path)
+    plain, schedule = job.run(range(2), STEPS), trained.schedule_for(3, STEPS)
+    calls = len(trained.branches)
+
+    def quality(forecaster):
+        with lesa.accelerate(pipe, forecaster, schedule=schedule):
+            fast = job.run(range(2), STEPS)
+            counted = lesa.stats(pipe)
+        assert (counted.full, counted.skipped) == (3 * calls, (STEPS - 3) * calls)
+        assert not counted.fallbacks
+        return decibels(plain, fast).mean()
+
+    assert quality(again) == quality(trained)
+    assert quality(trained) > max(quality(lesa.Reuse()), quality(lesa.Taylor(1)))
+
+
+@pytest.mark.parametrize(("steps", "count"), [(4, 2), (4, 1), (8, 5), (8, 4), (8, 2)])
+def test_few_steps_beat_reuse_with_what_the_ring_holds(steps, count):
+    pipe, call = make("flux", guidance_scale=0.0)
+    call["true_cfg_scale"] = 1.0
+    job = Job(pipe, ["a", "b"], call)
+    trained = lesa.train(pipe, None, steps, count, call=call, form="table", progress=False)
+    schedule = trained.schedule_for(count, steps)
+    table = trained.table(schedule, trained.calibrations[0].sigmas)
+    assert table.used(schedule.skipped_steps[0]).endswith("of 3 features + latent") or count > 2
+    lanes = [Lane(schedule, 3, drift=0.0), Lane(schedule, 3, frozen=True)]
+    run_lanes(job, lanes, reuse(4), steps)
+    losses = [sum(lane.residual["cond"]) for lane in lanes]
+    assert losses[0] < 0.8 * losses[1]
+    plain = job.run(range(2), steps)
+    runs = []
+    for forecaster in (trained, lesa.Reuse()):
+        with lesa.accelerate(pipe, forecaster, schedule=schedule):
+            runs.append(decibels(plain, job.run(range(2), steps)).mean())
+    assert runs[0] > runs[1] + 3
+
+
+@pytest.mark.parametrize("name", ["sd3", "pixart", "wan", "kontext"])
+def test_other_pipelines_train_and_run(name):
+    pipe, call = make(name)
+    call.pop("true_cfg_scale", None)
+    forecaster = lesa.train(pipe, None, STEPS, 3, call=call, form="table", progress=False)
+    with lesa.accelerate(pipe, forecaster, full_steps=3):
+        Job(pipe, ["a", "b"], call).run(range(2), STEPS)
+        counted = lesa.stats(pipe)
+    assert counted.skipped == 3 * len(forecaster.branches) and not counted.fallbacks
+
+
+def test_a_model_without_one_output_tensor_is_told():
+    pipe, call = make("z-image")
+    with pytest.raises(LesaError, match="ZImage.* does not return one tensor"):
+        lesa.train(pipe, None, STEPS, 3, call=call, progress=False)
+
+
+def test_arguments_of_some_prompts():
+    embeddings, shared = torch.arange(3.0)[:, None], torch.zeros(5)
+    given = {"prompt_embeds": embeddings, "negative_prompt_embeds": embeddings, "shift": shared}
+    taken = prompt_arguments("abc", given, [2, 0, 2])
+    assert "prompt" not in taken and taken["shift"] is shared
+    assert taken["prompt_embeds"].flatten().tolist() == [2, 0, 2]
+    texts = prompt_arguments("abc", {"negative_prompt": " ", "num_images_per_prompt": 2}, [1, 1])
+    assert texts["prompt"] == ["b", "b"] and texts["negative_prompt"] == [" ", " "]
+    assert count_prompts(given) == 3
+    with pytest.raises(LesaError, match="prompts=None needs .* prompt_embeds"):
+        count_prompts({})
+
+
+def test_rows_that_do_not_divide_are_told():
+    assert parts_of(8, 4) == 2
+    with pytest.raises(LesaError, match="7 rows for 4 pictures"):
+        parts_of(7, 4)
