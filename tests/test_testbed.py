@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,29 @@ import pytest
 import lesa.testbed
 from lesa.errors import LesaError
 from lesa.testbed import captions, checker, load
+from lesa.testbed.recipes.flux import Plan
 from lesa.testbed.scenes import render, scenes
 from lesa.testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
-from lesa.testbed.train import Plan
+from lesa.testbed.train import RECIPES
 
-FLUX = Path(lesa.testbed.__file__).parent / "flux"
+HOME = Path(lesa.testbed.__file__).parent
 
 
-def test_the_weights_are_those_of_the_record():
-    record = json.loads((FLUX / "training.json").read_text())
-    files = {str(path.relative_to(FLUX)): path for path in FLUX.rglob("*.safetensors")}
+@pytest.mark.parametrize("name", lesa.testbed.PIPELINES)
+def test_the_weights_are_those_of_the_record(name):
+    folder = HOME / name
+    record = json.loads((folder / "training.json").read_text())
+    files = {str(path.relative_to(folder)): path for path in folder.rglob("*.safetensors")}
     assert set(files) == set(record["sha256"])
-    for name, path in files.items():
-        assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"][name], name
-    assert sum(path.stat().st_size for path in files.values()) <= 16e6
-    plan = asdict(Plan())
-    assert record["plan"] == plan | {"guidance": list(plan["guidance"])}
+    for file, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"][file], file
+    recipe, plan = RECIPES[name]
+    made = getattr(import_module(f"lesa.testbed.recipes.{recipe}"), plan)()
+    assert record["plan"] == json.loads(json.dumps(asdict(made)))
+
+
+def test_all_weights_together_are_small():
+    assert sum(path.stat().st_size for path in HOME.rglob("*.safetensors")) <= 48e6
 
 
 def test_the_tokenizers_are_made_alike_in_every_process():

@@ -6,14 +6,25 @@ from collections.abc import Iterable
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
 )
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResidualBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from lesa.testbed.text import clip_encoder, clip_tokenizer, t5_encoder, t5_tokenizer
+from lesa.testbed.text import (
+    clip_encoder,
+    clip_tokenizer,
+    qwen_encoder,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+)
 
 LATENT_CHANNELS = 12
 IMAGE_SIZE = 64
@@ -96,4 +107,49 @@ def flux_pipeline() -> FluxPipeline:
         text_encoder_2=t5_encoder(t5),
         tokenizer_2=t5,
         transformer=flux_transformer(),
+    )
+
+
+def qwen_autoencoder() -> AutoencoderKLQwenImage:
+    """Qwen-Image's causal 3-D autoencoder in small, 4x down in space; its latents need no
+    normalisation, being FLUX's normalised ones."""
+    vae = AutoencoderKLQwenImage(
+        base_dim=12,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[False, False],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+    zeroed(block.conv2 for block in vae.modules() if isinstance(block, QwenImageResidualBlock))
+    return vae
+
+
+def qwen_transformer() -> QwenImageTransformer2DModel:
+    """Qwen-Image's architecture in small: 5 dual-stream blocks of width 160."""
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=5,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=128,
+        axes_dims_rope=(8, 12, 12),
+    )
+    zeroed(block.img_mod for block in transformer.transformer_blocks)
+    zeroed(block.txt_mod for block in transformer.transformer_blocks)
+    zeroed((transformer.norm_out.linear, transformer.proj_out))
+    return transformer
+
+
+def qwen_pipeline() -> QwenImagePipeline:
+    """An untrained ``QwenImagePipeline`` with every component."""
+    tokenizer = qwen_tokenizer()
+    return QwenImagePipeline(
+        scheduler=flow_scheduler(),
+        vae=qwen_autoencoder(),
+        text_encoder=qwen_encoder(tokenizer),
+        tokenizer=tokenizer,
+        transformer=qwen_transformer(),
     )

@@ -137,7 +137,7 @@ def accuracy(pictures: Array, captions: list[str]) -> dict[str, float]:
 
 def unseen(count: int) -> list[str]:
     """Test captions that no training scene happens to have: there are only so many short ones."""
-    from lesa.testbed.train import Plan
+    from lesa.testbed.recipes.flux import Plan
 
     plan = Plan()
     pools = (plan.free_scenes, plan.neat_scenes)
@@ -164,7 +164,7 @@ def main() -> None:
         part = wanted[start : start + 20]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         pictures.append(
-            pipe(part, generator=generators, output_type="np", **settings("flux")).images
+            pipe(part, generator=generators, output_type="np", **settings(options.pipeline)).images
         )
     print(json.dumps({"captions": len(wanted), **accuracy(np.concatenate(pictures), wanted)}))
 

@@ -13,15 +13,33 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from lesa.testbed.scenes import COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, TONES
 
 TEXT_LENGTH = 20  # the longest caption has 18 words, CLIP adds two marks
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
+# Of the prompt template of QwenImagePipeline, beside its punctuation
+QWEN_TEMPLATE_WORDS = (
+    *("the", "image", "by", "detailing", "color", "shape", "size", "texture", "quantity", "text"),
+    *("spatial", "relationships", "of", "objects", "and"),
+)
+QWEN_SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 def vocabulary() -> list[str]:
@@ -111,3 +129,64 @@ def t5_encoder(tokenizer: T5Tokenizer, width: int = 128) -> T5EncoderModel:
             bucket = -offset if offset < 0 else buckets // 2 + offset
             first.relative_attention_bias.weight[bucket, head] += 5.0
     return encoder
+
+
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte-level BPE whose merges spell each word from its left: captions and Qwen-Image's prompt
+    template become one token per word, so the template's prefix has the 34 tokens that the
+    pipeline cuts off."""
+    alphabet = sorted(bytes_to_unicode().values())
+    spaced = [f"Ġ{word}" for word in vocabulary()]
+    template = [
+        *(f"Ġ{word}" for word in QWEN_TEMPLATE_WORDS),
+        *("Describe", "system", "user", "assistant"),
+    ]
+    # words with a space come first: their merges all begin at the space and meet no other's
+    merges = dict.fromkeys(
+        (word[:end], word[end]) for word in [*spaced, *template] for end in range(1, len(word))
+    )
+    tokens = [*alphabet, *("".join(merge) for merge in merges), *QWEN_SPECIAL]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return Qwen2Tokenizer(
+        vocab=vocab,
+        merges=list(merges),
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(QWEN_SPECIAL[1:]),
+        model_max_length=1024,
+    )
+
+
+def qwen_encoder(tokenizer: Qwen2Tokenizer, width: int = 128) -> Qwen2_5_VLForConditionalGeneration:
+    """A two-layer causal language model of Qwen2.5-VL's class, with a token vision tower."""
+    heads, head_dim = width // 32, 32
+    ids = dict(
+        zip(QWEN_SPECIAL[3:], tokenizer.convert_tokens_to_ids(list(QWEN_SPECIAL[3:])), strict=True)
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [head_dim // 8, head_dim // 8, head_dim // 4],
+            },
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.eos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        ),
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=1, out_hidden_size=width
+        ),
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        tie_word_embeddings=True,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)

@@ -1,0 +1,2 @@
+"""How each embedded pipeline is trained: one module per pipeline, run through
+``python -m lesa.testbed.train``."""

@@ -1,0 +1,162 @@
+"""What the recipes share: a resumable run, the optimiser's loop, captions as tokens, records."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lesa.testbed.scenes import Scene, render_batch
+
+
+class Run:
+    """Folder of one training run: checkpoints, log lines, and the stream of per-step generators.
+
+    `plan` is the recipe's dataclass of numbers; it has a field `seed`.
+    """
+
+    def __init__(self, folder: Path, plan: Any) -> None:
+        self.folder, self.plan = folder, plan
+        folder.mkdir(parents=True, exist_ok=True)
+        self.started = time.time()
+
+    def generator(self, stage: str, step: int) -> torch.Generator:
+        """A generator that depends on (seed, stage, step) alone, so a resumed run draws what an
+        unbroken one would."""
+        digest = hashlib.sha256(f"{self.plan.seed}/{stage}/{step}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+
+    def log(self, **fields: object) -> None:
+        line = {"seconds": round(time.time() - self.started, 1), **fields}
+        print(json.dumps(line), flush=True)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def save(self, stage: str, state: dict[str, object]) -> None:
+        partial = self.folder / f"{stage}.partial"
+        torch.save(state, partial)
+        partial.replace(self.folder / f"{stage}.pt")
+
+    def load(self, stage: str) -> dict | None:
+        path = self.folder / f"{stage}.pt"
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def decayed(step: int, steps: int, warmup: int = 150, tail: float = 0.25) -> float:
+    """Warm up, hold, then fall linearly to 2 % over the last ``tail`` of the steps."""
+    return min(1.0, (step + 1) / warmup, max(0.02, (steps - step) / (tail * steps)))
+
+
+def optimise(
+    run: Run,
+    stage: str,
+    modules: nn.ModuleDict,
+    loss_at: Callable[[int], Tensor],
+    steps: int,
+    lr: float,
+    ema: float,
+    on_save: Callable[[nn.ModuleDict], None] | None = None,
+) -> nn.ModuleDict:
+    """AdamW over ``steps`` with a decaying rate, clipping and an exponential moving average,
+    which is returned."""
+    average = copy.deepcopy(modules).requires_grad_(False)
+    optimiser = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.97), weight_decay=0.01)
+    start = 0
+    if (state := run.load(stage)) is not None:
+        modules.load_state_dict(state["modules"])
+        average.load_state_dict(state["average"])
+        optimiser.load_state_dict(state["optimiser"])
+        start = state["step"]
+    mean = None
+    for step in range(start, steps):
+        for group in optimiser.param_groups:
+            group["lr"] = lr * decayed(step, steps)
+        loss = loss_at(step)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        optimiser.step()
+        with torch.no_grad():
+            kept = min(ema, (step + 1) / (step + 10))
+            for slow, fast in zip(average.parameters(), modules.parameters(), strict=True):
+                slow.lerp_(fast, 1 - kept)
+        mean = loss.item() if mean is None else 0.98 * mean + 0.02 * loss.item()
+        if (step + 1) % 50 == 0:
+            run.log(stage=stage, step=step + 1, of=steps, loss=round(mean, 5))
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            run.save(
+                stage,
+                {
+                    "modules": modules.state_dict(),
+                    "average": average.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "step": step + 1,
+                },
+            )
+            if on_save is not None:
+                on_save(average)
+    return average
+
+
+@dataclass
+class Draw:
+    """One training batch: clean latents, noise, noise level and rows of the pool."""
+
+    clean: Tensor
+    noise: Tensor
+    sigma: Tensor
+    rows: Tensor
+
+    @property
+    def noisy(self) -> Tensor:
+        sigma = self.sigma.view(-1, *(1,) * (self.clean.ndim - 1))
+        return (1 - sigma) * self.clean + sigma * self.noise
+
+
+def draw(run: Run, stage: str, step: int, latents: Tensor) -> Draw:
+    """Rows of ``latents`` with logit-normal noise levels, shifted as at inference."""
+    generator, plan = run.generator(stage, step), run.plan
+    rows = torch.randint(0, len(latents), (plan.base_batch,), generator=generator)
+    clean = latents[rows].float()
+    u = torch.sigmoid(torch.randn(plan.base_batch, generator=generator))
+    sigma = plan.train_shift * u / (1 + (plan.train_shift - 1) * u)
+    return Draw(clean, torch.randn(clean.shape, generator=generator), sigma, rows)
+
+
+@torch.no_grad()
+def latent_pool(
+    run: Run, pool: list[Scene], encode: Callable[[Tensor], Tensor], name: str = "pool"
+) -> Tensor:
+    """Latents of scenes in fp16, encoded once per run."""
+    if (state := run.load(name)) is None:
+        parts = [encode(render_batch(part)).half() for part in batches(pool, 64)]
+        state = {"latents": torch.cat(parts)}
+        run.save(name, state)
+        run.log(stage=name, scenes=len(pool))
+    return state["latents"]
+
+
+def batches(items: list, size: int) -> Iterator[list]:
+    """Consecutive parts of `items`, `size` each."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def record(run: Run, folder: Path) -> None:
+    """Copy the log and write plan and sha256 of every weight file beside the exported
+    pipeline."""
+    hashes = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    (folder / "training.json").write_text(
+        json.dumps({"plan": asdict(run.plan), "sha256": hashes}, indent=2) + "\n"
+    )
+    (folder / "training-log.jsonl").write_text((run.folder / "log.jsonl").read_text())

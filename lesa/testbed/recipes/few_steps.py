@@ -1,0 +1,155 @@
+"""Distil a student of few steps from an embedded teacher, as FLUX.1-schnell was made from dev.
+
+The teacher's guided trajectories are integrated finely between the student's noise levels; the
+student learns each segment's mean velocity, so that one of its Euler steps lands where the
+teacher's many do. Half of the states that it learns from are its own: it starts one segment
+earlier, takes that step itself, and its target leads back to the teacher's trajectory.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from torch import Tensor, nn
+
+import lesa.testbed
+from lesa.testbed.recipes import flux
+from lesa.testbed.recipes.common import Run, optimise
+from lesa.testbed.scenes import scenes
+from lesa.testbed.text import TEXT_LENGTH
+
+Velocity = Callable[[Tensor, float, Tensor], Tensor]  # latents, sigma, caption rows
+
+
+@dataclass(frozen=True)
+class Schnell:
+    """Every number of the 4-step student of the FLUX pipeline."""
+
+    seed: int = 0
+    teacher: str = "flux"
+    guidance: float = 3.5
+    sigmas: tuple[float, ...] = (1.0, 0.75, 0.5, 0.25, 0.0)
+    trajectories: int = 2_048
+    substeps: int = 4
+    batch: int = 32
+    steps: int = 1_200
+    lr: float = 4e-4
+    ema: float = 0.99
+
+
+@torch.no_grad()
+def integrate(velocity: Velocity, x: Tensor, sigmas: Sequence[float], rows: Tensor) -> Tensor:
+    """Midpoint rule over the list of noise levels: the state at its end."""
+    for start, end in zip(sigmas, sigmas[1:], strict=False):
+        half = (end - start) / 2
+        middle = x + half * velocity(x, start, rows)
+        x = x + 2 * half * velocity(middle, start + half, rows)
+    return x
+
+
+def trajectories(run: Run, velocity: Velocity, shape: tuple[int, ...]) -> Tensor:
+    """The teacher's states at the student's noise levels, ``[N, S + 1, *shape]`` in fp16.
+
+    Row i belongs to training caption i. Finished parts are kept, so a broken run goes on.
+    """
+    plan, parts = run.plan, []
+    for start in range(0, plan.trajectories, 128):
+        if (state := run.load(f"trajectories-{start}")) is None:
+            rows = torch.arange(start, start + 128)
+            noise = torch.randn(128, *shape, generator=run.generator("noise", start))
+            states = [noise]
+            for first, last in zip(plan.sigmas, plan.sigmas[1:], strict=False):
+                levels = torch.linspace(first, last, plan.substeps + 1).tolist()
+                split = zip(states[-1].split(32), rows.split(32), strict=True)
+                states.append(torch.cat([integrate(velocity, x, levels, r) for x, r in split]))
+            state = {"states": torch.stack(states, 1).half()}
+            run.save(f"trajectories-{start}", state)
+            run.log(stage="trajectories", done=start + 128, of=plan.trajectories)
+        parts.append(state["states"])
+    return torch.cat(parts)
+
+
+def distil(run: Run, states: Tensor, student: nn.Module, velocity: Velocity) -> nn.Module:
+    """Fit ``velocity`` (which runs ``student``) to the segments of ``states``; its average."""
+    plan, last = run.plan, len(run.plan.sigmas) - 2
+
+    def loss_at(step: int) -> Tensor:
+        generator = run.generator("distil", step)
+        rows = torch.randint(0, len(states), (plan.batch,), generator=generator)
+        segment = int(torch.randint(0, last + 1, (), generator=generator))
+        sigma, end = plan.sigmas[segment], plan.sigmas[segment + 1]
+        x, target = (states[rows, at].float() for at in (segment, segment + 1))
+        if segment and torch.rand((), generator=generator) < 0.5:
+            before = plan.sigmas[segment - 1]
+            with torch.no_grad():
+                x = states[rows, segment - 1].float()
+                x = x + (sigma - before) * velocity(x, before, rows)
+        return F.mse_loss(velocity(x, sigma, rows), (target - x) / (end - sigma))
+
+    modules = nn.ModuleDict({"student": student})
+    return optimise(run, "distil", modules, loss_at, plan.steps, plan.lr, plan.ema)["student"]
+
+
+def flux_velocity(
+    pipe: Any, count: int, transformer: nn.Module, guidance: float | None
+) -> Velocity:
+    """Velocity of a FLUX denoiser for the first ``count`` training captions."""
+    captions = [scene.caption for scene in scenes(count)]
+    options = dict(padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad():
+        clip = pipe.text_encoder(pipe.tokenizer(captions, **options).input_ids).pooler_output
+        ids = pipe.tokenizer_2(captions, **options).input_ids
+        t5 = torch.cat([pipe.text_encoder_2(part)[0] for part in ids.split(256)])
+    side = int(flux.TOKENS**0.5)
+    img_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+
+    def velocity(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        return transformer(
+            hidden_states=x,
+            timestep=torch.full((len(x),), sigma),
+            guidance=None if guidance is None else torch.full((len(x),), guidance),
+            img_ids=img_ids,
+            txt_ids=torch.zeros(TEXT_LENGTH, 3),
+            encoder_hidden_states=t5[rows],
+            pooled_projections=clip[rows],
+            return_dict=False,
+        )[0]
+
+    return velocity
+
+
+@torch.no_grad()
+def without_guidance(transformer: Any, guidance: float) -> Any:
+    """A copy that has no guidance embedding: the one of ``guidance`` is a constant, added to the
+    timestep embedding's bias."""
+    config = {**transformer.config, "guidance_embeds": False}
+    student = FluxTransformer2DModel.from_config(config)
+    student.load_state_dict(transformer.state_dict(), strict=False)
+    time = transformer.time_text_embed
+    projected = time.time_proj(torch.tensor([1000.0 * guidance]))
+    student.time_text_embed.timestep_embedder.linear_2.bias += time.guidance_embedder(projected)[0]
+    return student
+
+
+def train(run: Run) -> None:
+    """The student's transformer and scheduler in ``run.folder / "export"``; the other components
+    are the teacher's."""
+    plan = run.plan
+    teacher = lesa.testbed.load(plan.teacher)
+    guided = flux_velocity(teacher, plan.trajectories, teacher.transformer, plan.guidance)
+    states = trajectories(run, guided, (flux.TOKENS, teacher.transformer.config.in_channels))
+    student = without_guidance(teacher.transformer, plan.guidance)
+    average = distil(run, states, student, flux_velocity(teacher, len(states), student, None))
+    export(average, run.folder / "export")
+
+
+def export(student: nn.Module, folder: Path) -> None:
+    copy.deepcopy(student).half().save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")

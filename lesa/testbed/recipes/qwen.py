@@ -1,0 +1,150 @@
+"""Train the embedded Qwen-Image pipeline from nothing: ``python -m lesa.testbed.train qwen``.
+
+Two stages: an autoencoder of Qwen-Image's class (causal 3-D convolutions) that learns the latent
+space of the embedded FLUX autoencoder; the denoiser with its text encoder by flow matching, some
+captions replaced by the negative prompt, so that true classifier-free guidance works.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import QwenImagePipeline
+from torch import Tensor, nn
+
+import lesa.testbed
+from lesa.testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
+from lesa.testbed.recipes.common import Run, batches, draw, latent_pool, optimise
+from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
+
+NEGATIVE = " "  # Qwen-Image's own empty prompt
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number of a training run; recorded beside the weights."""
+
+    seed: int = 0
+    vae_scenes: int = 3_000
+    vae_steps: int = 800
+    vae_batch: int = 8
+    vae_lr: float = 2e-3
+    scenes: int = 20_000
+    base_steps: int = 6_000
+    base_batch: int = 32
+    base_lr: float = 1e-3
+    caption_dropout: float = 0.15
+    ema: float = 0.998
+    train_shift: float = 2.0
+
+
+def train_vae(run: Run, pipe: QwenImagePipeline) -> None:
+    """Encoder and decoder, each on its own, against FLUX's normalised latents of crowded scenes.
+
+    The losses of train_vae in flux.py, without clamping the decoder's output; the variance is held
+    at exp(-6).
+    """
+    plan, vae, flux = run.plan, pipe.vae, lesa.testbed.load("flux").vae
+    crowded = scenes(plan.vae_scenes, plan.seed, freedom=FREE, crowd=4)
+    pool = torch.cat([render_batch(part) for part in batches(crowded, 500)])
+
+    def loss_at(step: int) -> Tensor:
+        generator = run.generator("vae", step)
+        pictures = pool[torch.randint(0, len(pool), (plan.vae_batch,), generator=generator)]
+        with torch.no_grad():
+            latents = encode(flux, pictures)[:, :, None]
+        pictures = pictures[:, :, None]
+        posterior = vae.encode(pictures).latent_dist
+        noisy = latents + 0.05 * torch.randn(latents.shape, generator=generator)
+        output = vae.decoder(vae.post_quant_conv(noisy))
+        edges = sum(F.l1_loss(output.diff(dim=d), pictures.diff(dim=d)) for d in (-1, -2))
+        variance = (posterior.logvar + 6).square().mean()
+        matched = F.mse_loss(posterior.mean, latents) + 1e-2 * variance
+        return 4 * F.mse_loss(output, pictures) + 0.5 * edges + matched
+
+    modules = nn.ModuleDict({"vae": vae})
+    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
+    vae.load_state_dict(average["vae"].state_dict())
+    vae.requires_grad_(False).eval()
+
+
+def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
+    """Normalised latents ``[B, C, H, W]`` of the FLUX autoencoder."""
+    mean = vae.encode(pictures).latent_dist.mean
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def tokenize(pipe: QwenImagePipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
+    """Token ids and mask ``[N, L]`` of captions in the pipeline's prompt template."""
+    prompts = [pipe.prompt_template_encode.format(caption) for caption in captions]
+    tokens = pipe.tokenizer(prompts, padding=True, padding_side="right", return_tensors="pt")
+    return tokens.input_ids, tokens.attention_mask
+
+
+def velocity(
+    modules: nn.ModuleDict, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, start: int
+) -> Tensor:
+    """The denoiser's output for token ids; the first ``start`` tokens are the template's."""
+    used = int(mask.sum(1).max())
+    ids, mask = ids[:, :used], mask[:, :used]
+    text = modules["text_encoder"].model(input_ids=ids, attention_mask=mask).last_hidden_state
+    side = int(TOKENS**0.5)
+    return modules["transformer"](
+        hidden_states=latents,
+        timestep=sigma,
+        encoder_hidden_states=text[:, start:],
+        encoder_hidden_states_mask=mask[:, start:],
+        img_shapes=[[(1, side, side)]] * len(latents),
+        return_dict=False,
+    )[0]
+
+
+def train_base(run: Run, pipe: QwenImagePipeline) -> nn.ModuleDict:
+    """Flow matching on neat scenes: the target is noise minus data."""
+    plan, flux = run.plan, lesa.testbed.load("flux")
+    pool = scenes(plan.scenes, plan.seed, freedom=NEAT)
+    encoded = latent_pool(run, pool, lambda pictures: encode(flux.vae, pictures))
+    side = IMAGE_SIZE // 4
+    latents = pipe._pack_latents(encoded, len(pool), encoded.shape[1], side, side)
+    ids, mask = tokenize(pipe, [*(scene.caption for scene in pool), NEGATIVE])
+    modules = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+
+    def loss_at(step: int) -> Tensor:
+        batch = draw(run, "base", step, latents)
+        drop = (
+            torch.rand(len(batch.rows), generator=run.generator("drop", step))
+            < plan.caption_dropout
+        )
+        rows = torch.where(drop, len(pool), batch.rows)
+        start = pipe.prompt_template_encode_start_idx
+        output = velocity(modules, batch.noisy, batch.sigma, ids[rows], mask[rows], start)
+        return F.mse_loss(output, batch.noise - batch.clean)
+
+    def snapshot(average: nn.ModuleDict) -> None:
+        export(pipe, average, run.folder / "snapshot")
+
+    return optimise(
+        run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, snapshot
+    )
+
+
+def export(pipe: QwenImagePipeline, modules: nn.ModuleDict, folder: Path) -> None:
+    """Write a ``from_pretrained`` folder, denoiser and autoencoder in half precision."""
+    QwenImagePipeline(
+        scheduler=pipe.scheduler,
+        vae=copy.deepcopy(pipe.vae).half(),
+        text_encoder=modules["text_encoder"],
+        tokenizer=pipe.tokenizer,
+        transformer=copy.deepcopy(modules["transformer"]).half(),
+    ).save_pretrained(folder)
+
+
+def train(run: Run) -> None:
+    """Both stages; the finished pipeline lies in ``run.folder / "export"``."""
+    pipe = qwen_pipeline()
+    train_vae(run, pipe)
+    export(pipe, train_base(run, pipe), run.folder / "export")
