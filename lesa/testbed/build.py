@@ -7,15 +7,19 @@ from collections.abc import Iterable
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLQwenImage,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResidualBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
+from transformers import CLIPTextModelWithProjection
 
 from lesa.testbed.text import (
     clip_encoder,
@@ -152,4 +156,49 @@ def qwen_pipeline() -> QwenImagePipeline:
         text_encoder=qwen_encoder(tokenizer),
         tokenizer=tokenizer,
         transformer=qwen_transformer(),
+    )
+
+
+def sdxl_unet() -> UNet2DConditionModel:
+    """SDXL's U-Net in small: attention on the two lower levels, size and pooled-text embedding."""
+    unet = UNet2DConditionModel(
+        sample_size=IMAGE_SIZE // 4,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        block_out_channels=(48, 64, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=1,
+        attention_head_dim=(1, 2, 3),  # diffusers means the number of heads
+        cross_attention_dim=128,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=16,
+        projection_class_embeddings_input_dim=64 + 6 * 16,
+        norm_num_groups=8,
+    )
+    zeroed(block.conv2 for block in unet.modules() if isinstance(block, ResnetBlock2D))
+    zeroed((unet.conv_out,))
+    return unet
+
+
+def sdxl_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
+    """An untrained ``StableDiffusionXLPipeline`` on a trained autoencoder, SDXL's own scheduler."""
+    clip = clip_tokenizer()
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=clip_encoder(clip, layers=3),
+        text_encoder_2=clip_encoder(clip, layers=3, cls=CLIPTextModelWithProjection),
+        tokenizer=clip,
+        tokenizer_2=clip,
+        unet=sdxl_unet(),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            timestep_spacing="leading",
+            steps_offset=1,
+        ),
+        add_watermarker=False,
     )

@@ -4,6 +4,7 @@ made from the captions."""
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -86,20 +87,23 @@ def t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
-def clip_encoder(tokenizer: CLIPTokenizer, width: int = 64) -> CLIPTextModel:
+def clip_encoder(
+    tokenizer: CLIPTokenizer, width: int = 64, layers: int = 1, cls: type = CLIPTextModel
+) -> Any:
+    """A text encoder of class ``cls``, CLIPTextModel or CLIPTextModelWithProjection."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         projection_dim=width,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=TEXT_LENGTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config)
+    return cls(config)
 
 
 def t5_encoder(tokenizer: T5Tokenizer, width: int = 128) -> T5EncoderModel:

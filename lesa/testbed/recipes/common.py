@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lesa.testbed.scenes import Scene, render_batch
@@ -142,6 +143,37 @@ def latent_pool(
         run.save(name, state)
         run.log(stage=name, scenes=len(pool))
     return state["latents"]
+
+
+def flux_latents(vae: Any, pictures: Tensor) -> Tensor:
+    """Normalised latents ``[B, C, H, W]`` of the embedded FLUX autoencoder."""
+    mean = vae.encode(pictures).latent_dist.mean
+    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
+
+def learn_order(
+    run: Run, stage: str, encoder: nn.Module, ids: Tensor, layer: int, steps: int, window: int = 6
+) -> None:
+    """Pretrain a causal text encoder: from each token's feature the words before it can be told.
+
+    A denoiser that gives text tokens no position reads which colour belongs to which shape from
+    these features alone. ``layer`` indexes the hidden states that the pipeline uses.
+    """
+    width, words = encoder.config.hidden_size, int(ids.max()) + 1
+    head = nn.Linear(width, window * words)
+
+    def loss_at(step: int) -> Tensor:
+        rows = torch.randint(0, len(ids), (64,), generator=run.generator(stage, step))
+        batch = ids[rows]
+        hidden = encoder(input_ids=batch, output_hidden_states=True).hidden_states[layer]
+        logits = head(hidden[:, window:]).unflatten(-1, (window, words))
+        before = batch.unfold(1, window, 1)[:, :-1]  # [B, L - window, window]
+        return F.cross_entropy(logits.flatten(0, 2), before.flatten())
+
+    average = optimise(
+        run, stage, nn.ModuleDict({"encoder": encoder, "head": head}), loss_at, steps, 2e-3, 0.99
+    )
+    encoder.load_state_dict(average["encoder"].state_dict())
 
 
 def batches(items: list, size: int) -> Iterator[list]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import lesa.testbed
 from lesa.testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
-from lesa.testbed.recipes.common import Run, batches, draw, latent_pool, optimise
+from lesa.testbed.recipes.common import Run, batches, draw, flux_latents, latent_pool, optimise
 from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
 
 NEGATIVE = " "  # Qwen-Image's own empty prompt
@@ -56,7 +57,7 @@ def train_vae(run: Run, pipe: QwenImagePipeline) -> None:
         generator = run.generator("vae", step)
         pictures = pool[torch.randint(0, len(pool), (plan.vae_batch,), generator=generator)]
         with torch.no_grad():
-            latents = encode(flux, pictures)[:, :, None]
+            latents = flux_latents(flux, pictures)[:, :, None]
         pictures = pictures[:, :, None]
         posterior = vae.encode(pictures).latent_dist
         noisy = latents + 0.05 * torch.randn(latents.shape, generator=generator)
@@ -72,12 +73,6 @@ def train_vae(run: Run, pipe: QwenImagePipeline) -> None:
     vae.requires_grad_(False).eval()
 
 
-def encode(vae: nn.Module, pictures: Tensor) -> Tensor:
-    """Normalised latents ``[B, C, H, W]`` of the FLUX autoencoder."""
-    mean = vae.encode(pictures).latent_dist.mean
-    return (mean - vae.config.shift_factor) * vae.config.scaling_factor
-
-
 def tokenize(pipe: QwenImagePipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
     """Token ids and mask ``[N, L]`` of captions in the pipeline's prompt template."""
     prompts = [pipe.prompt_template_encode.format(caption) for caption in captions]
@@ -86,7 +81,7 @@ def tokenize(pipe: QwenImagePipeline, captions: list[str]) -> tuple[Tensor, Tens
 
 
 def velocity(
-    modules: nn.ModuleDict, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, start: int
+    modules: Any, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, start: int
 ) -> Tensor:
     """The denoiser's output for token ids; the first ``start`` tokens are the template's."""
     used = int(mask.sum(1).max())
@@ -107,7 +102,7 @@ def train_base(run: Run, pipe: QwenImagePipeline) -> nn.ModuleDict:
     """Flow matching on neat scenes: the target is noise minus data."""
     plan, flux = run.plan, lesa.testbed.load("flux")
     pool = scenes(plan.scenes, plan.seed, freedom=NEAT)
-    encoded = latent_pool(run, pool, lambda pictures: encode(flux.vae, pictures))
+    encoded = latent_pool(run, pool, lambda pictures: flux_latents(flux.vae, pictures))
     side = IMAGE_SIZE // 4
     latents = pipe._pack_latents(encoded, len(pool), encoded.shape[1], side, side)
     ids, mask = tokenize(pipe, [*(scene.caption for scene in pool), NEGATIVE])
