@@ -11,7 +11,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NoReturn, Protocol
 
@@ -99,6 +99,8 @@ class Denoiser:
         self.original_class = type(model)
         self._model = weakref.ref(model)
         self.revision = 0
+        self._merged_at = -1
+        self._merged: Sequence[Any] = ()
         self._call: Callable[..., Any] = type(model).__call__
         self._slot = Slot()
         # The slot is one per model: two threads that share it take turns, also in parts of it.
@@ -118,7 +120,9 @@ class Denoiser:
     @property
     def state(self) -> tuple[Any, ...]:
         """What the model's features depend on besides its arguments; compared by value."""
-        return (self.revision, *[control.scale for control in self._controls])
+        if self._merged_at != self.revision:
+            self._merged_at, self._merged = self.revision, _merged_adapters(self.model)
+        return (self.revision, len(self._merged), *[control.scale for control in self._controls])
 
     def watch(self, pipe: Any) -> None:
         """Take note of the scale of the pipeline's ControlNet, if it has one."""
@@ -353,6 +357,12 @@ def _clean(core: nn.Module, spec: ModelSpec) -> None:
             if isinstance(hook, (Tap, Listener)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _merged_adapters(model: nn.Module) -> Sequence[Any]:
+    """PEFT's own list on the first adapted layer: pipelines unfuse without asking the model."""
+    found = (vars(module).get("merged_adapters") for module in model.modules())
+    return next((merged for merged in found if merged is not None), ())
 
 
 def core_of(model: nn.Module) -> nn.Module:

@@ -145,7 +145,8 @@ class ControlListener:
         self._handle.remove()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._local.scale = kwargs.get("conditioning_scale")
+        if self.is_on(module):  # not a copy of it
+            self._local.scale = kwargs.get("conditioning_scale")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ControlListener:
         return self
