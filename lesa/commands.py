@@ -105,6 +105,10 @@ def describe(forecaster: Any) -> dict[str, Any]:
                 "num_steps": entry.schedule.steps,
                 "full_steps": list(entry.schedule.full_steps),
                 "sigmas": list(entry.sigmas),
+                "made_from": [
+                    _table(forecaster, entry, forecaster.branches[0]).used(step)
+                    for step in range(entry.schedule.steps)
+                ],
                 "tables": {
                     branch: _table(forecaster, entry, branch).coefficients.tolist()
                     for branch in forecaster.branches
@@ -125,6 +129,8 @@ def print_forecaster(forecaster: Any, console: Console) -> None:
         steps = "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
         console.print(f"\n{len(schedule.full_steps)} of {schedule.steps} steps in full")
         console.print(f"  {'full':>8} {steps}", soft_wrap=True)
+        first = _table(forecaster, entry, forecaster.branches[0])
+        console.print(f"  {'from':>8} {_sources(first)}", soft_wrap=True)
         for branch in forecaster.branches:
             table = _table(forecaster, entry, branch)
             for name, column in zip(_columns(table), table.coefficients.T, strict=True):
@@ -202,6 +208,25 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _table(forecaster: Any, entry: Any, branch: str) -> Any:
     return forecaster.table(entry.schedule, entry.sigmas, branch)
+
+
+def _sources(table: Any) -> str:
+    """What the skipped steps are forecast from: "1 of 3 features + latent at steps 1-3; ..."."""
+    found: dict[str, list[int]] = {}
+    for step in table.schedule.skipped_steps:
+        found.setdefault(table.used(step), []).append(step)
+    return "; ".join(f"{what} at {_ranges(steps)}" for what, steps in found.items()) or "-"
+
+
+def _ranges(steps: Sequence[int]) -> str:
+    """[1, 2, 3, 7] -> "1-3, 7"."""
+    runs: list[list[int]] = []
+    for step in steps:
+        if runs and step == runs[-1][-1] + 1:
+            runs[-1].append(step)
+        else:
+            runs.append([step])
+    return ", ".join(f"{r[0]}-{r[-1]}" if len(r) > 1 else f"{r[0]}" for r in runs)
 
 
 def _columns(table: Any) -> list[str]:

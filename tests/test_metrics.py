@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lesa.errors import LesaError
-from lesa.evaluation import lpips, psnr, psnr_u8wrap, ssim
+from lesa.evaluation import frame_psnr, lpips, psnr, psnr_u8wrap, ssim, temporal_psnr
 
 
 @pytest.fixture
@@ -101,3 +101,23 @@ def test_ssim_does_not_load_torchvision():
         "a = torch.rand(1, 3, 32, 32); assert abs(ssim(a, a).item() - 1) < 1e-5"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_one_broken_frame_is_seen_in_the_worst_frame_only():
+    video = torch.full((2, 5, 3, 8, 8), 0.5)
+    other = video.clone()
+    other[1, 3] += 0.1
+    frames = frame_psnr(video, other)
+    assert frames.shape == (2, 5) and frames[1, 3].item() == pytest.approx(20, abs=1e-4)
+    assert frames.isinf().sum() == 9
+    assert psnr(video, other)[1].item() == pytest.approx(20 + 10 * math.log10(5), abs=1e-4)
+
+
+def test_motion_ignores_what_is_constant_and_sees_flicker():
+    video = torch.rand(1, 6, 3, 8, 8, dtype=torch.float64) / 2
+    assert temporal_psnr(video, video + 0.25).item() > 250
+    flicker = video.clone()
+    flicker[:, ::2] += 0.1  # every difference is off by 0.1
+    assert temporal_psnr(video, flicker).item() == pytest.approx(20, abs=1e-6)
+    with pytest.raises(LesaError, match="single frame"):
+        temporal_psnr(video[:, :1], video[:, :1])

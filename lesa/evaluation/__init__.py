@@ -2,7 +2,14 @@
 
 from lesa.evaluation.compare import Comparison, compare
 from lesa.evaluation.methods import METHODS, Method, build, parse
-from lesa.evaluation.metrics import lpips, psnr, psnr_u8wrap, ssim
+from lesa.evaluation.metrics import (
+    frame_psnr,
+    lpips,
+    psnr,
+    psnr_u8wrap,
+    ssim,
+    temporal_psnr,
+)
 
 __all__ = [
     "METHODS",
@@ -10,9 +17,11 @@ __all__ = [
     "Method",
     "build",
     "compare",
+    "frame_psnr",
     "lpips",
     "parse",
     "psnr",
     "psnr_u8wrap",
     "ssim",
+    "temporal_psnr",
 ]

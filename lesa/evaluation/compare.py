@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.evaluation.methods import Method
-from lesa.evaluation.metrics import psnr, ssim
+from lesa.evaluation.metrics import frame_psnr, psnr, ssim, temporal_psnr
 from lesa.evaluation.runs import Run, generate, step_flops
+from lesa.prompts import pictures_per_prompt, settings_of
 
 COLUMNS = (
     "method",
@@ -29,6 +30,7 @@ COLUMNS = (
     "tflops",
     "cache_bytes",
 )
+VIDEO_COLUMNS = ("psnr_frame_mean", "psnr_frame_min", "temporal_psnr")
 PLAIN = "plain"
 
 
@@ -36,12 +38,14 @@ PLAIN = "plain"
 class Comparison:
     """What `compare` measured.
 
-    rows: one dict per method, with the keys `COLUMNS`; decibels against the plain run's pictures
-        (psnr_mean is the mean of the pictures' dB, psnr_p10 their 10th percentile), seconds of
-        the denoising loop for one batch, speedup over the plain loop in the same round, tflops
-        of one picture's loop, cache_bytes of the ring during a batch.
+    rows: one dict per method, with the keys `COLUMNS`, for videos also `VIDEO_COLUMNS`; decibels
+        against the plain run's pictures (psnr_mean is the mean of the pictures' dB, psnr_p10
+        their 10th percentile; psnr_frame_* are over frames, temporal_psnr is of the differences
+        between frames), seconds of the denoising loop for one batch, speedup over the plain loop
+        in the same round, tflops of one prompt's loop, cache_bytes held during a batch.
     curves: label -> relative RMS error of the latent after each step, mean over prompts.
-    pictures: label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1].
+    pictures: label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1], or videos,
+        [n, F, C, H, W]; `titles` are the prompts of all pictures.
     notes: steps that a cache had to run in full, by reason.
     """
 
@@ -50,6 +54,7 @@ class Comparison:
     rows: list[dict[str, Any]] = field(default_factory=list)
     curves: dict[str, list[float]] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
+    titles: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     plain_seconds: float = 0.0
     plain_tflops: float = 0.0
@@ -72,6 +77,8 @@ class _Tally:
 
     psnr: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
+    frames: list[float] = field(default_factory=list)  # of videos: dB of every frame
+    temporal: list[float] = field(default_factory=list)  # of videos: dB of what moves
     seconds: list[float] = field(default_factory=list)
     speedup: list[float] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)  # [B, S] each
@@ -83,6 +90,9 @@ class _Tally:
     def add(self, plain: Run, run: Run) -> None:
         self.psnr += psnr(plain.images, run.images).tolist()
         self.ssim += ssim(plain.images, run.images).tolist()
+        if plain.images.ndim == 5:
+            self.frames += frame_psnr(plain.images, run.images).flatten().tolist()
+            self.temporal += temporal_psnr(plain.images, run.images).tolist()
         self.seconds.append(run.seconds)
         self.speedup.append(plain.seconds / run.seconds)
         if run.latents and len(run.latents) == len(plain.latents):
@@ -104,7 +114,11 @@ class _Tally:
             self.tflops,
             self.cache_bytes,
         )
-        return dict(zip(COLUMNS, values, strict=True))
+        row = dict(zip(COLUMNS, values, strict=True))
+        if self.frames:
+            video = fmean(self.frames), min(self.frames), fmean(self.temporal)
+            row |= zip(VIDEO_COLUMNS, video, strict=True)
+        return row
 
 
 def compare(
@@ -121,10 +135,12 @@ def compare(
     """Compare methods with the plain pipeline on the same prompts, seeds and settings.
 
     The plain run is made once per batch, each method right after it, in rotating order, so that a
-    slow moment of the machine falls on all alike. Prompt i is drawn with seed + i.
+    slow moment of the machine falls on all alike. Prompt i is drawn with seed + i (its picture n
+    of N with seed + i N + n).
 
     Args:
-        settings: arguments of `pipe(...)`; num_inference_steps is needed.
+        settings: arguments of `pipe(...)`; num_inference_steps is needed. Where it holds
+            `prompt_embeds`, one row per prompt, the prompts are titles.
         advance: told the label of every run that has ended.
 
     Raises: LesaError if there is no prompt or method, or batch_size is below 1.
@@ -133,20 +149,25 @@ def compare(
     tallies = {method.label: _Tally() for method in methods}
     result = Comparison(list(prompts), dict(settings))
     plain_seconds, plain_pictures = [], []
-    _measure_flops(pipe, prompts[0], methods, settings, tallies, result)  # also warms the caches up
+    each = pictures_per_prompt(settings)
+    result.titles = [prompt for prompt in prompts for _ in range(each)]
+    first = settings_of(settings, [0], len(prompts))
+    _measure_flops(pipe, prompts[0], methods, first, tallies, result)  # also warms the caches up
     for batch, start in enumerate(range(0, len(prompts), batch_size)):
         chunk = prompts[start : start + batch_size]
-        seeds = range(seed + start, seed + start + len(chunk))
-        kept = max(0, min(keep_pictures - start, len(chunk)))
-        plain = generate(pipe, chunk, seeds, settings, record=True)
+        rows = range(start, start + len(chunk))
+        own = settings_of(settings, rows, len(prompts))
+        seeds = range(seed + each * rows.start, seed + each * rows.stop)
+        kept = max(0, min(keep_pictures - each * start, each * len(chunk)))
+        plain = generate(pipe, chunk, seeds, own, record=True)
         plain_seconds.append(plain.seconds)
         plain_pictures.append(plain.images[:kept])
         advance(PLAIN)
         for method in _rotated(methods, batch):
             tally = tallies[method.label]
             with _enabled(pipe, method, tally):
-                own = {**settings, "num_inference_steps": method.num_steps}
-                run = generate(pipe, chunk, seeds, own, record=True)
+                steps = {"num_inference_steps": method.num_steps}
+                run = generate(pipe, chunk, seeds, own | steps, record=True)
             tally.add(plain, run)
             tally.pictures.append(run.images[:kept])
             advance(method.label)
@@ -172,6 +193,12 @@ def _enabled(pipe: Any, method: Method, tally: _Tally | None = None) -> Iterator
     """The method's cache on the pipeline for a while; its counters go into `tally`."""
     from lesa.api import accelerate, stats
 
+    if method.own_cache is not None:
+        with method.own_cache(pipe) as held_bytes:
+            yield
+            if tally is not None:
+                tally.cache_bytes = max(tally.cache_bytes, held_bytes())
+        return
     cache: AbstractContextManager[Any] = (
         accelerate(pipe, method.forecaster, schedule=method.schedule)
         if method.schedule is not None

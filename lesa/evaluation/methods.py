@@ -6,7 +6,9 @@ Each peer comes with its own published rule for the full steps; formulas in docs
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from lesa.errors import LesaError
@@ -22,13 +24,18 @@ Origin = Literal["own", "searched"]
 
 @dataclass(frozen=True)
 class Method:
-    """One contender: its forecaster and bound schedule; neither of them for "fewer-steps"."""
+    """One contender: its forecaster and bound schedule; neither of them for "fewer-steps".
+
+    A peer that is no forecaster brings `own_cache`: pipeline -> context manager that gives a
+    function which tells the bytes held.
+    """
 
     name: str
     num_steps: int
     forecaster: Any = None
     schedule: Schedule | None = None
     origin: Origin = "own"
+    own_cache: Callable[[Any], AbstractContextManager[Callable[[], int]]] | None = None
 
     @property
     def full_steps(self) -> int:
@@ -78,6 +85,7 @@ PEERS: dict[str, Peer] = {
     "spectrum": Peer(Spectrum, Schedule.spectrum, (0.75, 2, 3, 4), grid=4),
 }
 METHODS: tuple[str, ...] = ("fewer-steps", *PEERS, "lesa")
+UNET_ONLY = ("deepcache",)  # on request: "all" means what runs on every pipeline
 
 
 def parse(names: str | Iterable[str], *, with_lesa: bool = True) -> tuple[str, ...]:
@@ -90,8 +98,9 @@ def parse(names: str | Iterable[str], *, with_lesa: bool = True) -> tuple[str, .
     if wanted == ["all"]:
         return METHODS if with_lesa else METHODS[:-1]
     for name in wanted:
-        if name not in METHODS:
-            raise LesaError(f"methods: unknown {name!r}; choose all, or from {', '.join(METHODS)}")
+        if name not in METHODS + UNET_ONLY:
+            known = ", ".join(METHODS + UNET_ONLY)
+            raise LesaError(f"methods: unknown {name!r}; choose all, or from {known}")
     if not wanted:
         raise LesaError(f"methods: none given; choose all, or from {', '.join(METHODS)}")
     if "lesa" in wanted and not with_lesa:
@@ -123,8 +132,11 @@ def build(
             raise LesaError("methods: 'lesa' needs a trained forecaster; give forecaster=FOLDER")
         schedule = searched or forecaster.schedule_for(full_steps, num_steps)
         return Method(name, num_steps, forecaster, schedule.bind(num_steps), "searched")
+    if name == "deepcache":
+        return _deepcache(full_steps, num_steps)
     if name not in PEERS:
-        raise LesaError(f"methods: unknown {name!r}; choose from {', '.join(METHODS)}")
+        known = ", ".join(METHODS + UNET_ONLY)
+        raise LesaError(f"methods: unknown {name!r}; choose from {known}")
     peer = PEERS[name]
     if searched is not None:
         return Method(name, num_steps, peer.forecaster(), searched.bind(num_steps), "searched")
@@ -152,6 +164,17 @@ def build_all(
                 methods.append(build(name, count, num_steps, searched=shared))
             found |= {method.label: method for method in methods}
     return list(found.values())
+
+
+def _deepcache(wanted: int, num_steps: int) -> Method:
+    """DeepCache at the uniform interval with the fewest full steps that are not below `wanted`."""
+    from lesa.evaluation.deepcache import deepcache
+
+    counts = {n: -(-num_steps // n) for n in range(1, num_steps + 1)}
+    interval = min((n for n in counts if counts[n] >= wanted), key=lambda n: (counts[n], n))
+    schedule = Schedule.fora(interval, num_steps)
+    cache = partial(deepcache, interval=interval)
+    return Method("deepcache", num_steps, None, schedule, own_cache=cache)
 
 
 def _nearest(peer: Peer, wanted: int, num_steps: int) -> Schedule:

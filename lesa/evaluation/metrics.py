@@ -26,6 +26,29 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:
     return -10 * torch.log10(squared)
 
 
+def frame_psnr(reference: Tensor, videos: Tensor) -> Tensor:
+    """PSNR in dB of every frame, [N, F, ...] -> [N, F] float64; a video's worst frame may be far
+    below its whole-video `psnr`.
+
+    Raises: LesaError if the shapes differ or the videos are not floats.
+    """
+    _check(reference, videos)
+    return psnr(reference.flatten(0, 1), videos.flatten(0, 1)).reshape(reference.shape[:2])
+
+
+def temporal_psnr(reference: Tensor, videos: Tensor) -> Tensor:
+    """PSNR in dB of the frame differences, 10 log10(1 / mean((da - db)^2)) with
+    da_f = a_{f+1} - a_f: sees flicker, not what is constant in time. [N, F, ...] -> [N] float64,
+    infinite where motion is identical.
+
+    Raises: LesaError if the shapes differ, the videos are not floats or have a single frame.
+    """
+    _check(reference, videos)
+    if reference.shape[1] < 2:
+        raise LesaError("videos: a single frame has no motion; give at least 2 frames")
+    return psnr(reference.double().diff(dim=1), videos.double().diff(dim=1))
+
+
 def psnr_u8wrap(reference: Tensor, images: Tensor) -> Tensor:
     """The PSNR column of the paper's FLUX and Qwen tables, kept only to stand beside those rows.
 

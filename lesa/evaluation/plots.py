@@ -7,28 +7,35 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
 
 
 def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
-    """Pictures side by side: one row per label, one column per prompt; `rows` are [n, C, H, W]."""
+    """Pictures side by side: one row per label, one column per prompt.
+
+    `rows` are [n, C, H, W]; of videos [n, F, C, H, W] each is a strip of frames.
+    """
     plt = _pyplot()
     columns = min(len(titles), *(len(pictures) for pictures in rows.values()))
+    shown = {label: [_strip(p) for p in pictures[:columns]] for label, pictures in rows.items()}
+    height, width, _ = next(iter(shown.values()))[0].shape
     figure, axes = plt.subplots(
-        len(rows), columns, squeeze=False, figsize=(1.7 * columns, 1.7 * len(rows))
+        len(rows), columns, squeeze=False, figsize=(1.7 * columns * width / height, 1.7 * len(rows))
     )
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
-    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
-        for axis, picture in zip(line, pictures, strict=False):
-            axis.imshow(_frame(picture), interpolation="nearest")
+    for line, (label, pictures) in zip(axes, shown.items(), strict=True):
+        for axis, picture in zip(line, pictures, strict=True):
+            axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
         line[0].set_ylabel(
             "\n".join(textwrap.wrap(label, 14)), rotation=0, ha="right", va="center", fontsize=9
         )
     for axis, title in zip(axes[0], titles, strict=False):
-        axis.set_title("\n".join(textwrap.wrap(title, 20)[:5]), fontsize=6.5)
+        lines = textwrap.wrap(title, round(20 * width / height))[:5]
+        axis.set_title("\n".join(lines), fontsize=6.5)
     return _png(figure)
 
 
@@ -69,6 +76,7 @@ def table_png(table: Any, title: str = "") -> bytes:
     return _png(figure)
 
 
+_STRIP = 5  # frames of a video that a report shows
 _STYLES = ("-", "--", ":", "-.")
 
 
@@ -85,10 +93,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _frame(picture: Tensor) -> Any:
-    """[C, H, W] -> [H, W, C]; a video [F, C, H, W] shows its middle frame."""
+def _strip(picture: Tensor) -> Any:
+    """[C, H, W] -> [H, W, C]; a video [F, C, H, W] shows frames from first to last, [H, n W, C]."""
     if picture.ndim == 4:
-        picture = picture[len(picture) // 2]
+        chosen = torch.linspace(0, len(picture) - 1, min(_STRIP, len(picture))).round().long()
+        picture = torch.cat(list(picture[chosen]), dim=-1)
     return picture.clamp(0, 1).movedim(0, -1).numpy()
 
 

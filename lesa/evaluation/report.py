@@ -17,6 +17,8 @@ from lesa.evaluation.plots import curves_png, grid_png
 from lesa.files import require_writable, to_json, write_atomically
 from lesa.versions import versions
 
+GRID_COLUMNS = 8
+
 
 def write_report(
     comparison: Comparison,
@@ -36,9 +38,8 @@ def write_report(
     folder = require_writable(folder)
     labels = [label for label in comparison.pictures if label != PLAIN]
     labels = [label for label in labels if shown is None or label.split(" @")[0] in shown]
-    grid = grid_png(
-        {label: comparison.pictures[label] for label in (PLAIN, *labels)}, comparison.prompts
-    )
+    shown_pictures = {label: comparison.pictures[label] for label in (PLAIN, *labels)}
+    grid = grid_png(shown_pictures, comparison.titles[:GRID_COLUMNS])
     counts = {label: int(label.rsplit("@", 1)[1]) for label in comparison.curves}
     curves = curves_png(comparison.curves, counts)
     facts = {**comparison.to_dict(), "versions": versions(), **(extra or {})}

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from lesa.prompts import pictures_per_prompt, prompt_arguments
+
 
 @dataclass
 class Run:
@@ -77,7 +79,7 @@ def loop_bar(pipe: Any, mark: Callable[[], None] | None = None) -> Iterator[Loop
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:
-    """One CPU generator per prompt: a picture does not depend on the batch that it is made in."""
+    """One CPU generator per picture: it does not depend on the batch that it is made in."""
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -89,12 +91,15 @@ def generate(
     *,
     record: bool = False,
 ) -> Run:
-    """Run the pipeline on the prompts, one seed each; `record` keeps the latent after every step.
+    """Run the pipeline on the prompts, one seed per picture; `record` keeps the latent after every
+    step.
 
-    `settings` are arguments of `pipe(...)`, num_inference_steps among them.
+    `settings` are arguments of `pipe(...)`, num_inference_steps among them; with `prompt_embeds`
+    (one row per prompt) the prompts are titles.
     """
     latents: list[Tensor] = []
-    arguments = {"output_type": "pt", **settings}
+    own = prompt_arguments(prompts, settings, range(len(prompts)))
+    arguments = {"output_type": "pt", **own, "generator": generators(seeds)}
     if record and "callback_on_step_end" in inspect.signature(pipe.__call__).parameters:
 
         def keep(_pipe: Any, _step: int, _time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def generate(
             "callback_on_step_end_tensor_inputs": ["latents"],
         }
     with torch.no_grad(), loop_bar(pipe) as bar:
-        images = pipe(list(prompts), generator=generators(seeds), return_dict=False, **arguments)[0]
+        images = pipe(return_dict=False, **arguments)[0]
     return Run(images.float().cpu(), bar.seconds, latents)
 
 
@@ -115,7 +120,7 @@ class _Enough(Exception):
 
 
 def step_flops(pipe: Any, prompt: str, settings: Mapping[str, Any], steps: int) -> list[int]:
-    """Floating-point operations of the first `steps` steps for one picture, then stop.
+    """Floating-point operations of the first `steps` steps for one prompt, then stop.
 
     Matrix products, convolutions and attention, as torch's own counter sees them; text encoders
     and decoder are outside the loop and left out.
@@ -128,7 +133,9 @@ def step_flops(pipe: Any, prompt: str, settings: Mapping[str, Any], steps: int) 
         if len(marks) > steps:
             raise _Enough
 
-    arguments = {"output_type": "latent", **settings}
+    own = prompt_arguments([prompt], settings, [0])
+    seeds = range(pictures_per_prompt(settings))
+    arguments = {"output_type": "latent", **own, "generator": generators(seeds)}
     with torch.no_grad(), loop_bar(pipe, mark), suppress(_Enough), counter:
-        pipe([prompt], generator=generators([0]), **arguments)
+        pipe(**arguments)
     return [after - before for before, after in zip(marks, marks[1:], strict=False)]

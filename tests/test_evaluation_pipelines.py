@@ -1,0 +1,129 @@
+"""Comparisons on other pipelines than the embedded one: videos, embeddings, DeepCache, U-Nets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipelines import build
+
+from lesa.errors import LesaError
+from lesa.evaluation import build as method
+from lesa.evaluation import compare, frame_psnr, psnr, temporal_psnr
+from lesa.evaluation.compare import COLUMNS, VIDEO_COLUMNS
+from lesa.evaluation.methods import parse
+from lesa.evaluation.plots import grid_png
+from lesa.evaluation.runs import generate
+
+STEPS = 6
+
+
+def make(name, prompts):
+    pipe, call = build(name)
+    settings = call(prompts)
+    for key in ("generator", "output_type"):
+        del settings[key]
+    draw = torch.Generator().manual_seed(2)
+    for key in ("prompt_embeds", "negative_prompt_embeds"):
+        settings[key] = settings[key] + torch.randn(settings[key].shape, generator=draw)
+    return pipe, settings
+
+
+@pytest.fixture(scope="module")
+def video():
+    pipe, settings = make("wan", 3)
+    methods = [method("fora", 3, STEPS), method("fora", STEPS, STEPS)]
+    return pipe, settings, compare(pipe, ["a", "b", "c"], methods, settings, seed=5, batch_size=2)
+
+
+def test_videos_are_judged_whole_by_frame_and_by_motion(video):
+    pipe, settings, found = video
+    plain, cached = found.pictures["plain"], found.pictures["fora @3"]
+    assert plain.shape == (3, 9, 3, 32, 32)
+    row, full = found.rows
+    assert list(row) == [*COLUMNS, *VIDEO_COLUMNS]
+    assert row["psnr_mean"] == pytest.approx(psnr(plain, cached).mean().item())
+    assert row["psnr_frame_min"] == pytest.approx(frame_psnr(plain, cached).min().item())
+    assert row["temporal_psnr"] == pytest.approx(temporal_psnr(plain, cached).mean().item())
+    assert row["psnr_frame_min"] < row["psnr_mean"] < float("inf") == full["psnr_frame_min"]
+
+
+def test_each_prompt_gets_its_own_embedding_and_seed(video):
+    pipe, settings, found = video
+    own = {name: part[1:2] if torch.is_tensor(part) else part for name, part in settings.items()}
+    alone = generate(pipe, ["b"], [6], own).images
+    assert psnr(found.pictures["plain"][1:2], alone).item() > 60
+    assert psnr(found.pictures["plain"][:1], alone).item() < 40
+
+
+def test_several_pictures_per_prompt_have_seeds_of_their_own():
+    pipe, settings = make("sdxl", 2)
+    settings["num_images_per_prompt"] = 2
+    found = compare(pipe, ["a", "b"], [method("fora", 3, STEPS)], settings, batch_size=1)
+    pictures = found.pictures["plain"]
+    assert len(pictures) == 4 and found.titles == ["a", "a", "b", "b"]
+    assert len({round(float(p.double().sum()), 6) for p in pictures}) == 4
+    together = generate(pipe, ["a", "b"], range(4), settings).images
+    assert psnr(pictures, together).min() > 60
+
+
+def test_a_strip_of_frames_is_wider_than_a_picture():
+    from io import BytesIO
+
+    from PIL import Image
+
+    def size(*shape):
+        return Image.open(BytesIO(grid_png({"plain": torch.rand(shape)}, ["a", "b"]))).size
+
+    picture, video = size(2, 3, 16, 16), size(2, 9, 3, 16, 16)
+    assert video[0] > 3 * picture[0]
+
+
+def test_deepcache_at_interval_one_is_the_plain_run_and_leaves_no_trace():
+    pytest.importorskip("DeepCache")
+    pipe, settings = make("sdxl", 2)
+    methods = [method("deepcache", STEPS, STEPS), method("deepcache", 2, STEPS)]
+    found = compare(pipe, ["a", "b"], methods, settings)
+    every, third = found.rows
+    assert every["psnr_min"] == float("inf") and every["full_steps"] == STEPS
+    assert third["schedule"] == "own: 0,3" and 0 < third["psnr_mean"] < float("inf")
+    full = found.plain_tflops / STEPS
+    assert 2 * full < third["tflops"] < 6 * full  # part of the U-Net runs at every step
+    assert third["cache_bytes"] > 0
+    assert not any("forward" in module.__dict__ for module in pipe.unet.modules())
+    again = generate(pipe, ["a", "b"], range(2), settings).images
+    assert torch.equal(again, found.pictures["plain"])
+
+
+def test_deepcache_recomputes_the_outermost_layers_only():
+    """Its published cache branch 0: which residual blocks run at a skipped step."""
+    pytest.importorskip("DeepCache")
+    pipe, settings = make("sdxl", 1)
+    runs, cache = [], method("deepcache", 2, STEPS).own_cache
+    blocks = {n: m for n, m in pipe.unet.named_modules() if n.split(".")[-2:-1] == ["resnets"]}
+    watched = {"conv_in": pipe.unet.conv_in} | {n: m.conv1 for n, m in blocks.items()}
+    with cache(pipe):
+        handles = [
+            module.register_forward_hook(lambda *_, name=name: runs.append(name))
+            for name, module in watched.items()
+        ]
+        generate(pipe, ["a"], [0], settings | {"output_type": "pt"})
+        for handle in handles:
+            handle.remove()
+    steps = [[]]
+    for name in runs:
+        steps = [*steps, [name]] if name == "conv_in" else [*steps[:-1], [*steps[-1], name]]
+    full, skipped = steps[1], steps[2]
+    assert len(steps) == STEPS + 1 and len(full) == len(watched)
+    assert skipped == ["conv_in", "up_blocks.1.resnets.1"]
+
+
+def test_deepcache_needs_a_unet():
+    pipe, settings = make("wan", 1)
+    with pytest.raises(LesaError, match="'deepcache' needs a U-Net, WanPipeline has none"):
+        compare(pipe, ["a"], [method("deepcache", 2, STEPS)], settings)
+
+
+@pytest.mark.parametrize(("wanted", "interval"), [(17, 3), (10, 5), (5, 10), (50, 1), (1, 50)])
+def test_deepcache_intervals(wanted, interval):
+    assert method("deepcache", wanted, 50).own_cache.keywords == {"interval": interval}
+    assert parse("deepcache,fora") == ("deepcache", "fora") and "deepcache" not in parse("all")
