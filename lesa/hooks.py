@@ -172,6 +172,7 @@ class Denoiser:
             kwargs = {name: kwargs[name] for name in kwargs if name not in self.spec.dropped}
         with self.turn:
             slot.skip, slot.feature, slot.mismatch = True, feature, False
+            slot.sharded = getattr(core_of(self.model), "_parallel_config", None) is not None
             try:
                 output = self._call(self.model, *args, **kwargs)
                 return Run(None if slot.mismatch else output, feature, slot.embedded)

@@ -39,6 +39,7 @@ class Slot:
         self.feature: torch.Tensor | None = None
         self.captured: torch.Tensor | None = None
         self.mismatch = False
+        self.sharded = False
         self.embedded: tuple[Any, ...] | None = None
 
 
@@ -96,7 +97,8 @@ class Tap:
             slot.captured = args[0]
         if not slot.skip or slot.feature is None:
             return None
-        if slot.feature.shape != args[0].shape:
+        # Context parallelism may split the input of the first block, which is not run here.
+        if slot.feature.shape != args[0].shape and not slot.sharded:
             slot.mismatch = True
             return None
         return (slot.feature.to(args[0]), *args[1:]), kwargs

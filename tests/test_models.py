@@ -10,6 +10,7 @@ import tiny_models
 import tiny_pipelines
 import torch
 from model_checks import (
+    ReuseFromSecond,
     check_full_steps_are_plain,
     check_reuse_is_exact,
     check_skips,
@@ -19,6 +20,7 @@ from torch import nn
 
 import lesa
 from lesa.discovery import Unclear, read_structure
+from lesa.hooks import attach
 from lesa.models import known_models, model_spec
 
 SHIPPED = known_models()
@@ -54,6 +56,22 @@ def test_a_run_from_a_picture_counts_its_own_steps(name):
         pytest.skip(f"diffusers {diffusers.__version__} has no such pipeline")
     pipe, call = tiny_pipelines.build_img2img(name)
     check_skips(pipe, call, "hidden")
+
+
+def test_under_context_parallelism_a_rank_injects_its_shard():
+    """Wan and Qwen-Image split the tokens in front of the first block, gather after `proj_out`."""
+    pipe, call = tiny_pipelines.build("wan")
+    args, kwargs = first_call(pipe, call(num_inference_steps=2))
+    model, controller = pipe.transformer, ReuseFromSecond()
+    attach(model, controller)
+    with torch.no_grad():
+        expected = model(*args, **kwargs)[0]
+        controller.feature = controller.feature[:, : controller.feature.shape[1] // 2]
+        model.proj_out.register_forward_hook(lambda _, args, out: torch.cat([out, out], dim=1))
+        assert model(*args, **kwargs) is None
+        model._parallel_config = object()
+        found = model(*args, **kwargs)[0]
+    assert torch.equal(found[:, :, 0], expected[:, :, 0])
 
 
 @pytest.mark.parametrize("name", list(tiny_models.ROWS))
