@@ -1,21 +1,26 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 STAMP  := .venv/.installed
+OLDEST := .venv-oldest
 
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test lint bench profile clean
+.PHONY: help demo test test-oldest lint bench profile clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-6s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## train a forecaster on the embedded pipeline, skip most steps, write lesa-demo/
 	$(BIN)/lesa demo
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-oldest: $(OLDEST)/.installed  ## test what touches diffusers on the oldest supported one
+	$(OLDEST)/bin/python -m pytest tests/test_models.py tests/test_hooks.py tests/test_clock.py \
+	  tests/test_engine.py tests/test_api.py
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -30,7 +35,7 @@ profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys 
 	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
 
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv build dist *.egg-info lesa-demo profiles .benchmarks \
+	rm -rf .venv $(OLDEST) build dist *.egg-info lesa-demo profiles .benchmarks \
 	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lesa kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -40,4 +45,14 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,dev]"
+	@touch $@
+
+# What is not older than in .venv, torch above all, is used from there.
+$(OLDEST)/.installed: $(STAMP)
+	rm -rf $(OLDEST)
+	$(BIN)/python -m venv --without-pip $(OLDEST)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(OLDEST)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(BIN)/python -m pip --python $(OLDEST)/bin/python install --quiet \
+	  "$$(sed -n 's/^ *"\(diffusers\)>=\([0-9.]*\)",/\1==\2.*/p' pyproject.toml)"
 	@touch $@

@@ -101,10 +101,13 @@ def quieten() -> None:
 
 
 def _from_pretrained(name: str, dtype: Any) -> Any:
-    from diffusers import DiffusionPipeline
+    import diffusers
+    from packaging.version import Version
 
+    # Either name goes into **kwargs, and the one that a release does not know is ignored.
+    key = "dtype" if Version(diffusers.__version__) >= Version("0.41") else "torch_dtype"
     try:
-        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        return diffusers.DiffusionPipeline.from_pretrained(name, **{key: dtype})
     except MemoryError:
         raise
     except Exception as error:  # every kind of broken folder raises something else

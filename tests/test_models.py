@@ -21,6 +21,7 @@ from torch import nn
 import lesa
 from lesa.discovery import Unclear, read_structure
 from lesa.hooks import attach
+from lesa.inputs import load_pipeline
 from lesa.models import known_models, model_spec
 
 SHIPPED = known_models()
@@ -194,3 +195,9 @@ def test_a_tap_that_a_model_does_not_have_is_refused_and_not_chosen():
         lesa.enable(pipe, lesa.Reuse(), tap="output")
     lesa.enable(pipe, lesa.Reuse())
     assert lesa.stats(pipe).tap == "hidden"
+
+
+def test_a_saved_pipeline_is_loaded_in_the_wanted_dtype(tmp_path):
+    tiny_pipelines.build("flux")[0].save_pretrained(tmp_path)
+    pipe = load_pipeline(str(tmp_path), device="cpu", dtype="bfloat16")
+    assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16

@@ -1,0 +1,277 @@
+"""Run what docs/models.md states about every denoiser class, and write its table.
+
+    python benchmarks/make_models_table.py --out docs/models.md [--only flux --only sdxl]
+
+Every cell is the outcome of a check on a tiny random-weight pipeline of the real classes, on CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
+
+import accelerate  # noqa: E402
+import diffusers  # noqa: E402
+import tiny_models  # noqa: E402
+import torch  # noqa: E402
+from _environment import commit  # noqa: E402
+from model_checks import (  # noqa: E402
+    SCHEDULE,
+    check_full_steps_are_plain,
+    check_reuse_is_exact,
+    check_skips,
+    first_call,
+)
+from tiny_pipelines import IMG2IMG, ROWS, build, build_img2img, run  # noqa: E402
+
+import lesa  # noqa: E402
+from lesa.api import find_denoiser  # noqa: E402
+from lesa.files import write_atomically  # noqa: E402
+from lesa.models import known_models, model_spec  # noqa: E402
+from lesa.versions import versions  # noqa: E402
+
+_PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
+
+
+class NotApplicable(Exception):
+    """The class has no such thing; the message says what is missing."""
+
+
+def of_a_model(name: str) -> str:
+    model, arguments = tiny_models.build(name)
+    check_reuse_is_exact(model, (), arguments)
+    return "yes"
+
+
+def bit_identical(name: str) -> str:
+    """a call without blocks, on the feature of the same inputs, equals the full call bit for bit;
+    a run with every step in full equals the plain one; after it no trace is left on the model."""
+    pipe, call = build(name)
+    args, kwargs = first_call(pipe, call(num_inference_steps=2))
+    check_reuse_is_exact(find_denoiser(pipe), args, kwargs)
+    check_full_steps_are_plain(*build(name))
+    return "yes"
+
+
+def skip(name: str) -> str:
+    """the taps at which, with 3 of 6 steps in full, each block runs half as often as in the plain
+    run, nothing falls back and a second generation repeats the first bit for bit."""
+    pipe, call = build(name)
+    taps = model_spec(find_denoiser(pipe)).taps
+    for tap in taps:
+        check_skips(pipe, call, tap)
+    return ", ".join(taps)
+
+
+def guidance(name: str) -> str:
+    """how the pipeline calls the denoiser with guidance on, as counted in a plain run; the other
+    columns are run with it."""
+    pipe, call = build(name)
+    model, latents = find_denoiser(pipe), []
+    latent = model_spec(model).latent
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: latents.append(kwargs[latent] if latent in kwargs else args[0]),
+        with_kwargs=True,
+    )
+    run(pipe, call())
+    if len(latents) == 2 * call()["num_inference_steps"]:
+        return "two branches"
+    if len(latents[0]) == 2:
+        return "batched"
+    raise NotApplicable("guidance is an embedded number")
+
+
+def img2img(name: str) -> str:
+    """the same two checks in the pipeline that takes a picture or a video and `strength=0.5`."""
+    if not hasattr(diffusers, IMG2IMG.get(name, ("", ()))[0]):
+        raise NotApplicable("diffusers has no pipeline with a strength for it")
+    pipe, call = build_img2img(name)
+    check_full_steps_are_plain(pipe, call)
+    for tap in model_spec(find_denoiser(pipe)).taps:
+        check_skips(pipe, call, tap)
+    return "yes"
+
+
+def compiled(name: str) -> str:
+    """`model.compile(fullgraph=True)` with dynamo's eager backend, equal to the run without."""
+    expected = _accelerated(*build(name))
+    for fullgraph in (True, False):
+        torch.compiler.reset()
+        pipe, call = build(name)
+        find_denoiser(pipe).compile(backend="eager", fullgraph=fullgraph)
+        try:
+            found = _accelerated(pipe, call)
+        except Exception:
+            if not fullgraph or _traces_plain(name):
+                raise
+            continue
+        assert torch.equal(found, expected)
+        return "yes" if fullgraph else "yes, with the graph breaks that it has without lesa"
+    raise AssertionError
+
+
+def _traces_plain(name: str) -> bool:
+    torch.compiler.reset()
+    pipe, call = build(name)
+    find_denoiser(pipe).compile(backend="eager", fullgraph=True)
+    try:
+        run(pipe, call(num_inference_steps=2))
+    except Exception:
+        return False
+    return True
+
+
+def offload(name: str) -> str:
+    """accelerate's whole-model and sequential hooks and diffusers' group offloading by leaves, from
+    CPU to CPU, each equal to the run without in two generations."""
+    expected = _accelerated(*build(name))
+    cpu = torch.device("cpu")
+    ways: list[Callable[[Any], Any]] = [
+        lambda part: accelerate.cpu_offload_with_hook(part, cpu),
+        lambda part: accelerate.cpu_offload(part, cpu, offload_buffers=True),
+        lambda part: diffusers.hooks.apply_group_offloading(
+            part, cpu, cpu, offload_type="leaf_level"
+        ),
+    ]
+    for way in ways:
+        pipe, call = build(name)
+        for part in pipe.components.values():
+            if isinstance(part, torch.nn.Module):
+                way(part)
+        assert torch.equal(_accelerated(pipe, call), expected)
+        assert torch.equal(_accelerated(pipe, call), expected)
+    return "yes"
+
+
+def lora(name: str) -> str:
+    """an adapter on `to_q` and `to_v`: the checks of the first two columns with it, and of the
+    first after it was deleted."""
+    from peft import LoraConfig
+
+    pipe, call = build(name)
+    model = find_denoiser(pipe)
+    if not hasattr(model, "add_adapter"):
+        raise NotApplicable("the class has no add_adapter")
+    expected = run(pipe, call())
+    torch.manual_seed(1)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    assert not torch.equal(run(pipe, call()), expected)
+    check_full_steps_are_plain(pipe, call)
+    for tap in model_spec(model).taps:
+        check_skips(pipe, call, tap)
+    model.delete_adapters("default")
+    check_full_steps_are_plain(pipe, call)
+    return "yes"
+
+
+def context_parallel(name: str) -> str:
+    """two gloo processes with `ulysses_degree=2` give what one gives, to 1e-4, with no fallback."""
+    if getattr(find_denoiser(build(name)[0]), "_cp_plan", None) is None:
+        raise NotApplicable("the class has no _cp_plan")
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_rank, (name, folder), nprocs=2)
+    return "yes"
+
+
+def _rank(rank: int, name: str, folder: str) -> None:
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    expected = _accelerated(*build(name))
+    dist.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    pipe, call = build(name)
+    config = diffusers.ContextParallelConfig(ulysses_degree=2)
+    with mock.patch("torch.accelerator.device_count", return_value=1):  # it divides by none on CPU
+        find_denoiser(pipe).enable_parallelism(config=config)
+    found = _accelerated(pipe, call)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    dist.destroy_process_group()
+
+
+def _accelerated(pipe: Any, call: Callable[..., dict[str, Any]]) -> torch.Tensor:
+    """A run of which three of six steps are forecast at the hidden tap."""
+    with lesa.accelerate(pipe, lesa.Reuse(), schedule=SCHEDULE, tap="hidden"):
+        found = run(pipe, call())
+        stats = lesa.stats(pipe)
+    assert stats.skipped and not stats.fallbacks, stats
+    return found
+
+
+COLUMNS: dict[str, Callable[[str], str]] = {
+    "bit-identical": bit_identical,
+    "skip": skip,
+    "CFG": guidance,
+    "img2img": img2img,
+    "compile": compiled,
+    "offload": offload,
+    "LoRA": lora,
+    "CP": context_parallel,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="the page whose table is replaced")
+    parser.add_argument("--only", action="append", choices=list(ROWS), help="one pipeline; a trial")
+    options = parser.parse_args()
+    diffusers.utils.logging.set_verbosity_error()
+    page = options.out.read_text()
+    head, tail = page.index(BEGIN) + len(BEGIN), page.index(END)
+    write_atomically(
+        options.out, f"{page[:head]}\n{table(options.only or list(ROWS))}\n{page[tail:]}"
+    )
+
+
+def table(names: list[str]) -> str:
+    """The cells as a Markdown table, the reasons as numbered notes, and what was run."""
+    lines = [f"| pipeline | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS)]
+    reasons: list[str] = []
+    for name in names:
+        pipe = build(name)[0]
+        title = f"{type(pipe).__name__}, {type(find_denoiser(pipe)).__name__}"
+        cells = [_noted(cell(check, name), reasons) for check in COLUMNS.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    for name in tiny_models.ROWS:
+        unbuilt = _noted("not run: there is no tiny pipeline of it here", reasons)
+        cells = [cell(of_a_model, name), ", ".join(known_models()[name].taps)]
+        lines.append(f"| {name} | {' | '.join(cells)} |{f' {unbuilt} |' * (len(COLUMNS) - 2)}")
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
+    lines += [f"- **{column}**: {check.__doc__}" for column, check in COLUMNS.items()]
+    known = versions()
+    packages = ", ".join(f"{name} {known[name]}" for name in _PACKAGES if name in known)
+    return "\n".join([*lines, "", f"Run on CPU, {date.today()}, commit {commit()}: {packages}."])
+
+
+def cell(check: Callable[[str], str], name: str) -> str:
+    """Outcome of a check; "kind: reason" where there is something to say."""
+    try:
+        return check(name)
+    except NotApplicable as reason:
+        return f"n/a: {reason}"
+    except Exception as error:  # one that fails is a cell of the table, not its end
+        return f"no: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _noted(text: str, reasons: list[str]) -> str:
+    """The text of a cell, its reason replaced by the number of a note."""
+    kind, _, reason = text.partition(": ")
+    if not reason:
+        return kind
+    if reason not in reasons:
+        reasons.append(reason)
+    return f"{kind} ({reasons.index(reason) + 1})"
+
+
+if __name__ == "__main__":
+    main()
