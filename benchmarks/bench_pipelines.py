@@ -1,0 +1,106 @@
+"""Every other embedded pipeline: `python benchmarks/bench_pipelines.py --pipelines qwen,sdxl`.
+
+Trains one forecaster per pipeline on 16 prompts, at the paper's numbers of full steps, and measures
+unseen prompts against all training-free methods at the same number of full steps: each on its own
+published list where that has this number, and on the list that the forecaster recommends. On a
+U-Net also against DeepCache. benchmarks/results/pipelines.json is written anew after each pipeline;
+those that are not asked for keep their last numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _environment import RESULTS, environment, write
+
+import lesa
+from lesa.demo import UNET_FULL_STEPS, attributes
+from lesa.evaluation.compare import Comparison, compare
+from lesa.evaluation.methods import METHODS, UNET_ONLY, build_all
+from lesa.testbed import PIPELINES, captions, load, settings
+from lesa.training.progress import Progress
+
+COUNTS = {50: (13, 10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps, as in the paper
+OTHERS = tuple(name for name in PIPELINES if name != "flux")
+
+
+def measure(name: str, prompts: int, unseen: int) -> dict[str, Any]:
+    """Training and comparison on one pipeline."""
+    pipe, call = load(name), settings(name)
+    steps = call["num_inference_steps"]
+    has_unet = getattr(pipe, "unet", None) is not None
+    counts = UNET_FULL_STEPS if has_unet else COUNTS[steps]
+    names = METHODS + UNET_ONLY if has_unet else METHODS
+    report, started = Progress(quiet=True), time.perf_counter()
+    forecaster = lesa.train(
+        pipe, captions(prompts, seed=0, split="train"), steps, counts, call=call, progress=report
+    )
+    seconds = time.perf_counter() - started
+    methods = build_all(names, counts, steps, forecaster=forecaster, searched=True)
+    texts = captions(unseen, seed=1, split="test")
+    result = compare(pipe, texts, methods, call, seed=1000, batch_size=16, keep_pictures=len(texts))
+    verdicts = [judge(result.rows, count) for count in counts]
+    show(f"{name}, {steps} steps, {unseen} unseen prompts", result, verdicts)
+    return {
+        "environment": environment(),
+        "settings": call,
+        "training": {"prompts": prompts, "seconds": seconds, "log": report.lines},
+        "plain": {"seconds": result.plain_seconds, "tflops": result.plain_tflops},
+        "rows": result.rows,
+        "verdicts": verdicts,
+        "attributes": {n: attributes(part, texts) for n, part in result.pictures.items()},
+        "notes": result.notes,
+    }
+
+
+def judge(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
+    """lesa against the best training-free method with as many full steps, whatever its list."""
+    at_count = [row for row in rows if row["full_steps"] == count]
+    ours = next(row for row in at_count if row["method"] == "lesa")
+    peers = [row for row in at_count if row["method"] != "lesa"]
+    best, tail = (max(peers, key=lambda r: r[key]) for key in ("psnr_mean", "psnr_p10"))
+    return {
+        "full_steps": count,
+        "lesa_mean": ours["psnr_mean"],
+        "best_peer": f"{best['method']} ({best['schedule']})",
+        "gain_mean": ours["psnr_mean"] - best["psnr_mean"],
+        "gain_p10": ours["psnr_p10"] - tail["psnr_p10"],
+    }
+
+
+def show(title: str, result: Comparison, verdicts: list[dict[str, Any]]) -> None:
+    print(f"\n{title}: plain {result.plain_seconds:.2f} s a batch")
+    for r in sorted(result.rows, key=lambda r: (-r["full_steps"], -r["psnr_mean"])):
+        quality = f"{r['psnr_mean']:6.2f} {r['psnr_p10']:6.2f} {r['psnr_min']:6.2f}"
+        speed = f"{r['ssim_mean']:.4f} {r['speedup']:5.2f}x"
+        print(f"{r['method']:13} {r['full_steps']:3d} {quality} {speed}  {r['schedule']}")
+    for v in verdicts:
+        print(
+            f"{v['full_steps']} full: {v['gain_mean']:+.2f} dB mean over {v['best_peer']}, "
+            f"{v['gain_p10']:+.2f} dB worst decile"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipelines", default=",".join(OTHERS), help="a comma list")
+    parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
+    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of pipelines.json")
+    options = parser.parse_args()
+    path = options.out / "pipelines.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    for name in filter(None, options.pipelines.split(",")):
+        report[name] = measure(name, options.prompts, options.unseen)
+        report["environment"] = environment()
+        write(path, report)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(2)
+    main()
