@@ -3,7 +3,7 @@ scenes.py and recipes/."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,12 @@ _SQUARE = dict(height=64, width=64)
 
 @dataclass(frozen=True)
 class _Embedded:
-    """How one embedded pipeline is called; `base` names the one whose other components it has."""
+    """How one embedded pipeline is called; a student has the components of its `teacher`, but
+    another scheduler and a changed denoiser."""
 
     call: dict[str, Any]
-    base: str | None = None
-    parts: tuple[str, ...] = field(default=())
+    teacher: str | None = None
+    guidance: float | None = None  # folded into the student of a teacher that takes it as input
 
 
 _ROWS = {
@@ -32,8 +33,8 @@ _ROWS = {
     ),
     "schnell": _Embedded(
         dict(num_inference_steps=4, guidance_scale=0.0, max_sequence_length=20, **_SQUARE),
-        base="flux",
-        parts=("transformer", "scheduler"),
+        teacher="flux",
+        guidance=3.5,
     ),
 }
 PIPELINES = tuple(_ROWS)
@@ -43,28 +44,30 @@ def load(name: str = "flux") -> Any:
     """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off."""
     from diffusers import DiffusionPipeline
 
+    row = _ROWS.get(name)
+    if row is not None and row.teacher is not None:
+        return _student(name, row.teacher, row.guidance)
     folder = _HERE / name if name in PIPELINES else Path(name)
-    row = _ROWS.get(name, _Embedded({}))
-    home = _HERE / row.base if row.base else folder
-    if not (home / "model_index.json").exists():
+    if not (folder / "model_index.json").exists():
         raise LesaError(
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
             "folder: pass one of these"
         )
-    pipe = DiffusionPipeline.from_pretrained(home, **{p: _part(folder, home, p) for p in row.parts})
+    pipe = DiffusionPipeline.from_pretrained(folder)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def _part(folder: Path, home: Path, name: str) -> Any:
-    """A component of ``folder``, of the class that the pipeline in ``home`` has for it."""
-    import json
+def _student(name: str, teacher: str, guidance: float | None) -> Any:
+    from lesa.testbed.students import add_difference, without_guidance
 
-    import diffusers
-
-    _, cls = json.loads((home / "model_index.json").read_text())[name]
-    return getattr(diffusers, cls).from_pretrained(folder / name)
+    pipe = load(teacher)
+    if guidance is not None:
+        pipe.transformer = without_guidance(pipe.transformer, guidance)
+    add_difference(pipe.transformer, _HERE / name / "transformer")
+    pipe.scheduler = type(pipe.scheduler).from_pretrained(_HERE / name / "scheduler")
+    return pipe
 
 
 def settings(name: str = "flux") -> dict[str, Any]:

@@ -11,18 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import lesa.testbed
 from lesa.testbed.recipes import flux
 from lesa.testbed.recipes.common import Run, optimise
 from lesa.testbed.scenes import scenes
+from lesa.testbed.students import save_difference, without_guidance
 from lesa.testbed.text import TEXT_LENGTH
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]  # latents, sigma, caption rows
@@ -42,6 +42,7 @@ class Schnell:
     steps: int = 1_200
     lr: float = 4e-4
     ema: float = 0.99
+    rank: int = 32
 
 
 @torch.no_grad()
@@ -125,31 +126,16 @@ def flux_velocity(
     return velocity
 
 
-@torch.no_grad()
-def without_guidance(transformer: Any, guidance: float) -> Any:
-    """A copy that has no guidance embedding: the one of ``guidance`` is a constant, added to the
-    timestep embedding's bias."""
-    config = {**transformer.config, "guidance_embeds": False}
-    student = FluxTransformer2DModel.from_config(config)
-    student.load_state_dict(transformer.state_dict(), strict=False)
-    time = transformer.time_text_embed
-    projected = time.time_proj(torch.tensor([1000.0 * guidance]))
-    student.time_text_embed.timestep_embedder.linear_2.bias += time.guidance_embedder(projected)[0]
-    return student
-
-
 def train(run: Run) -> None:
-    """The student's transformer and scheduler in ``run.folder / "export"``; the other components
-    are the teacher's."""
+    """The student's difference from its teacher and its scheduler in ``run.folder / "export"``;
+    all other components are the teacher's."""
     plan = run.plan
     teacher = lesa.testbed.load(plan.teacher)
     guided = flux_velocity(teacher, plan.trajectories, teacher.transformer, plan.guidance)
     states = trajectories(run, guided, (flux.TOKENS, teacher.transformer.config.in_channels))
-    student = without_guidance(teacher.transformer, plan.guidance)
+    start = without_guidance(teacher.transformer, plan.guidance)
+    student = copy.deepcopy(start)
     average = distil(run, states, student, flux_velocity(teacher, len(states), student, None))
-    export(average, run.folder / "export")
-
-
-def export(student: nn.Module, folder: Path) -> None:
-    copy.deepcopy(student).half().save_pretrained(folder / "transformer")
-    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    save_difference(average, start, run.folder / "export" / "transformer", plan.rank)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler.save_pretrained(run.folder / "export" / "scheduler")
