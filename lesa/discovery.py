@@ -1,7 +1,7 @@
 """Read the row of an unregistered denoiser from its structure and from the source of its forward.
 
 Leaving the blocks out changes nothing but the tail's first argument if what the blocks make goes
-nowhere else. Here that is proved on the syntax tree, or the class is turned down.
+nowhere else. That is checked on the syntax tree; a class in doubt is turned down.
 """
 
 from __future__ import annotations

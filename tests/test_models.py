@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import diffusers
 import pytest
@@ -17,8 +18,10 @@ from model_checks import (
     first_call,
 )
 from torch import nn
+from typer.testing import CliRunner
 
 import lesa
+from lesa.cli import app
 from lesa.discovery import Unclear, read_structure
 from lesa.hooks import attach
 from lesa.inputs import load_pipeline
@@ -201,3 +204,14 @@ def test_a_saved_pipeline_is_loaded_in_the_wanted_dtype(tmp_path):
     tiny_pipelines.build("flux")[0].save_pretrained(tmp_path)
     pipe = load_pipeline(str(tmp_path), device="cpu", dtype="bfloat16")
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
+
+
+def test_the_rows_are_listed_for_people_and_for_programs():
+    shown = CliRunner().invoke(app, ["env", "--models"], env={"COLUMNS": "300"})
+    assert shown.exit_code == 0
+    listed = json.loads(CliRunner().invoke(app, ["env", "--models", "--json"]).stdout)
+    rows = {row["class"]: row for row in listed}
+    assert set(rows) >= set(SHIPPED) and all(name in shown.stdout for name in SHIPPED)
+    assert rows["CogVideoXTransformer3DModel"]["tail"] == "norm_final"
+    assert rows["FluxTransformer2DModel"]["cache_mixin"] is True
+    assert rows["SD3Transformer2DModel"]["cache_mixin"] is False
