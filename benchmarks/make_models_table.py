@@ -8,10 +8,12 @@ Every cell is the outcome of a check on a tiny random-weight pipeline of the rea
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,11 +37,11 @@ from tiny_pipelines import IMG2IMG, ROWS, build, build_img2img, run  # noqa: E40
 
 import lesa  # noqa: E402
 from lesa.api import find_denoiser  # noqa: E402
-from lesa.files import write_atomically  # noqa: E402
-from lesa.models import known_models, model_spec  # noqa: E402
-from lesa.versions import versions  # noqa: E402
+from lesa.files import to_json, write_atomically  # noqa: E402
+from lesa.models import model_spec  # noqa: E402
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
+RESULTS = ROOT / "benchmarks" / "results" / "models"  # one file per row
 BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 
 
@@ -92,13 +94,13 @@ def guidance(name: str) -> str:
 
 
 def img2img(name: str) -> str:
-    """the same two checks in the pipeline that takes a picture or a video and `strength=0.5`."""
+    """in the pipeline that takes a picture or a video and `strength=0.5`, every step in full equals
+    the plain run, and blocks run on full steps only."""
     if not hasattr(diffusers, IMG2IMG.get(name, ("", ()))[0]):
         raise NotApplicable("diffusers has no pipeline with a strength for it")
     pipe, call = build_img2img(name)
     check_full_steps_are_plain(pipe, call)
-    for tap in model_spec(find_denoiser(pipe)).taps:
-        check_skips(pipe, call, tap)
+    check_skips(pipe, call, "hidden")
     return "yes"
 
 
@@ -154,8 +156,8 @@ def offload(name: str) -> str:
 
 
 def lora(name: str) -> str:
-    """an adapter on `to_q` and `to_v`: the checks of the first two columns with it, and of the
-    first after it was deleted."""
+    """an adapter on `to_q` and `to_v`: every step in full equals the plain run, and blocks run on
+    full steps only, with it; the former also after it was deleted."""
     from peft import LoraConfig
 
     pipe, call = build(name)
@@ -167,8 +169,7 @@ def lora(name: str) -> str:
     model.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     assert not torch.equal(run(pipe, call()), expected)
     check_full_steps_are_plain(pipe, call)
-    for tap in model_spec(model).taps:
-        check_skips(pipe, call, tap)
+    check_skips(pipe, call, "hidden")
     model.delete_adapters("default")
     check_full_steps_are_plain(pipe, call)
     return "yes"
@@ -227,35 +228,52 @@ COLUMNS: dict[str, Callable[[str], str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="the page whose table is replaced")
-    parser.add_argument("--only", action="append", choices=list(ROWS), help="one pipeline; a trial")
+    parser.add_argument("--only", action="append", default=[], help="run this row, keep the others")
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
+    for name in options.only or [*ROWS, *tiny_models.ROWS]:
+        made = {"row": name, **outcomes(name), "run": surroundings()}
+        write_atomically(RESULTS / f"{name}.json", to_json(made))
+        print(made, file=sys.stderr, flush=True)
     page = options.out.read_text()
     head, tail = page.index(BEGIN) + len(BEGIN), page.index(END)
-    write_atomically(
-        options.out, f"{page[:head]}\n{table(options.only or list(ROWS))}\n{page[tail:]}"
-    )
+    write_atomically(options.out, f"{page[:head]}\n{table()}\n{page[tail:]}")
 
 
-def table(names: list[str]) -> str:
-    """The cells as a Markdown table, the reasons as numbered notes, and what was run."""
+def outcomes(name: str) -> dict[str, Any]:
+    """Title and cells of a row."""
+    if name in tiny_models.ROWS:
+        exact = cell(of_a_model, name)
+        cells = [exact, "hidden" if exact == "yes" else "no"]
+        rest = "not run: there is no tiny pipeline of it here"
+        return {"title": name, "cells": cells + [rest] * (len(COLUMNS) - len(cells))}
+    pipe = build(name)[0]
+    title = f"{type(pipe).__name__}, {type(find_denoiser(pipe)).__name__}"
+    return {"title": title, "cells": [cell(check, name) for check in COLUMNS.values()]}
+
+
+def surroundings() -> str:
+    """Date, commit and versions of a run."""
+    packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
+    return f"{date.today()}, commit {commit()}, CPU, {packages}"
+
+
+def table() -> str:
+    """The kept rows as a Markdown table, the reasons as numbered notes, and what was run."""
+    files = [RESULTS / f"{name}.json" for name in (*ROWS, *tiny_models.ROWS)]
+    kept = [json.loads(file.read_text()) for file in files if file.exists()]
     lines = [f"| pipeline | {' | '.join(COLUMNS)} |", "| --- |" + " --- |" * len(COLUMNS)]
     reasons: list[str] = []
-    for name in names:
-        pipe = build(name)[0]
-        title = f"{type(pipe).__name__}, {type(find_denoiser(pipe)).__name__}"
-        cells = [_noted(cell(check, name), reasons) for check in COLUMNS.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
-        print(lines[-1], file=sys.stderr, flush=True)
-    for name in tiny_models.ROWS:
-        unbuilt = _noted("not run: there is no tiny pipeline of it here", reasons)
-        cells = [cell(of_a_model, name), ", ".join(known_models()[name].taps)]
-        lines.append(f"| {name} | {' | '.join(cells)} |{f' {unbuilt} |' * (len(COLUMNS) - 2)}")
-    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
-    lines += [f"- **{column}**: {check.__doc__}" for column, check in COLUMNS.items()]
-    known = versions()
-    packages = ", ".join(f"{name} {known[name]}" for name in _PACKAGES if name in known)
-    return "\n".join([*lines, "", f"Run on CPU, {date.today()}, commit {commit()}: {packages}."])
+    for row in kept:
+        cells = [_noted(text, reasons) for text in row["cells"]]
+        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
+    lines += ["", "What each cell was filled by:", ""]
+    lines += [
+        f"- **{name}**: {' '.join((run.__doc__ or '').split())}" for name, run in COLUMNS.items()
+    ]
+    runs = sorted({row["run"] for row in kept})
+    return "\n".join([*lines, "", *(f"Run on {run}." for run in runs)])
 
 
 def cell(check: Callable[[str], str], name: str) -> str:
