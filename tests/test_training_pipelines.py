@@ -169,6 +169,7 @@ def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
     job = Job(pipe, ["a", "b"], call)
     options = dict(form="table", refine=1, progress=False)
     trained = lesa.train(pipe, None, STEPS, 3, call=call, **options)
+    assert GUIDANCE in trained.metadata["call"].values()
     trained.save_pretrained(tmp_path)
     again = lesa.LesaForecaster.from_pretrained(tmp_path)
     plain, schedule = job.run(range(2), STEPS), trained.schedule_for(3, STEPS)
@@ -205,6 +206,16 @@ def test_few_steps_beat_reuse_with_what_the_ring_holds(steps, count):
         with lesa.accelerate(pipe, forecaster, schedule=schedule):
             runs.append(decibels(plain, job.run(range(2), steps)).mean())
     assert runs[0] > runs[1] + 3
+
+
+def test_a_table_says_what_each_step_is_made_from():
+    """4 steps, full at 0 and 2, K = 3: one cached feature at step 1, two at step 3."""
+    schedule = Schedule.explicit((0, 2), 4)
+    table = lesa.LesaForecaster(form="table").table(schedule, (1.0, 0.7, 0.5, 0.3, 0.0))
+    told = [table.used(step) for step in range(4)]
+    some = "1 of 3 features + latent", "2 of 3 features + latent"
+    assert told == ["model", some[0], "model", some[1]]
+    assert lesa.Reuse().table(schedule).used(1) == "1 feature"
 
 
 @pytest.mark.parametrize("name", ["sd3", "pixart", "wan", "kontext"])

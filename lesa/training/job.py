@@ -76,6 +76,7 @@ class Job:
             "prompts": len(self.prompts),
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "seed": self.seed,
+            "call": {k: v for k, v in self.call.items() if isinstance(v, (str, int, float))},
         }
 
 
