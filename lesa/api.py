@@ -187,7 +187,7 @@ def _check_model(model: nn.Module, config: LesaConfig) -> None:
     spec = model_spec(core)
     if attached(model) is not None:
         _controller(model)
-    refuse_other_cache(core)
+    refuse_other_cache(model)
     forecaster: Any = config.forecaster
     if hasattr(forecaster, "check_model"):
         forecaster.check_model(spec.name, tap=config.resolved_tap)

@@ -16,7 +16,7 @@ from lesa.config import LesaConfig
 from lesa.counters import Counters, Stats
 from lesa.errors import LesaError, RunError
 from lesa.graph import StepGraphs
-from lesa.hooks import Denoiser, core_of, refuse_other_cache
+from lesa.hooks import Denoiser, refuse_other_cache
 from lesa.plan import Planner
 from lesa.replay import TailBuffers
 from lesa.tail import ModulatedTail
@@ -171,7 +171,7 @@ class CacheController:
 def _check_caches(call: Call) -> None:
     """RunError if a cache of diffusers was put on the model after lesa."""
     try:
-        refuse_other_cache(core_of(call.denoiser.model))
+        refuse_other_cache(call.denoiser.model)
     except LesaError as error:
         raise RunError(str(error)) from None
 

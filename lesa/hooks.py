@@ -211,7 +211,7 @@ def attach(
     spec = model_spec(core)
     if attached(model) is not None:
         raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first.")
-    refuse_other_cache(core)
+    refuse_other_cache(model)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for known in denoiser.clock.pipes:
         denoiser.watch(known)
@@ -282,7 +282,9 @@ class _Controlled(Swapped):
     _lesa_denoiser: Denoiser
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self._lesa_denoiser
+        denoiser = self.__dict__.get("_lesa_denoiser")
+        if denoiser is None:  # detached, but an earlier torch.compile holds this very method
+            return type(self).__call__(self, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             return _call_uncompiled(denoiser, args, kwargs)
         return denoiser.controller(denoiser, args, kwargs)
@@ -372,9 +374,10 @@ def core_of(model: nn.Module) -> nn.Module:
     return model if core is None else core
 
 
-def refuse_other_cache(core: nn.Module) -> None:
+def refuse_other_cache(model: nn.Module) -> None:
     """LesaError if a cache of diffusers is on this model."""
-    config = None if attached(core) else getattr(core, "_cache_config", None)
+    core = core_of(model)
+    config = None if attached(model) else getattr(core, "_cache_config", None)
     if config is not None:
         raise LesaError(
             f"model: {type(config).__name__} is enabled on it; call model.disable_cache() first."
