@@ -9,10 +9,10 @@ from tiny_pipelines import build
 from lesa.errors import LesaError
 from lesa.evaluation import build as method
 from lesa.evaluation import compare, frame_psnr, psnr, temporal_psnr
-from lesa.evaluation.compare import COLUMNS, VIDEO_COLUMNS
 from lesa.evaluation.methods import parse
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
+from lesa.evaluation.tally import COLUMNS, VIDEO_COLUMNS
 
 STEPS = 6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,24 +13,10 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.evaluation.methods import Method
-from lesa.evaluation.metrics import frame_psnr, psnr, ssim, temporal_psnr
-from lesa.evaluation.runs import Run, generate, step_flops
+from lesa.evaluation.runs import generate, step_flops
+from lesa.evaluation.tally import Tally
 from lesa.prompts import pictures_per_prompt, settings_of
 
-COLUMNS = (
-    "method",
-    "schedule",
-    "full_steps",
-    "psnr_mean",
-    "psnr_p10",
-    "psnr_min",
-    "ssim_mean",
-    "seconds",
-    "speedup",
-    "tflops",
-    "cache_bytes",
-)
-VIDEO_COLUMNS = ("psnr_frame_mean", "psnr_frame_min", "temporal_psnr")
 PLAIN = "plain"
 
 
@@ -71,56 +57,6 @@ class Comparison:
         }
 
 
-@dataclass
-class _Tally:
-    """One method's measurements, a batch at a time."""
-
-    psnr: list[float] = field(default_factory=list)
-    ssim: list[float] = field(default_factory=list)
-    frames: list[float] = field(default_factory=list)  # of videos: dB of every frame
-    temporal: list[float] = field(default_factory=list)  # of videos: dB of what moves
-    seconds: list[float] = field(default_factory=list)
-    speedup: list[float] = field(default_factory=list)
-    errors: list[Tensor] = field(default_factory=list)  # [B, S] each
-    pictures: list[Tensor] = field(default_factory=list)
-    cache_bytes: int = 0
-    tflops: float = 0.0
-    fallbacks: dict[str, int] = field(default_factory=dict)
-
-    def add(self, plain: Run, run: Run) -> None:
-        self.psnr += psnr(plain.images, run.images).tolist()
-        self.ssim += ssim(plain.images, run.images).tolist()
-        if plain.images.ndim == 5:
-            self.frames += frame_psnr(plain.images, run.images).flatten().tolist()
-            self.temporal += temporal_psnr(plain.images, run.images).tolist()
-        self.seconds.append(run.seconds)
-        self.speedup.append(plain.seconds / run.seconds)
-        if run.latents and len(run.latents) == len(plain.latents):
-            self.errors.append(_relative_error(plain.latents, run.latents))
-
-    def row(self, method: Method) -> dict[str, Any]:
-        decibels = torch.tensor(self.psnr, dtype=torch.float64)
-        finite = decibels.clamp(max=1e3)  # identical pictures are infinite: quantiles would be NaN
-        values = (
-            method.name,
-            method.schedule_text,
-            method.full_steps,
-            decibels.mean().item(),
-            _infinite_if_clamped(finite.quantile(0.1).item()),
-            decibels.min().item(),
-            fmean(self.ssim),
-            median(self.seconds),
-            median(self.speedup),
-            self.tflops,
-            self.cache_bytes,
-        )
-        row = dict(zip(COLUMNS, values, strict=True))
-        if self.frames:
-            video = fmean(self.frames), min(self.frames), fmean(self.temporal)
-            row |= zip(VIDEO_COLUMNS, video, strict=True)
-        return row
-
-
 def compare(
     pipe: Any,
     prompts: Sequence[str],
@@ -146,7 +82,7 @@ def compare(
     Raises: LesaError if there is no prompt or method, or batch_size is below 1.
     """
     _check(prompts, methods, settings, batch_size)
-    tallies = {method.label: _Tally() for method in methods}
+    tallies = {method.label: Tally() for method in methods}
     result = Comparison(list(prompts), dict(settings))
     plain_seconds, plain_pictures = [], []
     each = pictures_per_prompt(settings)
@@ -177,7 +113,7 @@ def compare(
     return result
 
 
-def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, _Tally]) -> None:
+def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, Tally]) -> None:
     for method in methods:
         tally = tallies[method.label]
         result.rows.append(tally.row(method))
@@ -189,7 +125,7 @@ def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, _
 
 
 @contextmanager
-def _enabled(pipe: Any, method: Method, tally: _Tally | None = None) -> Iterator[None]:
+def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[None]:
     """The method's cache on the pipeline for a while; its counters go into `tally`."""
     from lesa.api import accelerate, stats
 
@@ -218,7 +154,7 @@ def _measure_flops(
     prompt: str,
     methods: Sequence[Method],
     settings: Mapping[str, Any],
-    tallies: dict[str, _Tally],
+    tallies: dict[str, Tally],
     result: Comparison,
 ) -> None:
     """Count one full and one skipped step of each method, and extrapolate to its whole run."""
@@ -234,22 +170,9 @@ def _measure_flops(
         tally.tflops = (full * method.full_steps + cost * len(skipped)) / 1e12
 
 
-def _relative_error(reference: list[Tensor], latents: list[Tensor]) -> Tensor:
-    """RMS(x - x_ref) / RMS(x_ref) of each prompt after each step, [B, S]."""
-    columns = [
-        (ours.float() - base.float()).flatten(1).norm(dim=1) / base.float().flatten(1).norm(dim=1)
-        for base, ours in zip(reference, latents, strict=True)
-    ]
-    return torch.stack(columns, 1).cpu()
-
-
 def _rotated(methods: Sequence[Method], by: int) -> list[Method]:
     by %= len(methods)
     return [*methods[by:], *methods[:by]]
-
-
-def _infinite_if_clamped(decibels: float) -> float:
-    return decibels if decibels < 1e3 else float("inf")
 
 
 def _check(
