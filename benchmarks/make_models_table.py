@@ -231,6 +231,7 @@ def main() -> None:
     parser.add_argument("--only", action="append", default=[], help="run this row, keep the others")
     options = parser.parse_args()
     diffusers.utils.logging.set_verbosity_error()
+    RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.only or [*ROWS, *tiny_models.ROWS]:
         made = {"row": name, **outcomes(name), "run": surroundings()}
         write_atomically(RESULTS / f"{name}.json", to_json(made))

@@ -101,13 +101,10 @@ def quieten() -> None:
 
 
 def _from_pretrained(name: str, dtype: Any) -> Any:
-    import diffusers
-    from packaging.version import Version
+    from diffusers import DiffusionPipeline
 
-    # Either name goes into **kwargs, and the one that a release does not know is ignored.
-    key = "dtype" if Version(diffusers.__version__) >= Version("0.41") else "torch_dtype"
     try:
-        return diffusers.DiffusionPipeline.from_pretrained(name, **{key: dtype})
+        return DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except MemoryError:
         raise
     except Exception as error:  # every kind of broken folder raises something else

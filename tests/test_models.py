@@ -201,7 +201,7 @@ def test_a_tap_that_a_model_does_not_have_is_refused_and_not_chosen():
 
 
 def test_a_saved_pipeline_is_loaded_in_the_wanted_dtype(tmp_path):
-    tiny_pipelines.build("flux")[0].save_pretrained(tmp_path)
+    tiny_pipelines.build("dit")[0].save_pretrained(tmp_path)  # which has all of its parts
     pipe = load_pipeline(str(tmp_path), device="cpu", dtype="bfloat16")
     assert pipe.transformer.dtype == pipe.vae.dtype == torch.bfloat16
 
