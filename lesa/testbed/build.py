@@ -6,15 +6,21 @@ from collections.abc import Iterable
 
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLQwenImage,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+)
+from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import (
+    HunyuanVideoResnetBlockCausal3D,
 )
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageResidualBlock
 from diffusers.models.resnet import ResnetBlock2D
@@ -24,14 +30,18 @@ from transformers import CLIPTextModelWithProjection
 from lesa.testbed.text import (
     clip_encoder,
     clip_tokenizer,
+    llama_encoder,
+    llama_tokenizer,
     qwen_encoder,
     qwen_tokenizer,
     t5_encoder,
     t5_tokenizer,
+    vocabulary,
 )
 
 LATENT_CHANNELS = 12
 IMAGE_SIZE = 64
+VIDEO_TEXT_LENGTH = 24
 TOKENS = (IMAGE_SIZE // 8) ** 2  # the VAE shrinks by 4, packing by 2
 
 
@@ -201,4 +211,60 @@ def sdxl_pipeline(vae: AutoencoderKL) -> StableDiffusionXLPipeline:
             steps_offset=1,
         ),
         add_watermarker=False,
+    )
+
+
+def hunyuan_autoencoder() -> AutoencoderKLHunyuanVideo:
+    """HunyuanVideo's causal autoencoder in small: 4x down in space and in time."""
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=16,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        spatial_compression_ratio=4,
+        mid_block_add_attention=False,
+    )
+    zeroed(b.conv2 for b in vae.modules() if isinstance(b, HunyuanVideoResnetBlockCausal3D))
+    return vae
+
+
+def hunyuan_transformer() -> HunyuanVideoTransformer3DModel:
+    """HunyuanVideo's architecture in small: 2 double and 4 single blocks of width 144, token
+    refiner and guidance embedding included."""
+    transformer = HunyuanVideoTransformer3DModel(
+        in_channels=16,
+        out_channels=16,
+        num_attention_heads=4,
+        attention_head_dim=36,
+        num_layers=2,
+        num_single_layers=4,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=True,
+        text_embed_dim=64,
+        pooled_projection_dim=64,
+        rope_axes_dim=(12, 12, 12),
+    )
+    zeroed(block.norm1.linear for block in transformer.transformer_blocks)
+    zeroed(block.norm1_context.linear for block in transformer.transformer_blocks)
+    zeroed(block.norm.linear for block in transformer.single_transformer_blocks)
+    zeroed((transformer.norm_out.linear, transformer.proj_out))
+    return transformer
+
+
+def hunyuan_pipeline() -> HunyuanVideoPipeline:
+    """An untrained ``HunyuanVideoPipeline`` with every component and HunyuanVideo's shift."""
+    words = vocabulary(moving=True)
+    llama, clip = llama_tokenizer(VIDEO_TEXT_LENGTH), clip_tokenizer(words, max_length=77)
+    return HunyuanVideoPipeline(
+        text_encoder=llama_encoder(llama),
+        tokenizer=llama,
+        transformer=hunyuan_transformer(),
+        vae=hunyuan_autoencoder(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        text_encoder_2=clip_encoder(clip),
+        tokenizer_2=clip,
     )

@@ -54,6 +54,9 @@ PLACES = tuple(
         "bottom right",
     )
 )
+MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+REACH = (0.09, 0.13)  # share of the side that a moving scene travels to either side of its place
+FRAMES = 9
 MAX_TILT = 15.0  # degrees; more would turn a square into a diamond
 FREE, NEAT = 1.0, 0.25  # how much of tilt and jitter a scene uses
 _SPLIT = {"train": 0, "test": 1_000_003}  # first seed of each split
@@ -165,6 +168,35 @@ def scenes(
     return [_crowded(sample_scene(rng, freedom), rng, crowd) for _ in range(count)]
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A scene whose items drift together; half way they are where the caption says."""
+
+    scene: Scene
+    motion: str
+    reach: float
+
+    @property
+    def caption(self) -> str:
+        return f"{self.scene.caption} moving {self.motion}"
+
+    def at(self, time: float) -> Scene:
+        """The scene at ``time`` in [-1, 1]."""
+        dx, dy = (self.reach * time * direction for direction in MOTIONS[self.motion])
+        moved = tuple(replace(item, x=item.x + dx, y=item.y + dy) for item in self.scene.items)
+        return replace(self.scene, items=moved)
+
+
+def clips(count: int, seed: int = 0, split: str = "train", *, crowd: int = 0) -> list[Clip]:
+    """``count`` moving scenes of a split."""
+    rng = Random(_SPLIT[split] + seed)
+    drawn = []
+    for _ in range(count):
+        scene = _crowded(sample_scene(rng), rng, crowd)
+        drawn.append(Clip(scene, rng.choice(tuple(MOTIONS)), rng.uniform(*REACH)))
+    return drawn
+
+
 def _crowded(scene: Scene, rng: Random, crowd: int) -> Scene:
     if not crowd:
         return scene
@@ -175,13 +207,14 @@ def _crowded(scene: Scene, rng: Random, crowd: int) -> Scene:
     )
 
 
-def captions(count: int, seed: int = 0, split: str = "test") -> list[str]:
-    """Distinct captions of a split; test captions are redrawn until they differ from one
-    another."""
+def captions(count: int, seed: int = 0, split: str = "test", *, moving: bool = False) -> list[str]:
+    """Distinct captions of a split, of pictures or of moving scenes; test captions are redrawn
+    until they differ from one another."""
     rng = Random(_SPLIT[split] + seed)
     found: dict[str, None] = {}
     while len(found) < count:
-        found.setdefault(sample_scene(rng).caption)
+        caption = sample_scene(rng).caption
+        found.setdefault(f"{caption} moving {rng.choice(tuple(MOTIONS))}" if moving else caption)
     return list(found)
 
 
@@ -252,3 +285,12 @@ def render_batch(batch: list[Scene], size: int = 64) -> Any:
 
     pictures = np.stack([render(scene, size) for scene in batch])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
+def render_clips(batch: list[Clip], size: int = 64) -> Any:
+    """Videos as a torch tensor ``[N, 3, FRAMES, size, size]`` in [-1, 1]."""
+    import torch
+
+    times = np.linspace(-1, 1, FRAMES)
+    videos = np.stack([[render(clip.at(float(t)), size) for t in times] for clip in batch])
+    return torch.from_numpy(videos).permute(0, 4, 1, 2, 3).contiguous() * 2 - 1

@@ -14,6 +14,9 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    LlamaTokenizer,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -23,7 +26,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lesa.testbed.scenes import COLOURS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, TONES
+from lesa.testbed.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, TONES
 
 TEXT_LENGTH = 20  # the longest caption has 18 words, CLIP adds two marks
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
@@ -43,8 +46,8 @@ QWEN_SPECIAL = (
 )
 
 
-def vocabulary() -> list[str]:
-    """Every word of the caption grammar, sorted."""
+def vocabulary(*, moving: bool = False) -> list[str]:
+    """Every word of the caption grammar, sorted; with those of moving scenes if asked for."""
     phrases = [
         *SHAPES,
         *COLOURS,
@@ -54,11 +57,12 @@ def vocabulary() -> list[str]:
         *RELATIONS,
         *PLACES,
         "a on to background the with and",
+        *(["moving", *MOTIONS] if moving else []),
     ]
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(words: list[str] | None = None, max_length: int = TEXT_LENGTH) -> CLIPTokenizer:
     """BPE trained on the vocabulary alone: each of its words becomes one token, other words fall
     apart into letters."""
     bpe = Tokenizer(BPE(end_of_word_suffix="</w>"))
@@ -71,12 +75,12 @@ def clip_tokenizer() -> CLIPTokenizer:
         # numbered first: in the order of the trainer's own hash map, ties would fall at random
         special_tokens=last,
     )
-    bpe.train_from_iterator(vocabulary(), trainer)
+    bpe.train_from_iterator(words or vocabulary(), trainer)
     model = json.loads(bpe.to_str())["model"]
     tokens = dict.fromkeys([*LETTERS, *last, *model["vocab"], "<|startoftext|>", "<|endoftext|>"])
     merges = [tuple(merge) for merge in model["merges"]]
     vocab = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=TEXT_LENGTH)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=max_length)
 
 
 def t5_tokenizer() -> T5Tokenizer:
@@ -98,7 +102,7 @@ def clip_encoder(
         projection_dim=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=TEXT_LENGTH,
+        max_position_embeddings=tokenizer.model_max_length,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -135,25 +139,31 @@ def t5_encoder(tokenizer: T5Tokenizer, width: int = 128) -> T5EncoderModel:
     return encoder
 
 
+def spelled(words: list[str]) -> list[tuple[str, str]]:
+    """BPE merges that put each word together letter by letter from its left."""
+    return list(
+        dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word)))
+    )
+
+
 def qwen_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE whose merges spell each word from its left: captions and Qwen-Image's prompt
     template become one token per word, so the template's prefix has the 34 tokens that the
     pipeline cuts off."""
     alphabet = sorted(bytes_to_unicode().values())
-    spaced = [f"Ġ{word}" for word in vocabulary()]
-    template = [
-        *(f"Ġ{word}" for word in QWEN_TEMPLATE_WORDS),
-        *("Describe", "system", "user", "assistant"),
-    ]
     # words with a space come first: their merges all begin at the space and meet no other's
-    merges = dict.fromkeys(
-        (word[:end], word[end]) for word in [*spaced, *template] for end in range(1, len(word))
+    merges = spelled(
+        [
+            *(f"Ġ{word}" for word in vocabulary()),
+            *(f"Ġ{word}" for word in QWEN_TEMPLATE_WORDS),
+            *("Describe", "system", "user", "assistant"),
+        ]
     )
     tokens = [*alphabet, *("".join(merge) for merge in merges), *QWEN_SPECIAL]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return Qwen2Tokenizer(
         vocab=vocab,
-        merges=list(merges),
+        merges=merges,
         eos_token="<|im_end|>",
         additional_special_tokens=list(QWEN_SPECIAL[1:]),
         model_max_length=1024,
@@ -194,3 +204,34 @@ def qwen_encoder(tokenizer: Qwen2Tokenizer, width: int = 128) -> Qwen2_5_VLForCo
         tie_word_embeddings=True,
     )
     return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def llama_tokenizer(max_length: int) -> LlamaTokenizer:
+    """BPE that makes one token of each word of the captions of moving scenes."""
+    words = vocabulary(moving=True)
+    merges = spelled([f"▁{word}" for word in words])
+    tokens = ["<unk>", "<s>", "</s>", "▁", *LETTERS, *("".join(merge) for merge in merges)]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return LlamaTokenizer(
+        vocab=vocab,
+        merges=merges,
+        pad_token="</s>",
+        padding_side="right",
+        model_max_length=max_length,
+    )
+
+
+def llama_encoder(tokenizer: LlamaTokenizer, width: int = 64) -> LlamaModel:
+    """Four causal layers, of which HunyuanVideo reads the second."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaModel(config)

@@ -19,6 +19,7 @@ from lesa.testbed.recipes.common import Run, record
 RECIPES = {
     "flux": ("flux", "Plan"),
     "qwen": ("qwen", "Plan"),
+    "hunyuan": ("hunyuan", "Plan"),
     "sdxl": ("sdxl", "Plan"),
     "schnell": ("few_steps", "Schnell"),
 }

@@ -1,0 +1,187 @@
+"""Train the embedded HunyuanVideo pipeline from nothing: ``python -m lesa.testbed.train hunyuan``.
+
+Four stages: the causal autoencoder on moving scenes of 9 frames; word order for the text encoder;
+the denoiser by flow matching; guidance distillation, since HunyuanVideo takes its guidance scale
+as an input.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import HunyuanVideoPipeline
+from torch import Tensor, nn
+
+from lesa.testbed.build import VIDEO_TEXT_LENGTH, hunyuan_pipeline
+from lesa.testbed.recipes.common import Run, batches, draw, learn_order, optimise
+from lesa.testbed.scenes import clips, render_clips
+
+LAYER = -3  # the hidden states of the text encoder that HunyuanVideo reads
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every number of a training run; recorded beside the weights."""
+
+    seed: int = 0
+    vae_clips: int = 800
+    vae_steps: int = 1_500
+    vae_batch: int = 3
+    vae_lr: float = 2e-3
+    clips: int = 8_000
+    order_steps: int = 500
+    base_steps: int = 6_000
+    base_batch: int = 16
+    base_lr: float = 1e-3
+    caption_dropout: float = 0.1
+    ema: float = 0.998
+    distill_steps: int = 400
+    distill_lr: float = 2e-4
+    guidance: tuple[float, float] = (1.0, 7.0)
+    train_shift: float = 3.0
+
+
+def train_vae(run: Run, pipe: HunyuanVideoPipeline) -> None:
+    """Squared error, sharp edges and true motion, and a light KL term, on crowded clips."""
+    plan, vae = run.plan, pipe.vae
+    crowded = clips(plan.vae_clips, plan.seed, crowd=4)
+    pool = torch.cat([render_clips(part).half() for part in batches(crowded, 100)])
+
+    def loss_at(step: int) -> Tensor:
+        generator = run.generator("vae", step)
+        videos = pool[torch.randint(0, len(pool), (plan.vae_batch,), generator=generator)].float()
+        posterior = vae.encode(videos).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        output = vae.decode(posterior.mean + posterior.std * noise).sample
+        changes = sum(F.l1_loss(output.diff(dim=d), videos.diff(dim=d)) for d in (-1, -2, -3))
+        divergence = posterior.kl().mean() / videos[0].numel()
+        return 4 * F.mse_loss(output, videos) + 0.5 * changes + 1e-4 * divergence
+
+    modules = nn.ModuleDict({"vae": vae})
+    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
+    vae.load_state_dict(average["vae"].state_dict())
+    vae.requires_grad_(False).eval()
+
+
+class Pool:
+    """Encoded training clips ``[N, C, T, H, W]`` in fp16, scaled, and their caption tokens; the
+    last row of the tokens is the empty caption."""
+
+    @torch.no_grad()
+    def __init__(self, run: Run, pipe: HunyuanVideoPipeline) -> None:
+        drawn = clips(run.plan.clips, run.plan.seed)
+        if (state := run.load("pool")) is None:
+            encode = pipe.vae.encode
+            parts = [encode(render_clips(part)).latent_dist.mean for part in batches(drawn, 16)]
+            latents = torch.cat(parts)
+            scale = 1 / latents.std()
+            state = {"latents": (latents * scale).half(), "scale": scale}
+            run.save("pool", state)
+            run.log(stage="pool", clips=len(drawn), mean=latents.mean().item(), scale=scale.item())
+        pipe.vae.register_to_config(scaling_factor=float(state["scale"]))
+        self.latents = state["latents"]
+        captions = [*(clip.caption for clip in drawn), ""]
+        options = dict(padding="max_length", max_length=VIDEO_TEXT_LENGTH, return_tensors="pt")
+        tokens = pipe.tokenizer(captions, **options)
+        self.ids, self.mask = tokens.input_ids, tokens.attention_mask
+        self.clip = pipe.tokenizer_2(captions, **options).input_ids
+
+    @property
+    def empty(self) -> int:
+        """Row of the empty caption."""
+        return len(self.latents)
+
+
+def velocity(
+    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+) -> Tensor:
+    """The denoiser's output for caption rows; ``sigma`` and ``guidance`` are ``[B]``."""
+    ids, mask = pool.ids[rows], pool.mask[rows]
+    text = modules["text_encoder"](input_ids=ids, attention_mask=mask, output_hidden_states=True)
+    return modules["transformer"](
+        hidden_states=latents,
+        timestep=1000 * sigma,
+        encoder_hidden_states=text.hidden_states[LAYER],
+        encoder_attention_mask=mask,
+        pooled_projections=modules["text_encoder_2"](pool.clip[rows]).pooler_output,
+        guidance=1000 * guidance,
+        return_dict=False,
+    )[0]
+
+
+def denoiser(pipe: HunyuanVideoPipeline) -> nn.ModuleDict:
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    return nn.ModuleDict({name: getattr(pipe, name) for name in names})
+
+
+def train_base(run: Run, pipe: HunyuanVideoPipeline, pool: Pool) -> nn.ModuleDict:
+    """Flow matching: the target is noise minus data. Guidance 1 means unguided."""
+    plan, modules = run.plan, denoiser(pipe)
+
+    def loss_at(step: int) -> Tensor:
+        batch = draw(run, "base", step, pool.latents)
+        chance = torch.rand(len(batch.rows), generator=run.generator("drop", step))
+        rows = torch.where(chance < plan.caption_dropout, pool.empty, batch.rows)
+        one = torch.ones(len(rows))
+        output = velocity(modules, pool, batch.noisy, batch.sigma, one, rows)
+        return F.mse_loss(output, batch.noise - batch.clean)
+
+    def snapshot(average: nn.ModuleDict) -> None:
+        export(pipe, average, run.folder / "snapshot")
+
+    return optimise(
+        run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, snapshot
+    )
+
+
+def distil_guidance(
+    run: Run, pipe: HunyuanVideoPipeline, teacher: nn.ModuleDict, pool: Pool
+) -> nn.ModuleDict:
+    """Teach ``guidance = g`` the frozen teacher's ``v_empty + g (v_caption - v_empty)``."""
+    plan, student = run.plan, denoiser(pipe)
+    student.load_state_dict(teacher.state_dict())
+    for name in ("text_encoder", "text_encoder_2"):
+        student[name].requires_grad_(False)
+    teacher.eval()
+
+    def loss_at(step: int) -> Tensor:
+        batch = draw(run, "distill", step, pool.latents)
+        count, (low, high) = len(batch.rows), plan.guidance
+        scale = low + (high - low) * torch.rand(count, generator=run.generator("guidance", step))
+        one, empty = torch.ones(count), torch.full((count,), pool.empty)
+        with torch.no_grad():
+            caption = velocity(teacher, pool, batch.noisy, batch.sigma, one, batch.rows)
+            free = velocity(teacher, pool, batch.noisy, batch.sigma, one, empty)
+        target = free + scale.view(-1, 1, 1, 1, 1) * (caption - free)
+        output = velocity(student, pool, batch.noisy, batch.sigma, scale, batch.rows)
+        return F.mse_loss(output, target)
+
+    return optimise(run, "distill", student, loss_at, plan.distill_steps, plan.distill_lr, 0.99)
+
+
+def export(pipe: HunyuanVideoPipeline, modules: Any, folder: Path) -> None:
+    """Write a ``from_pretrained`` folder, denoiser and autoencoder in half precision."""
+    HunyuanVideoPipeline(
+        text_encoder=modules["text_encoder"],
+        tokenizer=pipe.tokenizer,
+        transformer=copy.deepcopy(modules["transformer"]).half(),
+        vae=copy.deepcopy(pipe.vae).half(),
+        scheduler=pipe.scheduler,
+        text_encoder_2=modules["text_encoder_2"],
+        tokenizer_2=pipe.tokenizer_2,
+    ).save_pretrained(folder)
+
+
+def train(run: Run) -> None:
+    """All stages; the finished pipeline lies in ``run.folder / "export"``."""
+    pipe = hunyuan_pipeline()
+    train_vae(run, pipe)
+    pool = Pool(run, pipe)
+    learn_order(run, "order", pipe.text_encoder, pool.ids, LAYER, run.plan.order_steps)
+    teacher = train_base(run, pipe, pool)
+    export(pipe, distil_guidance(run, pipe, teacher, pool), run.folder / "export")
