@@ -15,7 +15,7 @@ import lesa.testbed
 from lesa.errors import LesaError
 from lesa.testbed import captions, checker, load
 from lesa.testbed.recipes.flux import Plan
-from lesa.testbed.scenes import render, scenes
+from lesa.testbed.scenes import clips, render, render_clips, scenes
 from lesa.testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
 from lesa.testbed.train import RECIPES
 
@@ -71,6 +71,15 @@ def test_the_checker_finds_nothing_wrong_with_the_scenes_themselves():
     drawn = scenes(40, seed=3, split="test")
     found = checker.accuracy(np.stack([render(s) for s in drawn]), [s.caption for s in drawn])
     assert found == {"shape": 1.0, "colour": 1.0, "place": 1.0}
+
+
+def test_the_checker_sees_moving_scenes_move():
+    drawn = clips(12, seed=3, split="test")
+    videos = (render_clips(drawn).permute(0, 2, 3, 4, 1).numpy() + 1) / 2
+    captions = [clip.caption for clip in drawn]
+    right = checker.accuracy(videos, captions)
+    assert right == {"shape": 1.0, "colour": 1.0, "place": 1.0, "motion": 1.0}
+    assert checker.accuracy(videos[:, ::-1], captions)["motion"] == 0
 
 
 def test_the_checker_notices_another_caption():

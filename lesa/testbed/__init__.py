@@ -10,7 +10,7 @@ from typing import Any
 from lesa.errors import LesaError
 from lesa.testbed.scenes import captions
 
-__all__ = ["PIPELINES", "captions", "load", "settings"]
+__all__ = ["PIPELINES", "captions", "load", "prompts", "settings"]
 
 _SAMPLE_SIZE = 16  # latent pixels: 64 x 64 pictures
 _HERE = Path(__file__).parent
@@ -19,12 +19,18 @@ _SQUARE = dict(height=64, width=64)
 
 @dataclass(frozen=True)
 class _Embedded:
-    """How one embedded pipeline is called; a student has the components of its `teacher`, but
-    another scheduler and a changed denoiser."""
+    """How one embedded pipeline is called, and what it has of another one.
+
+    `vae` names the pipeline whose autoencoder it uses. A student has all components of its
+    `teacher`, but another scheduler and a changed denoiser; `guidance` is the scale that is folded
+    into it, where the teacher takes one as input.
+    """
 
     call: dict[str, Any]
+    moving: bool = False
+    vae: str | None = None
     teacher: str | None = None
-    guidance: float | None = None  # folded into the student of a teacher that takes it as input
+    guidance: float | None = None
 
 
 _ROWS = {
@@ -36,8 +42,26 @@ _ROWS = {
         teacher="flux",
         guidance=3.5,
     ),
+    "qwen": _Embedded(
+        dict(num_inference_steps=50, true_cfg_scale=4.0, negative_prompt=" ", **_SQUARE)
+    ),
+    "lightning": _Embedded(
+        dict(num_inference_steps=8, true_cfg_scale=1.0, **_SQUARE), teacher="qwen"
+    ),
+    "sdxl": _Embedded(dict(num_inference_steps=50, guidance_scale=5.0, **_SQUARE), vae="flux"),
+    "hunyuan": _Embedded(
+        dict(
+            num_inference_steps=50,
+            guidance_scale=6.0,
+            num_frames=9,
+            max_sequence_length=24,
+            prompt_template={"template": "{}", "crop_start": 0},
+            **_SQUARE,
+        ),
+        moving=True,
+    ),
 }
-PIPELINES = tuple(_ROWS)
+PIPELINES = tuple(name for name in _ROWS if (_HERE / name).exists())
 
 
 def load(name: str = "flux") -> Any:
@@ -53,7 +77,8 @@ def load(name: str = "flux") -> Any:
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
             "folder: pass one of these"
         )
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    shared = {"vae": load(row.vae).vae} if row is not None and row.vae is not None else {}
+    pipe = DiffusionPipeline.from_pretrained(folder, **shared)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -75,3 +100,8 @@ def settings(name: str = "flux") -> dict[str, Any]:
     if name not in PIPELINES:
         raise LesaError(f"pipeline {name!r} is not embedded: choose one of {', '.join(PIPELINES)}")
     return dict(_ROWS[name].call)
+
+
+def prompts(name: str, count: int, seed: int = 0, split: str = "test") -> list[str]:
+    """Distinct captions of the kind that the pipeline ``name`` was trained on."""
+    return captions(count, seed, split, moving=_ROWS[name].moving if name in _ROWS else False)

@@ -21,15 +21,17 @@ from lesa.testbed.scenes import (
     COLOURS,
     HUES,
     MAX_TILT,
+    MOTIONS,
     PLACES,
     RELATIONS,
     SHAPES,
     Array,
-    captions,
+    clips,
     coverage,
     scenes,
 )
 
+MAX_CLIPS = 8_000  # of the video pipeline's training
 MIN_AREA = 0.006  # share of the picture; the smallest item covers 0.012
 
 
@@ -124,25 +126,47 @@ def check(picture: Array, caption: str) -> Verdict:
     return Verdict(shape, colour, float(_in_place(centres, relation)))
 
 
+def drifts(video: Array, caption: str) -> bool:
+    """Do the named colours of ``[frames, size, size, 3]`` move where the caption says, more than
+    across?"""
+    direction = np.array(MOTIONS[caption.split()[-1]])
+    colours = {colour for colour, _ in _items(caption)[0]}
+    ends = []
+    for picture in (video[0], video[-1]):
+        named = [mask for name, mask in _hue_masks(picture).items() if name in colours]
+        ends.append(np.argwhere(np.logical_or.reduce(named)).mean(0)[::-1] / len(picture))
+    travelled = ends[1] - ends[0]
+    along = float(travelled @ direction)
+    return along > 0.05 and along > np.abs(travelled @ direction[::-1])
+
+
 def accuracy(pictures: Array, captions: list[str]) -> dict[str, float]:
-    """Mean shape, colour and place accuracy over ``[N, size, size, 3]`` pictures."""
-    verdicts = [
-        check(picture, caption) for picture, caption in zip(pictures, captions, strict=True)
-    ]
-    return {
+    """Mean shape, colour and place accuracy over pictures ``[N, size, size, 3]``, or over the
+    middle frames of videos ``[N, frames, size, size, 3]``, whose ``motion`` is checked too."""
+    video = pictures.ndim == 5
+    stills = pictures[:, pictures.shape[1] // 2] if video else pictures
+    verdicts = [check(picture, text) for picture, text in zip(stills, captions, strict=True)]
+    found = {
         name: float(np.mean([getattr(v, name) for v in verdicts]))
         for name in ("shape", "colour", "place")
     }
+    if video:
+        found["motion"] = float(
+            np.mean([drifts(v, text) for v, text in zip(pictures, captions, strict=True)])
+        )
+    return found
 
 
-def unseen(count: int) -> list[str]:
-    """Test captions that no training scene happens to have: there are only so many short ones."""
+def unseen(count: int, name: str = "flux") -> list[str]:
+    """Test captions that no training scene of any pipeline happens to have: there are only so
+    many short ones."""
+    from lesa.testbed import prompts
     from lesa.testbed.recipes.flux import Plan
 
-    plan = Plan()
-    pools = (plan.free_scenes, plan.neat_scenes)
-    trained = {scene.caption for size in pools for scene in scenes(size, plan.seed)}
-    return [caption for caption in captions(2 * count) if caption not in trained][:count]
+    plan = Plan()  # the largest pools: those of other pipelines begin with the same scenes
+    pool = scenes(max(plan.free_scenes, plan.neat_scenes), plan.seed)
+    trained = {scene.caption for scene in pool} | {clip.caption for clip in clips(MAX_CLIPS)}
+    return [caption for caption in prompts(name, 2 * count) if caption not in trained][:count]
 
 
 def main() -> None:
@@ -156,16 +180,19 @@ def main() -> None:
     parser.add_argument(
         "--pipeline", default="flux", help="name of an embedded pipeline or a folder"
     )
+    parser.add_argument("--like", help="embedded pipeline whose settings a folder has")
     parser.add_argument("--count", type=int, default=200)
     options = parser.parse_args()
-    pipe, wanted = load(options.pipeline), unseen(options.count)
+    like = options.like or options.pipeline
+    pipe, wanted, call = load(options.pipeline), unseen(options.count, like), settings(like)
     pictures = []
     for start in range(0, len(wanted), 20):
         part = wanted[start : start + 20]
         generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        pictures.append(
-            pipe(part, generator=generators, output_type="np", **settings(options.pipeline)).images
-        )
+        if "negative_prompt" in call:  # QwenImagePipeline wants one each
+            call["negative_prompt"] = [settings(like)["negative_prompt"]] * len(part)
+        result = pipe(part, generator=generators, output_type="np", **call)
+        pictures.append(result[0])
     print(json.dumps({"captions": len(wanted), **accuracy(np.concatenate(pictures), wanted)}))
 
 

@@ -22,6 +22,7 @@ RECIPES = {
     "hunyuan": ("hunyuan", "Plan"),
     "sdxl": ("sdxl", "Plan"),
     "schnell": ("few_steps", "Schnell"),
+    "lightning": ("few_steps", "Lightning"),
 }
 
 

@@ -1,4 +1,5 @@
-"""Distil a student of few steps from an embedded teacher, as FLUX.1-schnell was made from dev.
+"""Distil a student of few steps from an embedded teacher: FLUX.1-schnell from dev,
+Qwen-Image-Lightning from Qwen-Image.
 
 The teacher's guided trajectories are integrated finely between the student's noise levels; the
 student learns each segment's mean velocity, so that one of its Euler steps lands where the
@@ -11,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import lesa.testbed
-from lesa.testbed.recipes import flux
+from lesa.testbed.recipes import flux, qwen
 from lesa.testbed.recipes.common import Run, optimise
 from lesa.testbed.scenes import scenes
 from lesa.testbed.students import save_difference, without_guidance
@@ -29,8 +31,8 @@ Velocity = Callable[[Tensor, float, Tensor], Tensor]  # latents, sigma, caption 
 
 
 @dataclass(frozen=True)
-class Schnell:
-    """Every number of the 4-step student of the FLUX pipeline."""
+class Plan:
+    """Every number of a student's training."""
 
     seed: int = 0
     teacher: str = "flux"
@@ -43,6 +45,29 @@ class Schnell:
     lr: float = 4e-4
     ema: float = 0.99
     rank: int = 32
+
+
+@dataclass(frozen=True)
+class Schnell(Plan):
+    """The 4-step student of the FLUX pipeline."""
+
+
+@dataclass(frozen=True)
+class Lightning(Plan):
+    """The 8-step student of the Qwen-Image pipeline, which needs no second branch."""
+
+    teacher: str = "qwen"
+    guidance: float = 4.0
+    sigmas: tuple[float, ...] = (1.0, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0.0)
+    trajectories: int = 1_536
+    substeps: int = 2
+
+
+# That of FLUX.1-schnell, and Qwen-Image-Lightning's: a shift of 3 whatever the token count
+SCHEDULERS = {
+    "flux": dict(shift=1.0),
+    "qwen": dict(use_dynamic_shifting=True, base_shift=log(3), max_shift=log(3)),
+}
 
 
 @torch.no_grad()
@@ -126,16 +151,53 @@ def flux_velocity(
     return velocity
 
 
+def qwen_velocity(
+    pipe: Any, count: int, transformer: nn.Module, guidance: float | None
+) -> Velocity:
+    """Velocity of a Qwen-Image denoiser for the first ``count`` training captions; with guidance
+    as the pipeline combines its two branches: at the norm of the captioned one."""
+    captions = [scene.caption for scene in scenes(count)]
+    ids, mask = qwen.tokenize(pipe, [*captions, qwen.NEGATIVE])
+    start, side = pipe.prompt_template_encode_start_idx, int(flux.TOKENS**0.5)
+    with torch.no_grad():
+        parts = zip(ids.split(256), mask.split(256), strict=True)
+        language = pipe.text_encoder.model
+        text = torch.cat([language(i, attention_mask=m).last_hidden_state for i, m in parts])
+    text, mask = text[:, start:], mask[:, start:]
+
+    def branch(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        return transformer(
+            hidden_states=x,
+            timestep=torch.full((len(x),), sigma),
+            encoder_hidden_states=text[rows],
+            encoder_hidden_states_mask=mask[rows],
+            img_shapes=[[(1, side, side)]] * len(x),
+            return_dict=False,
+        )[0]
+
+    def guided(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
+        caption, free = branch(x, sigma, rows), branch(x, sigma, torch.full_like(rows, count))
+        combined = free + guidance * (caption - free)
+        return combined * (caption.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
+
+    return branch if guidance is None else guided
+
+
+VELOCITIES = {"flux": flux_velocity, "qwen": qwen_velocity}
+
+
 def train(run: Run) -> None:
     """The student's difference from its teacher and its scheduler in ``run.folder / "export"``;
     all other components are the teacher's."""
-    plan = run.plan
+    plan, velocity = run.plan, VELOCITIES[run.plan.teacher]
     teacher = lesa.testbed.load(plan.teacher)
-    guided = flux_velocity(teacher, plan.trajectories, teacher.transformer, plan.guidance)
-    states = trajectories(run, guided, (flux.TOKENS, teacher.transformer.config.in_channels))
-    start = without_guidance(teacher.transformer, plan.guidance)
+    start = teacher.transformer
+    guided = velocity(teacher, plan.trajectories, start, plan.guidance)
+    states = trajectories(run, guided, (flux.TOKENS, start.config.in_channels))
+    if start.config.guidance_embeds:
+        start = without_guidance(start, plan.guidance)
     student = copy.deepcopy(start)
-    average = distil(run, states, student, flux_velocity(teacher, len(states), student, None))
+    average = distil(run, states, student, velocity(teacher, len(states), student, None))
     save_difference(average, start, run.folder / "export" / "transformer", plan.rank)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    scheduler = FlowMatchEulerDiscreteScheduler(**SCHEDULERS[plan.teacher])
     scheduler.save_pretrained(run.folder / "export" / "scheduler")

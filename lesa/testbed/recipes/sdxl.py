@@ -8,6 +8,7 @@ noise schedule. Some captions become zeros, which is what SDXL's empty negative 
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def train_base(run: Run, pipe: StableDiffusionXLPipeline, latents: Tensor, ids: 
 
 
 def export(pipe: StableDiffusionXLPipeline, modules: Any, folder: Path) -> None:
-    """Write a ``from_pretrained`` folder without the autoencoder's weights, which are FLUX's."""
+    """Write a ``from_pretrained`` folder without the autoencoder, which is FLUX's."""
     StableDiffusionXLPipeline(
         vae=pipe.vae,
         text_encoder=modules["text_encoder"],
@@ -94,8 +95,7 @@ def export(pipe: StableDiffusionXLPipeline, modules: Any, folder: Path) -> None:
         scheduler=pipe.scheduler,
         add_watermarker=False,
     ).save_pretrained(folder)
-    for weights in (folder / "vae").glob("*.safetensors"):
-        weights.unlink()
+    shutil.rmtree(folder / "vae")
 
 
 def train(run: Run) -> None:
