@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
+from _verdict import judge, show
 
 import lesa
-from lesa.evaluation.compare import Comparison, compare
+from lesa.evaluation.compare import compare
 from lesa.evaluation.methods import METHODS, Method, build_all
 from lesa.evaluation.runs import generate
 from lesa.testbed import captions, load, settings
@@ -119,39 +120,6 @@ def taps(pipe: Any, prompts: int, unseen: list[str], call: dict[str, Any]) -> li
     return rows
 
 
-def judge(rows: list[dict[str, Any]], counts: tuple[int, ...]) -> list[dict[str, Any]]:
-    """lesa against the best peer on its own full steps, per number of full steps."""
-    verdicts = []
-    for count in counts:
-        ours = next(r for r in rows if r["method"] == "lesa" and r["full_steps"] == count)
-        peers = [r for r in rows if r["method"] != "lesa" and r["schedule"].startswith("own")]
-        near = [r for r in peers if count <= r["full_steps"] <= count + 1]
-        best, tail = (max(near, key=lambda r: r[key]) for key in ("psnr_mean", "psnr_p10"))
-        verdicts.append(
-            {
-                "full_steps": count,
-                "lesa_mean": ours["psnr_mean"],
-                "best_peer": f"{best['method']} @{best['full_steps']}",
-                "gain_mean": ours["psnr_mean"] - best["psnr_mean"],
-                "gain_p10": ours["psnr_p10"] - tail["psnr_p10"],
-            }
-        )
-    return verdicts
-
-
-def show(title: str, result: Comparison, verdicts: list[dict[str, Any]]) -> None:
-    print(f"\n{title}: plain {result.plain_seconds:.2f} s a batch")
-    for r in result.rows:
-        quality = f"{r['psnr_mean']:6.2f} {r['psnr_p10']:6.2f} {r['psnr_min']:6.2f}"
-        speed = f"{r['ssim_mean']:.4f} {r['speedup']:5.2f}x"
-        print(f"{r['method']:13} {r['full_steps']:3d} {quality} {speed}  {r['schedule']}")
-    for v in verdicts:
-        print(
-            f"{v['full_steps']} full: {v['gain_mean']:+.2f} dB mean over {v['best_peer']}, "
-            f"{v['gain_p10']:+.2f} dB worst decile"
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
@@ -173,7 +141,7 @@ def main() -> None:
         own = {**call, "num_inference_steps": steps}
         methods = build_all(METHODS, counts, steps, forecaster=forecaster, searched=True)
         result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
-        verdicts = judge(result.rows, counts)
+        verdicts = judge(result.rows, counts, steps)
         show(f"{steps} steps, {len(unseen)} unseen prompts", result, verdicts)
         keep(f"{steps} steps", {"rows": result.rows, "verdicts": verdicts})
     keep("loop", loop(pipe, forecaster, call, rounds=5))

@@ -17,19 +17,20 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
+from _verdict import judge, show
 
 import lesa
 from lesa.demo import UNET_FULL_STEPS, attributes
-from lesa.evaluation.compare import PLAIN, Comparison, compare
+from lesa.evaluation.compare import PLAIN, compare
 from lesa.evaluation.methods import METHODS, UNET_ONLY, build_all
-from lesa.testbed import PIPELINES, captions, load, settings
+from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.progress import Progress
 
 COUNTS = {50: (13, 10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps, as in the paper
 OTHERS = tuple(name for name in PIPELINES if name != "flux")
 
 
-def measure(name: str, prompts: int, unseen: int) -> dict[str, Any]:
+def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
     """Training and comparison on one pipeline."""
     pipe, call = load(name), settings(name)
     steps = call["num_inference_steps"]
@@ -37,19 +38,18 @@ def measure(name: str, prompts: int, unseen: int) -> dict[str, Any]:
     counts = UNET_FULL_STEPS if has_unet else COUNTS[steps]
     names = METHODS + UNET_ONLY if has_unet else METHODS
     report, started = Progress(quiet=True), time.perf_counter()
-    forecaster = lesa.train(
-        pipe, captions(prompts, seed=0, split="train"), steps, counts, call=call, progress=report
-    )
+    seen = prompts(name, calibration, seed=0, split="train")
+    forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=report)
     seconds = time.perf_counter() - started
     methods = build_all(names, counts, steps, forecaster=forecaster, searched=True)
-    texts = captions(unseen, seed=1, split="test")
+    texts = prompts(name, unseen, seed=1, split="test")
     result = compare(pipe, texts, methods, call, seed=1000, batch_size=16, keep_pictures=len(texts))
-    verdicts = [judge(result.rows, count) for count in counts]
+    verdicts = judge(result.rows, counts, steps)
     show(f"{name}, {steps} steps, {unseen} unseen prompts", result, verdicts)
     return {
         "environment": environment(),
         "settings": call,
-        "training": {"prompts": prompts, "seconds": seconds, "log": report.lines},
+        "training": {"prompts": calibration, "seconds": seconds, "log": report.lines},
         "plain": {"seconds": result.plain_seconds, "tflops": result.plain_tflops},
         "rows": result.rows,
         "verdicts": verdicts,
@@ -60,34 +60,6 @@ def measure(name: str, prompts: int, unseen: int) -> dict[str, Any]:
         },
         "notes": result.notes,
     }
-
-
-def judge(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
-    """lesa against the best training-free method with as many full steps, whatever its list."""
-    at_count = [row for row in rows if row["full_steps"] == count]
-    ours = next(row for row in at_count if row["method"] == "lesa")
-    peers = [row for row in at_count if row["method"] != "lesa"]
-    best, tail = (max(peers, key=lambda r: r[key]) for key in ("psnr_mean", "psnr_p10"))
-    return {
-        "full_steps": count,
-        "lesa_mean": ours["psnr_mean"],
-        "best_peer": f"{best['method']} ({best['schedule']})",
-        "gain_mean": ours["psnr_mean"] - best["psnr_mean"],
-        "gain_p10": ours["psnr_p10"] - tail["psnr_p10"],
-    }
-
-
-def show(title: str, result: Comparison, verdicts: list[dict[str, Any]]) -> None:
-    print(f"\n{title}: plain {result.plain_seconds:.2f} s a batch")
-    for r in sorted(result.rows, key=lambda r: (-r["full_steps"], -r["psnr_mean"])):
-        quality = f"{r['psnr_mean']:6.2f} {r['psnr_p10']:6.2f} {r['psnr_min']:6.2f}"
-        speed = f"{r['ssim_mean']:.4f} {r['speedup']:5.2f}x"
-        print(f"{r['method']:13} {r['full_steps']:3d} {quality} {speed}  {r['schedule']}")
-    for v in verdicts:
-        print(
-            f"{v['full_steps']} full: {v['gain_mean']:+.2f} dB mean over {v['best_peer']}, "
-            f"{v['gain_p10']:+.2f} dB worst decile"
-        )
 
 
 def main() -> None:

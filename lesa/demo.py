@@ -25,17 +25,10 @@ def contest(pipe: Any, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]
 
 
 def attributes(pictures: Any, captions: list[str]) -> dict[str, float]:
-    """Share of the captions' shapes, colours and places that the pictures show.
-
-    Of videos [N, F, 3, H, W] every frame is judged, without the place: things move.
-    """
+    """Share of what the captions say that pictures [N, 3, H, W] or videos [N, F, 3, H, W] show."""
     from lesa.testbed.checker import accuracy
 
-    if pictures.ndim == 4:
-        return accuracy(pictures.movedim(1, -1).numpy(), captions)
-    frames = pictures.flatten(0, 1).movedim(1, -1).numpy()
-    found = accuracy(frames, [text for text in captions for _ in range(pictures.shape[1])])
-    return {name: found[name] for name in ("shape", "colour")}
+    return accuracy(pictures.movedim(-3, -1).numpy(), captions)
 
 
 def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> dict[str, Any]:
@@ -61,7 +54,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
     forecaster = lesa.train(
         pipe,
-        lesa.testbed.captions(prompts_count, seed=0, split="train"),
+        lesa.testbed.prompts(pipeline, prompts_count, seed=0, split="train"),
         num_inference_steps=steps,
         full_steps=counts,
         call=settings,
@@ -69,7 +62,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     forecaster.save_pretrained(out / "forecaster")
     trained = time.perf_counter() - begun
 
-    unseen = lesa.testbed.captions(UNSEEN, seed=1, split="test")
+    unseen = lesa.testbed.prompts(pipeline, UNSEEN, seed=1)
     methods = build_all(names, counts, steps, forecaster=forecaster)
     console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
     batch = UNSEEN // 2
