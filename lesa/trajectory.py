@@ -20,7 +20,6 @@ from lesa.tail import ModulatedTail, PreparedTail
 
 __all__ = ["Trajectory"]
 
-_COLLECTIONS = (dict, list, tuple)
 _NUMBERS = (int, float, str)
 
 
@@ -141,15 +140,9 @@ def _layout(latent: Any) -> tuple[Any, ...]:
     return tuple(_layout(part) for part in latent or ())
 
 
-def _kinds(call: Call) -> tuple[Any, ...]:
-    """Which arguments there are, and the length of those that hold several."""
-    return tuple(
-        [
-            (name, len(value)) if value.__class__ in _COLLECTIONS else name
-            for name, value in call.kwargs.items()
-            if value is not None
-        ]
-    )
+def _kinds(call: Call) -> tuple[type, ...]:
+    """Tells which arguments there are: None has a type of its own."""
+    return tuple(map(type, call.kwargs.values()))
 
 
 def _conditioning(call: Call) -> Iterator[tuple[str, Any]]:
