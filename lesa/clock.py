@@ -253,7 +253,7 @@ def _order(scheduler: Any) -> int:
 def _first_step(pipe: Any, scheduler: Any, timesteps: Any) -> int:
     """Where in `timesteps` this run begins: video-to-video pipelines do not tell the scheduler."""
     begin = getattr(scheduler, "begin_index", None)
-    now = getattr(pipe, "_current_timestep", None)
+    now: Any = getattr(pipe, "_current_timestep", None)
     if begin is not None or not _is_view(now, timesteps):
         return begin or 0
     first = now.storage_offset() - timesteps.storage_offset()
