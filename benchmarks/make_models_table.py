@@ -8,6 +8,7 @@ Every cell is the outcome of a check on a tiny random-weight pipeline of the rea
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import sys
 import tempfile
@@ -47,6 +48,10 @@ BEGIN, END = "<!-- begin of the table -->", "<!-- end of the table -->"
 
 class NotApplicable(Exception):
     """The class has no such thing; the message says what is missing."""
+
+
+class NotRun(Exception):
+    """There is such a thing, but no check of it that runs here; the message says why."""
 
 
 def of_a_model(name: str) -> str:
@@ -96,7 +101,12 @@ def guidance(name: str) -> str:
 def img2img(name: str) -> str:
     """in the pipeline that takes a picture or a video and `strength=0.5`, every step in full equals
     the plain run, and blocks run on full steps only."""
-    if not hasattr(diffusers, IMG2IMG.get(name, ("", ()))[0]):
+    if name not in IMG2IMG:
+        folder = Path(inspect.getfile(type(build(name)[0]))).parent
+        if any("strength: float" in file.read_text() for file in folder.glob("*.py")):
+            raise NotRun(
+                "what takes a strength is another kind of pipeline, which is not built here"
+            )
         raise NotApplicable("diffusers has no pipeline with a strength for it")
     pipe, call = build_img2img(name)
     check_full_steps_are_plain(pipe, call)
@@ -184,7 +194,7 @@ def context_parallel(name: str) -> str:
         processes(_rank, (name, folder), nprocs=2, start_method="fork")
         failure = Path(folder, "failure")
         if failure.exists():
-            raise NotApplicable(f"diffusers alone fails in parallel on CPU: {failure.read_text()}")
+            raise NotRun(f"diffusers alone fails in parallel on CPU: {failure.read_text()}")
     return "yes"
 
 
@@ -233,7 +243,7 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in options.only or [*ROWS, *tiny_models.ROWS]:
-        made = {"row": name, **outcomes(name), "run": surroundings()}
+        made = {"row": name, **outcomes(name), "commit": commit(), "run": surroundings()}
         write_atomically(RESULTS / f"{name}.json", to_json(made))
         print(made, file=sys.stderr, flush=True)
     page = options.out.read_text()
@@ -254,9 +264,9 @@ def outcomes(name: str) -> dict[str, Any]:
 
 
 def surroundings() -> str:
-    """Date, commit and versions of a run."""
+    """Date, device and versions of a run."""
     packages = ", ".join(f"{name} {version(name)}" for name in _PACKAGES)
-    return f"{date.today()}, commit {commit()}, CPU, {packages}"
+    return f"{date.today()}, CPU, {packages}"
 
 
 def table() -> str:
@@ -274,7 +284,15 @@ def table() -> str:
         f"- **{name}**: {' '.join((run.__doc__ or '').split())}" for name, run in COLUMNS.items()
     ]
     runs = sorted({row["run"] for row in kept})
-    return "\n".join([*lines, "", *(f"Run on {run}." for run in runs)])
+    commits = ", ".join(sorted({row["commit"] for row in kept}))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *(f"Run on {run}." for run in runs),
+            f"Commits (+: with further changes): {commits}.",
+        ]
+    )
 
 
 def cell(check: Callable[[str], str], name: str) -> str:
@@ -283,6 +301,8 @@ def cell(check: Callable[[str], str], name: str) -> str:
         return check(name)
     except NotApplicable as reason:
         return f"n/a: {reason}"
+    except NotRun as reason:
+        return f"not run: {reason}"
     except Exception as error:  # one that fails is a cell of the table, not its end
         return f"no: {type(error).__name__} {str(error).splitlines()[0] if str(error) else ''}"
 
