@@ -97,7 +97,7 @@ def _student(name: str, teacher: str, guidance: float | None) -> Any:
 
 def settings(name: str = "flux") -> dict[str, Any]:
     """Call arguments that the pipeline was trained for: ``pipe(prompt, **settings(name))``."""
-    if name not in PIPELINES:
+    if name not in _ROWS:
         raise LesaError(f"pipeline {name!r} is not embedded: choose one of {', '.join(PIPELINES)}")
     return dict(_ROWS[name].call)
 

@@ -152,7 +152,7 @@ def flux_latents(vae: Any, pictures: Tensor) -> Tensor:
 
 
 def learn_order(
-    run: Run, stage: str, encoder: nn.Module, ids: Tensor, layer: int, steps: int, window: int = 6
+    run: Run, stage: str, encoder: Any, ids: Tensor, layer: int, steps: int, window: int = 6
 ) -> None:
     """Pretrain a causal text encoder: from each token's feature the words before it can be told.
 

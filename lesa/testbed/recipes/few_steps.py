@@ -175,12 +175,15 @@ def qwen_velocity(
             return_dict=False,
         )[0]
 
+    if guidance is None:
+        return branch
+
     def guided(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
         caption, free = branch(x, sigma, rows), branch(x, sigma, torch.full_like(rows, count))
         combined = free + guidance * (caption - free)
         return combined * (caption.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True))
 
-    return branch if guidance is None else guided
+    return guided
 
 
 VELOCITIES = {"flux": flux_velocity, "qwen": qwen_velocity}
