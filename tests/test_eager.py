@@ -82,4 +82,3 @@ def test_same_as_the_tables_own_float64_mix():
         *weights, last = table.row(step).tolist()
         found = mix(ring.data, ring.order, weights, torch.empty(6), latent, last)
         assert torch.allclose(found.double(), table.apply(newest_first, step, latent), atol=1e-5)
-

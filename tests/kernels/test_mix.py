@@ -107,8 +107,7 @@ def test_reuse_returns_the_newest_and_polynomials_are_extrapolated(rand, integer
     ring = torch.stack([first + t * second + t * t * third for t in range(3)])
     rows = torch.tensor([[1.0, 0, 0], [2, -1, 0], [3, -3, 1]], device=ring.device)
     results = [
-        mix(ring, integers(2, 1, 0), rows, integers(s), poisoned(300), config=ONE)
-        for s in range(3)
+        mix(ring, integers(2, 1, 0), rows, integers(s), poisoned(300), config=ONE) for s in range(3)
     ]
     assert torch.equal(results[0], ring[2])
     assert torch.equal(results[1], 2 * ring[2] - ring[1])
