@@ -15,10 +15,11 @@ from torch import nn
 from lesa.clock import StepClock
 from lesa.config import LesaConfig
 from lesa.counters import Stats
+from lesa.denoiser import Denoiser, core_of
 from lesa.engine import CacheController
 from lesa.errors import LesaError
 from lesa.forecasters.base import Forecaster, Tap
-from lesa.hooks import Denoiser, attach, attached, core_of, detach, refuse_other_cache
+from lesa.hooks import attach, attached, detach, refuse_other_cache
 from lesa.models import model_spec
 from lesa.schedule import Schedule
 

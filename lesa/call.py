@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from lesa.clock import Step
+from lesa.denoiser import Denoiser
 from lesa.errors import LesaError
-from lesa.hooks import Denoiser
 
 __all__ = ["Call", "Refusal"]
 

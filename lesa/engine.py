@@ -14,9 +14,10 @@ from lesa import ranges
 from lesa.call import Call, Refusal
 from lesa.config import LesaConfig
 from lesa.counters import Counters, Stats
+from lesa.denoiser import Denoiser
 from lesa.errors import LesaError, RunError
 from lesa.graph import StepGraphs
-from lesa.hooks import Denoiser, refuse_other_cache
+from lesa.hooks import refuse_other_cache
 from lesa.plan import Planner
 from lesa.replay import TailBuffers
 from lesa.tail import ModulatedTail

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lesa import ranges
 from lesa.call import Call
 from lesa.clock import Step
+from lesa.denoiser import Denoiser, core_of
 from lesa.errors import LesaError
 from lesa.graph import StepGraphs
-from lesa.hooks import Denoiser, core_of
 from lesa.mixer import Mixer, Modulation
 from lesa.ops import implementation
 from lesa.plan import Plan

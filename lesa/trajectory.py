@@ -12,7 +12,7 @@ from torch import Tensor
 from lesa import ranges
 from lesa.call import Call, Refusal
 from lesa.clock import Step
-from lesa.hooks import Run, make_output, read_sample
+from lesa.denoiser import Run, make_output, read_sample
 from lesa.mixer import Mixer
 from lesa.plan import Plan
 from lesa.ring import Ring

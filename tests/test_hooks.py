@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from lesa.denoiser import make_output, read_sample
 from lesa.errors import LesaError
-from lesa.hooks import attach, attached, detach, make_output, read_sample
+from lesa.hooks import attach, attached, detach
 from lesa.models import ModelSpec, known_models, model_spec, register_model
 
 

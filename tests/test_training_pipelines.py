@@ -7,8 +7,8 @@ import torch
 from tiny_pipelines import build
 
 import lesa
+from lesa.denoiser import read_sample
 from lesa.errors import LesaError
-from lesa.hooks import read_sample
 from lesa.prompts import count_prompts, prompt_arguments
 from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes

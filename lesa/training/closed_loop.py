@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from lesa.clock import Step
-from lesa.hooks import Denoiser, attach, detach, make_output, read_sample
+from lesa.denoiser import Denoiser, make_output, read_sample
+from lesa.hooks import attach, detach
 from lesa.schedule import Schedule
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.lane import Lane, Visit

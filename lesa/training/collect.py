@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.denoiser import Denoiser, read_sample
 from lesa.errors import LesaError
-from lesa.hooks import Denoiser, attach, detach, read_sample
+from lesa.hooks import attach, detach
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.statistics import Statistics, gram
 

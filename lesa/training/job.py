@@ -14,8 +14,8 @@ import torch
 
 from lesa.api import find_denoiser
 from lesa.clock import Step
+from lesa.denoiser import Denoiser
 from lesa.errors import LesaError
-from lesa.hooks import Denoiser
 from lesa.prompts import pictures_per_prompt, prompt_arguments
 from lesa.training.progress import Progress
 
