@@ -8,8 +8,20 @@ from torch import Tensor
 from lesa.errors import LesaError
 from lesa_kernels.gate import Gate
 
-__all__ = ["FEATURES", "check_bias", "check_features", "check_gate", "check_mix",
-           "check_slots", "check_step", "check_table", "like", "plain", "require", "split_bands"]
+__all__ = [
+    "FEATURES",
+    "check_bias",
+    "check_features",
+    "check_gate",
+    "check_mix",
+    "check_slots",
+    "check_step",
+    "check_table",
+    "like",
+    "plain",
+    "require",
+    "split_bands",
+]
 
 FEATURES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
@@ -143,9 +155,7 @@ def check_bias(bias: Tensor | None, table: Tensor, bands: int) -> None:
     )
 
 
-def check_gate(
-    gate: Gate, tau: Tensor, weights: Tensor, experts: Tensor | None
-) -> tuple[int, int]:
+def check_gate(gate: Gate, tau: Tensor, weights: Tensor, experts: Tensor | None) -> tuple[int, int]:
     """Inputs and nodes of the gate."""
     device, steps = weights.device, weights.shape[0]
     for name, tensor in (("tau", tau), *zip(gate._fields[:4], gate[:4], strict=True)):

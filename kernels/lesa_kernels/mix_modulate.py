@@ -127,9 +127,7 @@ def mix_modulate(
 
 def check_modulation(scale: Tensor, shift: Tensor, out: Tensor, steps: int) -> None:
     """Rows of C numbers, one per sample (and step)."""
-    require(
-        out.ndim >= 2, f"out has shape {list(out.shape)}; modulated features are [B, ..., C]"
-    )
+    require(out.ndim >= 2, f"out has shape {list(out.shape)}; modulated features are [B, ..., C]")
     wanted = torch.Size((out.shape[0], out.shape[-1]))
     for name, tensor in (("scale", scale), ("shift", shift)):
         require(
