@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from lesa.errors import LesaError
@@ -197,12 +198,12 @@ def model_rows() -> list[dict[str, Any]]:
 
 
 def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """`model_rows` for people."""
-    table = Table("class", "blocks", "tail", "taps", "CacheMixin", "notes")
+    """`model_rows` for people, whole names in 80 columns."""
+    table = Table("class", "blocks, then the tail", "taps")
     for row in rows:
-        mixin = {True: "yes", False: "no", None: "-"}[row["cache_mixin"]]
-        blocks, taps = ", ".join(row["blocks"]), ", ".join(row["taps"])
-        table.add_row(row["class"], blocks, row["tail"], taps, mixin, row["notes"])
+        name = Text.assemble(row["class"], (f"\n{row['notes']}" if row["notes"] else "", "dim"))
+        modules = [*row["blocks"], f"> {row['tail']}"]
+        table.add_row(name, Text("\n".join(modules)), Text("\n".join(row["taps"])))
     return table
 
 
