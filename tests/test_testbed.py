@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import lesa.testbed
 from lesa.errors import LesaError
-from lesa.testbed import captions, checker, load
+from lesa.testbed import captions, checker, load, prompts, settings
 from lesa.testbed.recipes.flux import Plan
 from lesa.testbed.scenes import clips, render, render_clips, scenes
 from lesa.testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
@@ -89,8 +90,21 @@ def test_the_checker_notices_another_caption():
     assert max(found.values()) < 0.6
 
 
+@pytest.mark.parametrize("name", lesa.testbed.PIPELINES)
+def test_every_embedded_pipeline_runs_and_skips(name):
+    pipe, call = load(name), settings(name) | {"num_inference_steps": 4, "output_type": "pt"}
+    text = prompts(name, 1)
+    plain = pipe(text, generator=torch.Generator().manual_seed(0), **call)[0]
+    with lesa.accelerate(pipe, lesa.Reuse(), schedule=lesa.Schedule.explicit((0, 2), 4)):
+        fast = pipe(text, generator=torch.Generator().manual_seed(0), **call)[0]
+        stats = lesa.stats(pipe)
+    assert fast.shape == plain.shape == (1, *(9,) * (plain.ndim - 4), 3, 64, 64)
+    branches = 2 if "true_cfg_scale" in call and call["true_cfg_scale"] > 1 else 1
+    assert (stats.full, stats.skipped, dict(stats.fallbacks)) == (2 * branches, 2 * branches, {})
+
+
 def test_an_unknown_pipeline_is_refused():
     with pytest.raises(LesaError, match="'nothing' is neither embedded"):
         load("nothing")
     with pytest.raises(LesaError, match="'sd' is not embedded"):
-        lesa.testbed.settings("sd")
+        settings("sd")
