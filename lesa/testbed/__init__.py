@@ -66,7 +66,7 @@ PIPELINES = tuple(name for name in _ROWS if (_HERE / name).exists())
 
 def load(name: str = "flux") -> Any:
     """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off."""
-    from diffusers import DiffusionPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline
 
     row = _ROWS.get(name)
     if row is not None and row.teacher is not None:
@@ -77,7 +77,9 @@ def load(name: str = "flux") -> Any:
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
             "folder: pass one of these"
         )
-    shared = {"vae": load(row.vae).vae} if row is not None and row.vae is not None else {}
+    shared = {}
+    if row is not None and row.vae is not None:
+        shared["vae"] = AutoencoderKL.from_pretrained(_HERE / row.vae / "vae")
     pipe = DiffusionPipeline.from_pretrained(folder, **shared)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)

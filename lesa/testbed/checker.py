@@ -31,7 +31,6 @@ from lesa.testbed.scenes import (
     scenes,
 )
 
-MAX_CLIPS = 8_000  # of the video pipeline's training
 MIN_AREA = 0.006  # share of the picture; the smallest item covers 0.012
 
 
@@ -161,17 +160,19 @@ def unseen(count: int, name: str = "flux") -> list[str]:
     """Test captions that no training scene of any pipeline happens to have: there are only so
     many short ones."""
     from lesa.testbed import prompts
-    from lesa.testbed.recipes.flux import Plan
+    from lesa.testbed.recipes import flux, hunyuan
 
-    plan = Plan()  # the largest pools: those of other pipelines begin with the same scenes
+    plan = flux.Plan()  # the largest pools: those of other pictures begin with the same scenes
     pool = scenes(max(plan.free_scenes, plan.neat_scenes), plan.seed)
-    trained = {scene.caption for scene in pool} | {clip.caption for clip in clips(MAX_CLIPS)}
+    video = clips(hunyuan.Plan.clips, hunyuan.Plan.seed)
+    trained = {drawn.caption for drawn in (*pool, *video)}
     return [caption for caption in prompts(name, 2 * count) if caption not in trained][:count]
 
 
 def main() -> None:
     import torch
 
+    from lesa.prompts import prompt_arguments
     from lesa.testbed import load, settings
 
     parser = argparse.ArgumentParser(
@@ -187,12 +188,10 @@ def main() -> None:
     pipe, wanted, call = load(options.pipeline), unseen(options.count, like), settings(like)
     pictures = []
     for start in range(0, len(wanted), 20):
-        part = wanted[start : start + 20]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
-        if "negative_prompt" in call:  # QwenImagePipeline wants one each
-            call["negative_prompt"] = [settings(like)["negative_prompt"]] * len(part)
-        result = pipe(part, generator=generators, output_type="np", **call)
-        pictures.append(result[0])
+        rows = range(start, min(start + 20, len(wanted)))
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        arguments = prompt_arguments(wanted, call, rows)
+        pictures.append(pipe(generator=generators, output_type="np", **arguments)[0])
     print(json.dumps({"captions": len(wanted), **accuracy(np.concatenate(pictures), wanted)}))
 
 
