@@ -6,10 +6,10 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -51,8 +51,13 @@ class Run:
         return torch.load(path, weights_only=True) if path.exists() else None
 
 
-def decayed(step: int, steps: int, warmup: int = 150, tail: float = 0.25) -> float:
-    """Warm up, hold, then fall linearly to 2 % over the last ``tail`` of the steps."""
+def decayed(step: int, rounds: Sequence[int], warmup: int = 150, tail: float = 0.25) -> float:
+    """In each round of so many steps: warm up, hold, then fall linearly to 2 % over the last
+    ``tail`` of them."""
+    for steps in rounds:
+        if step < steps:
+            break
+        step -= steps
     return min(1.0, (step + 1) / warmup, max(0.02, (steps - step) / (tail * steps)))
 
 
@@ -61,13 +66,15 @@ def optimise(
     stage: str,
     modules: nn.ModuleDict,
     loss_at: Callable[[int], Tensor],
-    steps: int,
+    rounds: int | Sequence[int],
     lr: float,
     ema: float,
     on_save: Callable[[nn.ModuleDict], None] | None = None,
 ) -> nn.ModuleDict:
-    """AdamW over ``steps`` with a decaying rate, clipping and an exponential moving average,
-    which is returned."""
+    """AdamW over ``rounds`` of steps with a decaying rate, clipping and an exponential moving
+    average, which is returned. A finished run goes on where its plan gains a round."""
+    rounds = (rounds,) if isinstance(rounds, int) else tuple(rounds)
+    steps = sum(rounds)
     average = copy.deepcopy(modules).requires_grad_(False)
     optimiser = torch.optim.AdamW(modules.parameters(), lr=lr, betas=(0.9, 0.97), weight_decay=0.01)
     start = 0
@@ -79,7 +86,7 @@ def optimise(
     mean = None
     for step in range(start, steps):
         for group in optimiser.param_groups:
-            group["lr"] = lr * decayed(step, steps)
+            group["lr"] = lr * decayed(step, rounds)
         loss = loss_at(step)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -174,6 +181,85 @@ def learn_order(
         run, stage, nn.ModuleDict({"encoder": encoder, "head": head}), loss_at, steps, 2e-3, 0.99
     )
     encoder.load_state_dict(average["encoder"].state_dict())
+
+
+def train_autoencoder(run: Run, vae: Any, loss_at: Callable[[int], Tensor]) -> None:
+    """Optimise ``vae`` in place, then freeze it."""
+    plan, modules = run.plan, nn.ModuleDict({"vae": vae})
+    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
+    vae.load_state_dict(average["vae"].state_dict())
+    vae.requires_grad_(False).eval()
+
+
+class Pool(Protocol):
+    """Training latents ``[N, ...]`` and their captions; row ``empty`` is the empty caption."""
+
+    latents: Tensor
+
+    @property
+    def empty(self) -> int: ...
+
+
+# modules, pool, noisy latents, noise levels [B], guidance scales [B], rows of captions [B]
+Velocity = Callable[[Any, Any, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def match_flow(
+    run: Run,
+    modules: nn.ModuleDict,
+    velocity: Velocity,
+    pool_at: Callable[[int], Pool],
+    on_save: Callable[[nn.ModuleDict], None],
+) -> nn.ModuleDict:
+    """Flow matching on the pool of each step: the target is noise minus data.
+
+    Some captions are dropped; guidance 1 means unguided.
+    """
+    plan = run.plan
+
+    def loss_at(step: int) -> Tensor:
+        pool = pool_at(step)
+        batch = draw(run, "base", step, pool.latents)
+        chance = torch.rand(len(batch.rows), generator=run.generator("drop", step))
+        rows = torch.where(chance < plan.caption_dropout, pool.empty, batch.rows)
+        output = velocity(modules, pool, batch.noisy, batch.sigma, torch.ones(len(rows)), rows)
+        return F.mse_loss(output, batch.noise - batch.clean)
+
+    return optimise(run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, on_save)
+
+
+def distil_guidance(
+    run: Run, student: nn.ModuleDict, teacher: nn.ModuleDict, velocity: Velocity, pool: Pool
+) -> nn.ModuleDict:
+    """Teach ``guidance = g`` the frozen teacher's ``v_empty + g (v_caption - v_empty)``.
+
+    ``student`` starts as the teacher; its text encoders stay as they are.
+    """
+    plan = run.plan
+    student.load_state_dict(teacher.state_dict())
+    for name in ("text_encoder", "text_encoder_2"):
+        student[name].requires_grad_(False)
+    teacher.eval()
+
+    def loss_at(step: int) -> Tensor:
+        batch = draw(run, "distill", step, pool.latents)
+        count, (low, high) = len(batch.rows), plan.guidance
+        scale = low + (high - low) * torch.rand(count, generator=run.generator("guidance", step))
+        one, empty = torch.ones(count), torch.full((count,), pool.empty)
+        with torch.no_grad():
+            caption = velocity(teacher, pool, batch.noisy, batch.sigma, one, batch.rows)
+            free = velocity(teacher, pool, batch.noisy, batch.sigma, one, empty)
+        target = free + scale.view(-1, *(1,) * (free.ndim - 1)) * (caption - free)
+        output = velocity(student, pool, batch.noisy, batch.sigma, scale, batch.rows)
+        return F.mse_loss(output, target)
+
+    return optimise(run, "distill", student, loss_at, plan.distill_steps, plan.distill_lr, 0.99)
+
+
+def denoiser(pipe: Any) -> nn.ModuleDict:
+    """The parts of a pipeline with two text encoders that are trained together."""
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    return nn.ModuleDict({name: getattr(pipe, name) for name in names})
 
 
 def batches(items: list, size: int) -> Iterator[list]:

@@ -133,20 +133,12 @@ def flux_velocity(
         clip = pipe.text_encoder(pipe.tokenizer(captions, **options).input_ids).pooler_output
         ids = pipe.tokenizer_2(captions, **options).input_ids
         t5 = torch.cat([pipe.text_encoder_2(part)[0] for part in ids.split(256)])
-    side = int(flux.TOKENS**0.5)
-    img_ids = pipe._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
 
     def velocity(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
-        return transformer(
-            hidden_states=x,
-            timestep=torch.full((len(x),), sigma),
-            guidance=None if guidance is None else torch.full((len(x),), guidance),
-            img_ids=img_ids,
-            txt_ids=torch.zeros(TEXT_LENGTH, 3),
-            encoder_hidden_states=t5[rows],
-            pooled_projections=clip[rows],
-            return_dict=False,
-        )[0]
+        scale = None if guidance is None else torch.full((len(x),), guidance)
+        return flux.denoise(
+            transformer, x, torch.full((len(x),), sigma), scale, clip[rows], t5[rows]
+        )
 
     return velocity
 
@@ -158,7 +150,7 @@ def qwen_velocity(
     as the pipeline combines its two branches: at the norm of the captioned one."""
     captions = [scene.caption for scene in scenes(count)]
     ids, mask = qwen.tokenize(pipe, [*captions, qwen.NEGATIVE])
-    start, side = pipe.prompt_template_encode_start_idx, int(flux.TOKENS**0.5)
+    start = pipe.prompt_template_encode_start_idx
     with torch.no_grad():
         parts = zip(ids.split(256), mask.split(256), strict=True)
         language = pipe.text_encoder.model
@@ -166,14 +158,7 @@ def qwen_velocity(
     text, mask = text[:, start:], mask[:, start:]
 
     def branch(x: Tensor, sigma: float, rows: Tensor) -> Tensor:
-        return transformer(
-            hidden_states=x,
-            timestep=torch.full((len(x),), sigma),
-            encoder_hidden_states=text[rows],
-            encoder_hidden_states_mask=mask[rows],
-            img_shapes=[[(1, side, side)]] * len(x),
-            return_dict=False,
-        )[0]
+        return qwen.denoise(transformer, x, torch.full((len(x),), sigma), text[rows], mask[rows])
 
     if guidance is None:
         return branch

@@ -13,6 +13,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,14 @@ from diffusers import FluxPipeline
 from torch import Tensor, nn
 
 from lesa.testbed.build import IMAGE_SIZE, LATENT_CHANNELS, TOKENS, flux_pipeline
-from lesa.testbed.recipes.common import Run, batches, draw, optimise
+from lesa.testbed.recipes.common import (
+    Run,
+    batches,
+    denoiser,
+    distil_guidance,
+    match_flow,
+    train_autoencoder,
+)
 from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
 from lesa.testbed.text import TEXT_LENGTH
 
@@ -68,10 +76,7 @@ def train_vae(run: Run, pipe: FluxPipeline) -> None:
         divergence = posterior.kl().mean() / pictures[0].numel()
         return 4 * F.mse_loss(output, pictures) + 0.5 * edges + 1e-4 * divergence
 
-    modules = nn.ModuleDict({"vae": vae})
-    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
-    vae.load_state_dict(average["vae"].state_dict())
-    vae.requires_grad_(False).eval()
+    train_autoencoder(run, vae, loss_at)
 
 
 class Pool:
@@ -109,97 +114,31 @@ class Pool:
         return len(self.latents)
 
 
-def velocity(
-    modules: nn.ModuleDict,
-    latents: Tensor,
-    sigma: Tensor,
-    guidance: Tensor,
-    clip: Tensor,
-    t5: Tensor,
+def denoise(
+    transformer: Any, latents: Tensor, sigma: Tensor, guidance: Any, pooled: Tensor, text: Tensor
 ) -> Tensor:
-    """The denoiser's output for token ids; ``sigma`` and ``guidance`` are ``[B]``."""
+    """The transformer's output; ``sigma`` and ``guidance`` (or None) are ``[B]``."""
     side = int(TOKENS**0.5)
     ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
-    return modules["transformer"](
+    return transformer(
         hidden_states=latents,
         timestep=sigma,
         guidance=guidance,
         img_ids=ids,
         txt_ids=torch.zeros(TEXT_LENGTH, 3),
-        encoder_hidden_states=modules["text_encoder_2"](t5)[0],
-        pooled_projections=modules["text_encoder"](clip).pooler_output,
+        encoder_hidden_states=text,
+        pooled_projections=pooled,
         return_dict=False,
     )[0]
 
 
-def denoiser(pipe: FluxPipeline) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {name: getattr(pipe, name) for name in ("transformer", "text_encoder", "text_encoder_2")}
-    )
-
-
-def train_base(run: Run, pipe: FluxPipeline, free: Pool, neat: Pool) -> nn.ModuleDict:
-    """Flow matching: the target is noise minus data; first on free scenes, then on neat ones.
-
-    Guidance 1 means unguided; some captions are dropped.
-    """
-    plan, modules = run.plan, denoiser(pipe)
-
-    def loss_at(step: int) -> Tensor:
-        pool = free if step < plan.free_steps else neat
-        batch = draw(run, "base", step, pool.latents)
-        drop = (
-            torch.rand(len(batch.rows), generator=run.generator("drop", step))
-            < plan.caption_dropout
-        )
-        rows = torch.where(drop, pool.empty, batch.rows)
-        output = velocity(
-            modules,
-            batch.noisy,
-            batch.sigma,
-            torch.ones(len(rows)),
-            pool.clip[rows],
-            pool.t5[rows],
-        )
-        return F.mse_loss(output, batch.noise - batch.clean)
-
-    def snapshot(average: nn.ModuleDict) -> None:
-        export(pipe, average, run.folder / "snapshot")
-
-    return optimise(
-        run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, snapshot
-    )
-
-
-def distil_guidance(
-    run: Run, pipe: FluxPipeline, teacher: nn.ModuleDict, pool: Pool
-) -> nn.ModuleDict:
-    """Teach ``guidance = g`` the frozen teacher's ``v_empty + g (v_caption - v_empty)``."""
-    plan = run.plan
-    student = denoiser(pipe)
-    student.load_state_dict(teacher.state_dict())
-    for name in ("text_encoder", "text_encoder_2"):
-        student[name].requires_grad_(False)
-    teacher.eval()
-
-    def loss_at(step: int) -> Tensor:
-        batch = draw(run, "distill", step, pool.latents)
-        count = len(batch.rows)
-        scale = torch.rand(count, generator=run.generator("guidance", step)) * (
-            plan.guidance[1] - plan.guidance[0]
-        )
-        scale = scale + plan.guidance[0]
-        clip, t5 = pool.clip[batch.rows], pool.t5[batch.rows]
-        one, empty = torch.ones(count), torch.full((count,), pool.empty)
-        with torch.no_grad():
-            caption = velocity(teacher, batch.noisy, batch.sigma, one, clip, t5)
-            free = velocity(
-                teacher, batch.noisy, batch.sigma, one, pool.clip[empty], pool.t5[empty]
-            )
-        target = free + scale[:, None, None] * (caption - free)
-        return F.mse_loss(velocity(student, batch.noisy, batch.sigma, scale, clip, t5), target)
-
-    return optimise(run, "distill", student, loss_at, plan.distill_steps, plan.distill_lr, 0.99)
+def velocity(
+    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+) -> Tensor:
+    """The denoiser's output for caption rows; ``sigma`` and ``guidance`` are ``[B]``."""
+    text = modules["text_encoder_2"](pool.t5[rows])[0]
+    pooled = modules["text_encoder"](pool.clip[rows]).pooler_output
+    return denoise(modules["transformer"], latents, sigma, guidance, pooled, text)
 
 
 def export(pipe: FluxPipeline, modules: nn.ModuleDict, folder: Path) -> None:
@@ -230,5 +169,12 @@ def train(run: Run) -> None:
     train_vae(run, pipe)
     free = Pool(run, pipe, "free", run.plan.free_scenes, FREE)
     neat = Pool(run, pipe, "neat", run.plan.neat_scenes, NEAT)
-    teacher = train_base(run, pipe, free, neat)
-    export(pipe, distil_guidance(run, pipe, teacher, neat), run.folder / "export")
+    teacher = match_flow(
+        run,
+        denoiser(pipe),
+        velocity,
+        lambda step: free if step < run.plan.free_steps else neat,
+        lambda average: export(pipe, average, run.folder / "snapshot"),
+    )
+    student = distil_guidance(run, denoiser(pipe), teacher, velocity, neat)
+    export(pipe, student, run.folder / "export")

@@ -15,10 +15,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import HunyuanVideoPipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from lesa.testbed.build import VIDEO_TEXT_LENGTH, hunyuan_pipeline
-from lesa.testbed.recipes.common import Run, batches, draw, learn_order, optimise
+from lesa.testbed.recipes.common import (
+    Run,
+    batches,
+    denoiser,
+    distil_guidance,
+    learn_order,
+    match_flow,
+    train_autoencoder,
+)
 from lesa.testbed.scenes import clips, render_clips
 
 LAYER = -3  # the hidden states of the text encoder that HunyuanVideo reads
@@ -62,10 +70,7 @@ def train_vae(run: Run, pipe: HunyuanVideoPipeline) -> None:
         divergence = posterior.kl().mean() / videos[0].numel()
         return 4 * F.mse_loss(output, videos) + 0.5 * changes + 1e-4 * divergence
 
-    modules = nn.ModuleDict({"vae": vae})
-    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
-    vae.load_state_dict(average["vae"].state_dict())
-    vae.requires_grad_(False).eval()
+    train_autoencoder(run, vae, loss_at)
 
 
 class Pool:
@@ -114,56 +119,6 @@ def velocity(
     )[0]
 
 
-def denoiser(pipe: HunyuanVideoPipeline) -> nn.ModuleDict:
-    names = ("transformer", "text_encoder", "text_encoder_2")
-    return nn.ModuleDict({name: getattr(pipe, name) for name in names})
-
-
-def train_base(run: Run, pipe: HunyuanVideoPipeline, pool: Pool) -> nn.ModuleDict:
-    """Flow matching: the target is noise minus data. Guidance 1 means unguided."""
-    plan, modules = run.plan, denoiser(pipe)
-
-    def loss_at(step: int) -> Tensor:
-        batch = draw(run, "base", step, pool.latents)
-        chance = torch.rand(len(batch.rows), generator=run.generator("drop", step))
-        rows = torch.where(chance < plan.caption_dropout, pool.empty, batch.rows)
-        one = torch.ones(len(rows))
-        output = velocity(modules, pool, batch.noisy, batch.sigma, one, rows)
-        return F.mse_loss(output, batch.noise - batch.clean)
-
-    def snapshot(average: nn.ModuleDict) -> None:
-        export(pipe, average, run.folder / "snapshot")
-
-    return optimise(
-        run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, snapshot
-    )
-
-
-def distil_guidance(
-    run: Run, pipe: HunyuanVideoPipeline, teacher: nn.ModuleDict, pool: Pool
-) -> nn.ModuleDict:
-    """Teach ``guidance = g`` the frozen teacher's ``v_empty + g (v_caption - v_empty)``."""
-    plan, student = run.plan, denoiser(pipe)
-    student.load_state_dict(teacher.state_dict())
-    for name in ("text_encoder", "text_encoder_2"):
-        student[name].requires_grad_(False)
-    teacher.eval()
-
-    def loss_at(step: int) -> Tensor:
-        batch = draw(run, "distill", step, pool.latents)
-        count, (low, high) = len(batch.rows), plan.guidance
-        scale = low + (high - low) * torch.rand(count, generator=run.generator("guidance", step))
-        one, empty = torch.ones(count), torch.full((count,), pool.empty)
-        with torch.no_grad():
-            caption = velocity(teacher, pool, batch.noisy, batch.sigma, one, batch.rows)
-            free = velocity(teacher, pool, batch.noisy, batch.sigma, one, empty)
-        target = free + scale.view(-1, 1, 1, 1, 1) * (caption - free)
-        output = velocity(student, pool, batch.noisy, batch.sigma, scale, batch.rows)
-        return F.mse_loss(output, target)
-
-    return optimise(run, "distill", student, loss_at, plan.distill_steps, plan.distill_lr, 0.99)
-
-
 def export(pipe: HunyuanVideoPipeline, modules: Any, folder: Path) -> None:
     """Write a ``from_pretrained`` folder, denoiser and autoencoder in half precision."""
     HunyuanVideoPipeline(
@@ -183,5 +138,12 @@ def train(run: Run) -> None:
     train_vae(run, pipe)
     pool = Pool(run, pipe)
     learn_order(run, "order", pipe.text_encoder, pool.ids, LAYER, run.plan.order_steps)
-    teacher = train_base(run, pipe, pool)
-    export(pipe, distil_guidance(run, pipe, teacher, pool), run.folder / "export")
+    teacher = match_flow(
+        run,
+        denoiser(pipe),
+        velocity,
+        lambda _: pool,
+        lambda average: export(pipe, average, run.folder / "snapshot"),
+    )
+    student = distil_guidance(run, denoiser(pipe), teacher, velocity, pool)
+    export(pipe, student, run.folder / "export")

@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 import lesa.testbed
 from lesa.testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
-from lesa.testbed.recipes.common import Run, batches, draw, flux_latents, latent_pool, optimise
+from lesa.testbed.recipes.common import (
+    Run,
+    batches,
+    flux_latents,
+    latent_pool,
+    match_flow,
+    train_autoencoder,
+)
 from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
 
 NEGATIVE = " "  # Qwen-Image's own empty prompt
@@ -35,7 +42,7 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 2e-3
     scenes: int = 20_000
-    base_steps: int = 6_000
+    base_steps: tuple[int, ...] = (6_000, 5_000)
     base_batch: int = 32
     base_lr: float = 1e-3
     caption_dropout: float = 0.15
@@ -67,10 +74,7 @@ def train_vae(run: Run, pipe: QwenImagePipeline) -> None:
         matched = F.mse_loss(posterior.mean, latents) + 1e-2 * variance
         return 4 * F.mse_loss(output, pictures) + 0.5 * edges + matched
 
-    modules = nn.ModuleDict({"vae": vae})
-    average = optimise(run, "vae", modules, loss_at, plan.vae_steps, plan.vae_lr, 0.99)
-    vae.load_state_dict(average["vae"].state_dict())
-    vae.requires_grad_(False).eval()
+    train_autoencoder(run, vae, loss_at)
 
 
 def tokenize(pipe: QwenImagePipeline, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -80,51 +84,47 @@ def tokenize(pipe: QwenImagePipeline, captions: list[str]) -> tuple[Tensor, Tens
     return tokens.input_ids, tokens.attention_mask
 
 
-def velocity(
-    modules: Any, latents: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, start: int
-) -> Tensor:
-    """The denoiser's output for token ids; the first ``start`` tokens are the template's."""
-    used = int(mask.sum(1).max())
-    ids, mask = ids[:, :used], mask[:, :used]
-    text = modules["text_encoder"].model(input_ids=ids, attention_mask=mask).last_hidden_state
+def denoise(transformer: Any, latents: Tensor, sigma: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+    """The transformer's output; ``sigma`` is ``[B]``."""
     side = int(TOKENS**0.5)
-    return modules["transformer"](
+    return transformer(
         hidden_states=latents,
         timestep=sigma,
-        encoder_hidden_states=text[:, start:],
-        encoder_hidden_states_mask=mask[:, start:],
+        encoder_hidden_states=text,
+        encoder_hidden_states_mask=mask,
         img_shapes=[[(1, side, side)]] * len(latents),
         return_dict=False,
     )[0]
 
 
-def train_base(run: Run, pipe: QwenImagePipeline) -> nn.ModuleDict:
-    """Flow matching on neat scenes: the target is noise minus data."""
-    plan, flux = run.plan, lesa.testbed.load("flux")
-    pool = scenes(plan.scenes, plan.seed, freedom=NEAT)
-    encoded = latent_pool(run, pool, lambda pictures: flux_latents(flux.vae, pictures))
-    side = IMAGE_SIZE // 4
-    latents = pipe._pack_latents(encoded, len(pool), encoded.shape[1], side, side)
-    ids, mask = tokenize(pipe, [*(scene.caption for scene in pool), NEGATIVE])
-    modules = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+class Pool:
+    """Packed latents ``[N, TOKENS, 4 C]`` of neat scenes and their caption tokens; the last row of
+    the tokens is the negative prompt. The first ``start`` tokens are the template's."""
 
-    def loss_at(step: int) -> Tensor:
-        batch = draw(run, "base", step, latents)
-        drop = (
-            torch.rand(len(batch.rows), generator=run.generator("drop", step))
-            < plan.caption_dropout
-        )
-        rows = torch.where(drop, len(pool), batch.rows)
-        start = pipe.prompt_template_encode_start_idx
-        output = velocity(modules, batch.noisy, batch.sigma, ids[rows], mask[rows], start)
-        return F.mse_loss(output, batch.noise - batch.clean)
+    def __init__(self, run: Run, pipe: QwenImagePipeline) -> None:
+        flux, side = lesa.testbed.load("flux").vae, IMAGE_SIZE // 4
+        drawn = scenes(run.plan.scenes, run.plan.seed, freedom=NEAT)
+        encoded = latent_pool(run, drawn, lambda pictures: flux_latents(flux, pictures))
+        self.latents = pipe._pack_latents(encoded, len(drawn), encoded.shape[1], side, side)
+        self.ids, self.mask = tokenize(pipe, [*(scene.caption for scene in drawn), NEGATIVE])
+        self.start = pipe.prompt_template_encode_start_idx
 
-    def snapshot(average: nn.ModuleDict) -> None:
-        export(pipe, average, run.folder / "snapshot")
+    @property
+    def empty(self) -> int:
+        """Row of the negative prompt."""
+        return len(self.latents)
 
-    return optimise(
-        run, "base", modules, loss_at, plan.base_steps, plan.base_lr, plan.ema, snapshot
-    )
+
+def velocity(
+    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+) -> Tensor:
+    """The denoiser's output for caption rows; Qwen-Image takes no ``guidance``."""
+    mask = pool.mask[rows]
+    used = int(mask.sum(1).max())
+    ids, mask = pool.ids[rows, :used], mask[:, :used]
+    text = modules["text_encoder"].model(input_ids=ids, attention_mask=mask).last_hidden_state
+    kept = slice(pool.start, None)
+    return denoise(modules["transformer"], latents, sigma, text[:, kept], mask[:, kept])
 
 
 def export(pipe: QwenImagePipeline, modules: nn.ModuleDict, folder: Path) -> None:
@@ -142,4 +142,13 @@ def train(run: Run) -> None:
     """Both stages; the finished pipeline lies in ``run.folder / "export"``."""
     pipe = qwen_pipeline()
     train_vae(run, pipe)
-    export(pipe, train_base(run, pipe), run.folder / "export")
+    pool = Pool(run, pipe)
+    modules = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
+    average = match_flow(
+        run,
+        modules,
+        velocity,
+        lambda _: pool,
+        lambda average: export(pipe, average, run.folder / "snapshot"),
+    )
+    export(pipe, average, run.folder / "export")
