@@ -22,7 +22,7 @@ from torch import Tensor
 import lesa
 from lesa import trajectory
 from lesa.evaluation.compare import compare
-from lesa.evaluation.methods import Method
+from lesa.evaluation.method import Method
 from lesa.ring import Ring
 from lesa.testbed import captions, load, settings
 

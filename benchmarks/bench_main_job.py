@@ -21,7 +21,8 @@ from _verdict import judge, show
 
 import lesa
 from lesa.evaluation.compare import compare
-from lesa.evaluation.methods import METHODS, Method, build_all
+from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.methods import build_all, parse
 from lesa.evaluation.runs import generate
 from lesa.testbed import captions, load, settings
 from lesa.training.progress import Progress
@@ -102,7 +103,7 @@ def taps(pipe: Any, prompts: int, unseen: list[str], call: dict[str, Any]) -> li
         forecaster = lesa.train(
             pipe, calibration, 50, (10,), tap=tap, call=call, refine=2, progress=report
         )
-        methods = build_all(("lesa",), (10,), 50, forecaster=forecaster)
+        methods = build_all(("lesa",), (10,), Bench(50, forecaster=forecaster))
         row = compare(pipe, unseen, methods, call, seed=1000, batch_size=16).rows[0]
         with lesa.accelerate(pipe, forecaster, full_steps=10):
             generate(pipe, unseen[:1], range(1), call)
@@ -139,7 +140,9 @@ def main() -> None:
     keep("hardness", hardness(pipe, unseen, call))
     for steps, counts in {50: COUNTS, **FEWER}.items():
         own = {**call, "num_inference_steps": steps}
-        methods = build_all(METHODS, counts, steps, forecaster=forecaster, searched=True)
+        seen = captions(options.prompts, seed=0, split="train")
+        bench = Bench(steps, pipe, own, seen, forecaster)
+        methods = build_all(parse("all", bench), counts, bench, searched=True)
         result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
         verdicts = judge(result.rows, counts, steps)
         show(f"{steps} steps, {len(unseen)} unseen prompts", result, verdicts)

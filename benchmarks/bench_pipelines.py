@@ -22,7 +22,8 @@ from _verdict import judge, show
 import lesa
 from lesa.demo import UNET_FULL_STEPS, attributes
 from lesa.evaluation.compare import PLAIN, compare
-from lesa.evaluation.methods import METHODS, UNET_ONLY, build_all
+from lesa.evaluation.method import Bench
+from lesa.evaluation.methods import build_all, parse
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.progress import Progress
 
@@ -36,12 +37,12 @@ def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
     steps = call["num_inference_steps"]
     has_unet = getattr(pipe, "unet", None) is not None
     counts = UNET_FULL_STEPS if has_unet else COUNTS[steps]
-    names = METHODS + UNET_ONLY if has_unet else METHODS
     report, started = Progress(quiet=True), time.perf_counter()
     seen = prompts(name, calibration, seed=0, split="train")
     forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=report)
     seconds = time.perf_counter() - started
-    methods = build_all(names, counts, steps, forecaster=forecaster, searched=True)
+    bench = Bench(steps, pipe, call, seen, forecaster)
+    methods = build_all(parse("all", bench), counts, bench, searched=True)
     texts = prompts(name, unseen, seed=1, split="test")
     result = compare(pipe, texts, methods, call, seed=1000, batch_size=16, keep_pictures=len(texts))
     verdicts = judge(result.rows, counts, steps)

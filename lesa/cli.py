@@ -205,22 +205,21 @@ def compare(
     Example: lesa compare --pipeline testbed --prompts p.txt --forecaster my-lesa --json out.json
     """
     from lesa.evaluation import compare as run
+    from lesa.evaluation.method import Bench
     from lesa.evaluation.methods import build_all, parse
     from lesa.evaluation.report import rich_table, write_report
 
     counts = parse_counts(full_steps, num_inference_steps)
-    names = parse(methods, with_lesa=forecaster is not None)
     texts = read_prompts(prompts)
     check_json(json)
     if report is not None:
         require_writable(report, "report")
     trained = load_forecaster(forecaster) if forecaster else None
-    contenders = build_all(
-        names, counts, num_inference_steps, forecaster=trained, searched=searched
-    )
     pipe = load_pipeline(pipeline, device=device, dtype=dtype)
     given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
+    bench = Bench(num_inference_steps, pipe, settings, forecaster=trained, seed=seed)
+    contenders = build_all(parse(methods, bench), counts, bench, searched=searched)
     batches = -(-len(texts) // batch_size)
     with progress("compare", batches * (len(contenders) + 1)) as advance:
         result = run(

@@ -30,7 +30,7 @@ def checked_schedule(
 
     Raises: LesaError unless exactly one of the two is given with a forecaster, none without.
     """
-    from lesa.evaluation.methods import PEERS, build
+    from lesa.evaluation.peers.forecasters import FORECASTERS
     from lesa.inputs import check_count
 
     if forecaster is None:
@@ -43,8 +43,8 @@ def checked_schedule(
         return {"schedule": Schedule.every(interval).bind(num_steps)}
     assert full_steps is not None
     check_count(full_steps, num_steps, "full-steps")
-    if forecaster in PEERS:  # which have no calibrated lists, but a rule of their own
-        return {"schedule": build(forecaster, full_steps, num_steps).schedule}
+    if forecaster in FORECASTERS:  # which have no calibrated lists, but a rule of their own
+        return {"schedule": FORECASTERS[forecaster].nearest(full_steps, num_steps)}
     return {"full_steps": full_steps}
 
 

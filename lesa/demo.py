@@ -41,6 +41,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     """
     import lesa
     from lesa.evaluation.compare import compare
+    from lesa.evaluation.method import Bench
     from lesa.evaluation.methods import build_all
     from lesa.evaluation.report import rich_table, write_report
     from lesa.inputs import quieten
@@ -63,7 +64,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     trained = time.perf_counter() - begun
 
     unseen = lesa.testbed.prompts(pipeline, UNSEEN, seed=1)
-    methods = build_all(names, counts, steps, forecaster=forecaster)
+    methods = build_all(names, counts, Bench(steps, pipe, settings, forecaster=forecaster))
     console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
     batch = UNSEEN // 2
     with progress("compare", 2 * (len(methods) + 1)) as advance:

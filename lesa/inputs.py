@@ -81,10 +81,10 @@ def check_count(full_steps: int, num_steps: int, field: str = "full_steps") -> N
 
 def load_forecaster(name: str) -> Any:
     """A trained forecaster from a folder or hub id, or a training-free one by its method's name."""
-    from lesa.evaluation.methods import PEERS
+    from lesa.evaluation.peers.forecasters import FORECASTERS
 
-    if name in PEERS:
-        return PEERS[name].forecaster()
+    if name in FORECASTERS:
+        return FORECASTERS[name].forecaster()
     from lesa.forecasters.lesa import LesaForecaster
 
     return LesaForecaster.from_pretrained(name)

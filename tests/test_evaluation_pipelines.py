@@ -7,9 +7,9 @@ import torch
 from tiny_pipelines import build
 
 from lesa.errors import LesaError
+from lesa.evaluation import Bench, compare, frame_psnr, psnr, temporal_psnr
 from lesa.evaluation import build as method
-from lesa.evaluation import compare, frame_psnr, psnr, temporal_psnr
-from lesa.evaluation.methods import parse
+from lesa.evaluation.methods import PEERS, parse
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
 from lesa.evaluation.tally import COLUMNS, VIDEO_COLUMNS
@@ -31,7 +31,7 @@ def make(name, prompts):
 @pytest.fixture(scope="module")
 def video():
     pipe, settings = make("wan", 3)
-    methods = [method("fora", 3, STEPS), method("fora", STEPS, STEPS)]
+    methods = [method("fora", 3, Bench(STEPS)), method("fora", STEPS, Bench(STEPS))]
     return pipe, settings, compare(pipe, ["a", "b", "c"], methods, settings, seed=5, batch_size=2)
 
 
@@ -58,7 +58,7 @@ def test_each_prompt_gets_its_own_embedding_and_seed(video):
 def test_several_pictures_per_prompt_have_seeds_of_their_own():
     pipe, settings = make("sdxl", 2)
     settings["num_images_per_prompt"] = 2
-    found = compare(pipe, ["a", "b"], [method("fora", 3, STEPS)], settings, batch_size=1)
+    found = compare(pipe, ["a", "b"], [method("fora", 3, Bench(STEPS))], settings, batch_size=1)
     pictures = found.pictures["plain"]
     assert len(pictures) == 4 and found.titles == ["a", "a", "b", "b"]
     assert len({round(float(p.double().sum()), 6) for p in pictures}) == 4
@@ -81,7 +81,10 @@ def test_a_strip_of_frames_is_wider_than_a_picture():
 def test_deepcache_at_interval_one_is_the_plain_run_and_leaves_no_trace():
     pytest.importorskip("DeepCache")
     pipe, settings = make("sdxl", 2)
-    methods = [method("deepcache", STEPS, STEPS), method("deepcache", 2, STEPS)]
+    methods = [
+        method("deepcache", STEPS, Bench(STEPS, pipe)),
+        method("deepcache", 2, Bench(STEPS, pipe)),
+    ]
     found = compare(pipe, ["a", "b"], methods, settings)
     every, third = found.rows
     assert every["psnr_min"] == float("inf") and every["full_steps"] == STEPS
@@ -98,7 +101,7 @@ def test_deepcache_recomputes_the_outermost_layers_only():
     """Its published cache branch 0: which residual blocks run at a skipped step."""
     pytest.importorskip("DeepCache")
     pipe, settings = make("sdxl", 1)
-    runs, cache = [], method("deepcache", 2, STEPS).own_cache
+    runs, cache = [], method("deepcache", 2, Bench(STEPS, pipe)).applied
     blocks = {n: m for n, m in pipe.unet.named_modules() if n.split(".")[-2:-1] == ["resnets"]}
     watched = {"conv_in": pipe.unet.conv_in} | {n: m.conv1 for n, m in blocks.items()}
     with cache(pipe):
@@ -120,10 +123,11 @@ def test_deepcache_recomputes_the_outermost_layers_only():
 def test_deepcache_needs_a_unet():
     pipe, settings = make("wan", 1)
     with pytest.raises(LesaError, match="'deepcache' needs a U-Net, WanPipeline has none"):
-        compare(pipe, ["a"], [method("deepcache", 2, STEPS)], settings)
+        method("deepcache", 2, Bench(STEPS, pipe))
 
 
 @pytest.mark.parametrize(("wanted", "interval"), [(17, 3), (10, 5), (5, 10), (50, 1), (1, 50)])
 def test_deepcache_intervals(wanted, interval):
-    assert method("deepcache", wanted, 50).own_cache.keywords == {"interval": interval}
-    assert parse("deepcache,fora") == ("deepcache", "fora") and "deepcache" not in parse("all")
+    built = PEERS["deepcache"].build("deepcache", wanted, Bench(50), None)
+    assert built.applied.keywords == {"interval": interval}
+    assert "deepcache" not in parse("all", Bench(50))

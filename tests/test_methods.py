@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lesa.errors import LesaError
-from lesa.evaluation.methods import METHODS, PEERS, build, build_all, parse
+from lesa.evaluation.method import Bench
+from lesa.evaluation.methods import NAMES, build, build_all, parse
+from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.schedule import Schedule
 
 PUBLISHED = {
@@ -24,27 +26,29 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("name", "count"), PUBLISHED)
 def test_published_lists(name, count):
-    assert build(name, count, 50).schedule.full_steps == PUBLISHED[name, count]
+    assert build(name, count, Bench(50)).schedule.full_steps == PUBLISHED[name, count]
 
 
 @given(
-    name=st.sampled_from(sorted(PEERS)), num_steps=st.integers(6, 60), share=st.floats(0.05, 1.0)
+    name=st.sampled_from(sorted(FORECASTERS)),
+    num_steps=st.integers(6, 60),
+    share=st.floats(0.05, 1.0),
 )
 def test_a_peer_never_gets_fewer_full_steps_than_wanted(name, num_steps, share):
     wanted = max(1, round(share * num_steps))
-    method = build(name, wanted, num_steps)
+    method = build(name, wanted, Bench(num_steps))
     assert wanted <= method.full_steps <= num_steps
     assert method.schedule.num_steps == num_steps
 
 
 def test_fewer_steps_has_no_cache():
-    method = build("fewer-steps", 8, 50)
+    method = build("fewer-steps", 8, Bench(50))
     assert (method.forecaster, method.schedule, method.num_steps) == (None, None, 8)
     assert method.schedule_text == "own: 8 steps"
 
 
 def test_an_explicit_list_is_marked_as_searched():
-    method = build("fora", 3, 9, searched=Schedule.explicit((0, 4, 7)))
+    method = build("fora", 3, Bench(9), searched=Schedule.explicit((0, 4, 7)))
     assert method.schedule_text == "searched: 0,4,7"
     assert method.label == "fora (searched steps) @3"
 
@@ -57,7 +61,8 @@ class Trained:
 
 
 def test_every_method_at_every_count_once():
-    methods = build_all(METHODS, (13, 14), 50, forecaster=Trained(), searched=True)
+    names = ("fewer-steps", *FORECASTERS, "lesa")
+    methods = build_all(names, (13, 14), Bench(50, forecaster=Trained()), searched=True)
     labels = [method.label for method in methods]
     assert len(labels) == len(set(labels))
     assert labels.count("taylorseer-1 @14") == 1  # interval 4 is the nearest for 13 and for 14
@@ -65,25 +70,28 @@ def test_every_method_at_every_count_once():
 
 
 @pytest.mark.parametrize(
-    ("names", "with_lesa", "message"),
+    ("names", "message"),
     [
-        ("teacache", True, "unknown 'teacache'; choose all, or from fewer-steps"),
-        (" , ", True, "none given"),
-        ("fora,lesa", False, "needs a trained forecaster"),
+        ("sleepcache", "unknown 'sleepcache'; choose all, or from fewer-steps"),
+        (" , ", "none given"),
+        ("fora,lesa", "'lesa' needs a trained forecaster"),
+        ("deepcache", "'deepcache' needs a U-Net"),
     ],
 )
-def test_wrong_names(names, with_lesa, message):
+def test_wrong_names(names, message):
     with pytest.raises(LesaError, match=message):
-        parse(names, with_lesa=with_lesa)
+        parse(names, Bench(50))
 
 
 def test_all_means_all_that_can_run():
-    assert parse("all") == METHODS
-    assert "lesa" not in parse("all", with_lesa=False)
-    assert parse("lesa, fora,lesa") == ("lesa", "fora")
+    trained, untrained = Bench(50, forecaster=Trained()), Bench(50)
+    assert {"fewer-steps", *FORECASTERS, "lesa"} <= set(parse("all", trained))
+    assert set(NAMES) > set(parse("all", trained)) > set(parse("all", untrained))
+    assert "lesa" not in parse("all", untrained)
+    assert parse("lesa, fora,lesa", trained) == ("lesa", "fora")
 
 
 @pytest.mark.parametrize(("count", "steps"), [(0, 50), (51, 50), (1, 0)])
 def test_impossible_counts(count, steps):
     with pytest.raises(LesaError, match="full_steps|num_inference_steps"):
-        build("fora", count, steps)
+        build("fora", count, Bench(steps))

@@ -13,7 +13,7 @@ from lesa import Reuse, Schedule, accelerate, stats, testbed
 from lesa.errors import LesaError
 from lesa.evaluation import build, compare, psnr
 from lesa.evaluation.compare import PLAIN
-from lesa.evaluation.methods import Method
+from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.report import readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
 from lesa.files import to_json, write_atomically
@@ -38,8 +38,8 @@ def settings():
 
 @pytest.fixture(scope="module")
 def comparison(pipe, settings):
-    everything = Method("fora", STEPS, build("fora", 1, STEPS).forecaster, Schedule.fora(1, STEPS))
-    methods = [build(name, 4, STEPS) for name in ("fewer-steps", "fora", "taylorseer-1")]
+    everything = Method("fora", STEPS, Reuse(), Schedule.fora(1, STEPS))
+    methods = [build(name, 4, Bench(STEPS)) for name in ("fewer-steps", "fora", "taylorseer-1")]
     return compare(
         pipe, PROMPTS, [*methods, everything], settings, seed=7, batch_size=2, keep_pictures=3
     )
@@ -122,7 +122,7 @@ def test_one_prompt_twice_is_one_picture_twice(pipe, settings):
     ],
 )
 def test_wrong_arguments(pipe, settings, change, message):
-    given = {"prompts": PROMPTS, "methods": [build("fora", 4, STEPS)], "settings": settings}
+    given = {"prompts": PROMPTS, "methods": [build("fora", 4, Bench(STEPS))], "settings": settings}
     with pytest.raises(LesaError, match=message):
         compare(pipe, **{**given, **change})
 

@@ -1,7 +1,8 @@
 """Measure accelerated runs against the plain run of the same prompts and seeds."""
 
 from lesa.evaluation.compare import Comparison, compare
-from lesa.evaluation.methods import METHODS, Method, build, parse
+from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.methods import NAMES, build, build_all, parse
 from lesa.evaluation.metrics import (
     frame_psnr,
     lpips,
@@ -12,10 +13,12 @@ from lesa.evaluation.metrics import (
 )
 
 __all__ = [
-    "METHODS",
+    "NAMES",
+    "Bench",
     "Comparison",
     "Method",
     "build",
+    "build_all",
     "compare",
     "frame_psnr",
     "lpips",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.evaluation.methods import Method
-from lesa.evaluation.runs import generate, step_flops
+from lesa.evaluation.method import Method
+from lesa.evaluation.runs import Run, generate, step_flops
 from lesa.evaluation.tally import Tally
 from lesa.prompts import pictures_per_prompt, settings_of
 
@@ -101,9 +101,7 @@ def compare(
         advance(PLAIN)
         for method in _rotated(methods, batch):
             tally = tallies[method.label]
-            with _enabled(pipe, method, tally):
-                steps = {"num_inference_steps": method.num_steps}
-                run = generate(pipe, chunk, seeds, own | steps, record=True)
+            run = _run(pipe, method, chunk, seeds, own, tally)
             tally.add(plain, run)
             tally.pictures.append(run.images[:kept])
             advance(method.label)
@@ -129,11 +127,13 @@ def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[
     """The method's cache on the pipeline for a while; its counters go into `tally`."""
     from lesa.api import accelerate, stats
 
-    if method.own_cache is not None:
-        with method.own_cache(pipe) as held_bytes:
+    if method.applied is not None:
+        with method.applied(pipe) as use:
             yield
             if tally is not None:
-                tally.cache_bytes = max(tally.cache_bytes, held_bytes())
+                tally.cache_bytes = max(tally.cache_bytes, use.cache_bytes())
+                if use.full_steps is not None:
+                    tally.full_steps.append(use.full_steps())
         return
     cache: AbstractContextManager[Any] = (
         accelerate(pipe, method.forecaster, schedule=method.schedule)
@@ -149,6 +149,30 @@ def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[
                 tally.fallbacks[reason] = tally.fallbacks.get(reason, 0) + count
 
 
+def _run(
+    pipe: Any,
+    method: Method,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    settings: Mapping[str, Any],
+    tally: Tally,
+) -> Run:
+    """One batch of a method; of an adaptive one prompt by prompt."""
+    settings = {**settings, **method.overrides, "num_inference_steps": method.num_steps}
+    if not method.one_by_one:
+        with _enabled(pipe, method, tally):
+            return generate(pipe, prompts, seeds, settings, record=True)
+    runs, each = [], len(seeds) // len(prompts)
+    for row, prompt in enumerate(prompts):
+        own = settings_of(settings, [row], len(prompts))
+        with _enabled(pipe, method, tally):
+            drawn = seeds[each * row : each * (row + 1)]
+            runs.append(generate(pipe, [prompt], drawn, own, record=True))
+    latents = [torch.cat(step) for step in zip(*(run.latents for run in runs), strict=True)]
+    images = torch.cat([run.images for run in runs])
+    return Run(images, sum(run.seconds for run in runs), latents)
+
+
 def _measure_flops(
     pipe: Any,
     prompt: str,
@@ -157,11 +181,17 @@ def _measure_flops(
     tallies: dict[str, Tally],
     result: Comparison,
 ) -> None:
-    """Count one full and one skipped step of each method, and extrapolate to its whole run."""
+    """Operations of a whole run for one prompt; of a schedule with a forecaster extrapolated from
+    one full and one skipped step."""
     full = step_flops(pipe, prompt, settings, 1)[0]
     result.plain_tflops = full * settings["num_inference_steps"] / 1e12
     for method in methods:
         tally = tallies[method.label]
+        if method.applied is not None:
+            own = {**settings, **method.overrides, "num_inference_steps": method.num_steps}
+            with _enabled(pipe, method):
+                tally.tflops = sum(step_flops(pipe, prompt, own, method.num_steps)) / 1e12
+            continue
         skipped = method.schedule.skipped_steps if method.schedule else ()
         cost = 0
         if skipped:

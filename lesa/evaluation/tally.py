@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.evaluation.methods import Method
+from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import frame_psnr, psnr, ssim, temporal_psnr
 from lesa.evaluation.runs import Run
 
@@ -41,6 +41,7 @@ class Tally:
     speedup: list[float] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)  # [B, S] each
     pictures: list[Tensor] = field(default_factory=list)
+    full_steps: list[float] = field(default_factory=list)  # of adaptive methods, as counted
     cache_bytes: int = 0
     tflops: float = 0.0
     fallbacks: dict[str, int] = field(default_factory=dict)
@@ -62,7 +63,7 @@ class Tally:
         values = (
             method.name,
             method.schedule_text,
-            method.full_steps,
+            fmean(self.full_steps) if self.full_steps else method.full_steps,
             decibels.mean().item(),
             _infinite_if_clamped(finite.quantile(0.1).item()),
             decibels.min().item(),

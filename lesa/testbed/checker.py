@@ -165,7 +165,7 @@ def unseen(count: int, name: str = "flux") -> list[str]:
     plan = flux.Plan()  # the largest pools: those of other pictures begin with the same scenes
     pool = scenes(max(plan.free_scenes, plan.neat_scenes), plan.seed)
     video = clips(hunyuan.Plan.clips, hunyuan.Plan.seed)
-    trained = {drawn.caption for drawn in (*pool, *video)}
+    trained = {scene.caption for scene in pool} | {clip.caption for clip in video}
     return [caption for caption in prompts(name, 2 * count) if caption not in trained][:count]
 
 

@@ -1,0 +1,1 @@
+"""Known methods that lesa is compared with; one file per kind, each a dict name -> Peer."""
