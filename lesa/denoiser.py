@@ -132,8 +132,9 @@ class Denoiser:
         The output is None where the shape of `feature` is not the one that the tail gets.
         """
         slot = self._slot
-        if self.spec.dropped:
-            kwargs = {name: kwargs[name] for name in kwargs if name not in self.spec.dropped}
+        for name in self.spec.zeroed:
+            if kwargs.get(name) is not None:
+                kwargs = {**kwargs, name: torch.zeros_like(kwargs[name][:1, :1, :1, :1])}
         with self.turn:
             slot.skip, slot.feature, slot.mismatch = True, feature, False
             slot.sharded = getattr(core_of(self.model), "_parallel_config", None) is not None

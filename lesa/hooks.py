@@ -19,10 +19,9 @@ from lesa.denoiser import Controller, Denoiser, core_of
 from lesa.errors import LesaError
 from lesa.models import ModelSpec, model_spec
 from lesa.swap import (
-    Identity,
     Listener,
     Noticed,
-    Skippable,
+    Slot,
     Swapped,
     Tap,
     is_swapped,
@@ -67,12 +66,11 @@ def attach(
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for known in denoiser.clock.pipes:
         denoiser.watch(known)
-    for name in spec.blocks:
-        swap(core.get_submodule(name), Skippable, _lesa_slot=denoiser._slot)
-    for name in spec.identities:
-        swap(core.get_submodule(name), Identity, _lesa_slot=denoiser._slot)
-    tail = core.get_submodule(spec.tail)
-    tail.register_forward_pre_hook(Tap(denoiser._slot), with_kwargs=True)
+    for mixin, parts in spec.swapped(core).items():
+        for part in parts:
+            swap(part, mixin, _lesa_slot=denoiser._slot)
+    if (tap := _tap(core, spec, denoiser._slot)) is not None:
+        spec.module(core, spec.tail).register_forward_pre_hook(tap, with_kwargs=True)
     if spec.embedding:
         embedding = core.get_submodule(spec.embedding)
         embedding.register_forward_pre_hook(Listener(denoiser._slot))
@@ -97,8 +95,9 @@ def detach(model: nn.Module) -> None:
             "undo that first, then disable."
         )
     core = core_of(model)
-    for name in (*denoiser.spec.blocks, *denoiser.spec.identities):
-        restore(core.get_submodule(name))
+    for parts in denoiser.spec.swapped(core).values():
+        for part in parts:
+            restore(part)
     denoiser.unwatch()
     _clean(core, denoiser.spec)
     restore(model)
@@ -186,11 +185,21 @@ def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str
     return denoiser.controller(denoiser, args, kwargs)
 
 
+def _tap(core: nn.Module, spec: ModelSpec, slot: Slot) -> Tap | None:
+    """The pre-hook of the tail; None where the tail does not get what the row says."""
+    if not spec.joined:
+        return Tap(slot)
+    joined: Any = spec.module(core, spec.joined)
+    *_, before, tail = spec.module(core, spec.tail.rpartition(".")[0]).children()
+    fits = tail.in_channels == before.out_channels + joined.out_channels
+    return Tap(slot, joined.out_channels) if fits else None  # else the blocks join in another place
+
+
 def _clean(core: nn.Module, spec: ModelSpec) -> None:
     """Remove the pre-hooks and the configuration that `attach` left on the model or its copy."""
     core.__dict__.pop("_cache_config", None)
-    for name in (spec.tail, spec.embedding):
-        module = core.get_submodule(name)  # of no name: the model itself, which has none of them
+    for name in filter(None, (spec.tail, spec.embedding)):
+        module = spec.module(core, name)
         for key, hook in list(module._forward_pre_hooks.items()):
             if isinstance(hook, (Tap, Listener)):
                 del module._forward_pre_hooks[key]

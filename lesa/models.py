@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,6 +10,7 @@ from torch import nn
 from lesa.discovery import Unclear, read_structure
 from lesa.errors import LesaError
 from lesa.forecasters.base import Tap
+from lesa.swap import Identity, OnlyLast, Skippable
 
 __all__ = ["ModelSpec", "known_models", "model_spec", "register_model"]
 
@@ -24,12 +26,14 @@ class ModelSpec:
     Attributes:
         name: name of the class.
         blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
+        last: those of which it runs the last module only.
         tail: the module after the blocks; the *hidden* feature is its first argument.
+        joined: the module whose output is concatenated behind the feature, along the channels.
         latent: the argument of the forward that holds the current latent.
         conditioning: the arguments whose identity tells a changed prompt.
         unbatched: arguments without a batch dimension.
         identities: modules that a skipped step passes through.
-        dropped: arguments that are not passed on a skipped step.
+        zeroed: arguments that are 0 on a skipped step where they are given.
         embedding: the module that turns (time, ...) into what modulates `tail`, for models that
             return `proj_out(tail(h, embedding(...)))` as it is.
         upcast: whether the tail gets an fp32 copy of a narrower feature.
@@ -39,16 +43,35 @@ class ModelSpec:
 
     name: str
     blocks: tuple[str, ...]
+    last: tuple[str, ...] = ()
     tail: str = "norm_out"
+    joined: str = ""
     latent: str = "hidden_states"
     conditioning: tuple[str, ...] = ("encoder_hidden_states",)
     unbatched: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
-    dropped: tuple[str, ...] = ()
+    zeroed: tuple[str, ...] = ()
     embedding: str = ""
     upcast: bool = False
     taps: tuple[Tap, ...] = ("output", "hidden")
     notes: str = ""
+
+    def module(self, core: nn.Module, path: str) -> nn.Module:
+        """A part of the denoiser by its path, in which -1 stands for the last of a list."""
+        part = core
+        for name in path.split("."):
+            part = list(part.children())[-1] if name == "-1" else part.get_submodule(name)
+        return part
+
+    def swapped(self, core: nn.Module) -> dict[type, list[nn.Module]]:
+        """The parts whose class is swapped, by what they become; inner ones come first."""
+        last = []
+        for path in self.last[::-1]:
+            with suppress(AttributeError):  # a U-Net whose last block has no attention
+                last.append(self.module(core, path))
+        paths = {Skippable: self.blocks, Identity: self.identities}
+        others = {mixin: [self.module(core, path) for path in paths[mixin]] for mixin in paths}
+        return {OnlyLast: last, **others}
 
 
 _DOUBLE_SINGLE = ("transformer_blocks", "single_transformer_blocks")
@@ -112,11 +135,14 @@ _ROWS = (
     ModelSpec("SanaTransformer2DModel", _DOUBLE),
     ModelSpec(
         "UNet2DConditionModel",
-        ("down_blocks", "up_blocks"),
-        tail="conv_norm_out",
+        ("down_blocks",),
+        last=("up_blocks", "up_blocks.-1.resnets", "up_blocks.-1.attentions"),
+        tail="up_blocks.-1.resnets.-1",
+        joined="conv_in",
         latent="sample",
         identities=("mid_block",),
-        dropped=("down_block_additional_residuals", "mid_block_additional_residual"),
+        zeroed=("mid_block_additional_residual",),
+        notes="hidden: a skipped step runs the last layer of the last block, as in DeepCache",
     ),
     ModelSpec("AllegroTransformer3DModel", _DOUBLE),
     ModelSpec(

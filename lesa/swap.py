@@ -17,6 +17,7 @@ __all__ = [
     "Identity",
     "Listener",
     "Noticed",
+    "OnlyLast",
     "Skippable",
     "Slot",
     "Swapped",
@@ -72,6 +73,17 @@ class Skippable(Swapped):
         return super().__getitem__(index)  # type: ignore[misc]
 
 
+class OnlyLast(Skippable):
+    """A container that holds its last module alone on a skipped step."""
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        modules = list(self._modules.values())  # type: ignore[attr-defined]
+        return iter(modules[-1:] if self._lesa_slot.skip else modules)
+
+    def __len__(self) -> int:
+        return 1 if self._lesa_slot.skip else len(self._modules)  # type: ignore[attr-defined]
+
+
 class Identity(Swapped):
     """A module that returns its first argument on a skipped step."""
 
@@ -84,24 +96,39 @@ class Identity(Swapped):
 
 
 class Tap:
-    """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one."""
+    """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one.
 
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
+    The tail's input is the feature alone, or the feature and `joined` more channels, which a
+    skipped step computes.
+    """
+
+    def __init__(self, slot: Slot, joined: int = 0) -> None:
+        self.slot, self.joined = slot, joined
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         slot = self.slot
         if slot.capture:
-            slot.captured = args[0]
+            # A copy where it is a part: a view would keep all channels alive
+            slot.captured = args[0][:, : -self.joined].clone() if self.joined else args[0]
         if not slot.skip or slot.feature is None:
             return None
+        if self.joined:
+            return (self._join(slot.feature, args[0]), *args[1:]), kwargs
         # Context parallelism may split the input of the first block, which is not run here.
         if slot.feature.shape != args[0].shape and not slot.sharded:
             slot.mismatch = True
             return None
         return (slot.feature.to(args[0]), *args[1:]), kwargs
+
+    def _join(self, feature: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+        """The tail's input from the feature and what is `given` behind it."""
+        behind = given[:, -self.joined :]
+        if feature.shape[2:] != behind.shape[2:] or len(feature) != len(behind):
+            self.slot.mismatch = True
+            return given
+        return torch.cat([feature.to(given), behind], dim=1)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
         return self

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -98,10 +99,14 @@ def executions(model: nn.Module) -> Counter[str]:
 
 
 def watched(model: nn.Module, spec: ModelSpec) -> Iterator[tuple[str, nn.Module]]:
-    """Blocks and identities by name."""
+    """What a skipped step does not run, by name."""
     for name in spec.blocks:
         for position, block in enumerate(model.get_submodule(name)):
             yield f"{name}.{position}", block
+    for name in spec.last:
+        with suppress(AttributeError):
+            for position, block in enumerate(list(spec.module(model, name))[:-1]):
+                yield f"{name}.{position}", block
     for name in spec.identities:
         yield name, model.get_submodule(name)
 

@@ -203,9 +203,10 @@ def test_rows_name_real_arguments_and_modules(name):
     cls = getattr(diffusers, name)
     spec = model_spec(cls.__new__(cls))
     known = inspect.signature(cls.forward).parameters
-    assert {spec.latent, *spec.conditioning, *spec.unbatched, *spec.dropped} <= set(known)
+    assert {spec.latent, *spec.conditioning, *spec.unbatched, *spec.zeroed} <= set(known)
     source = inspect.getsource(cls.__init__)
-    parts = {*spec.blocks, *spec.identities, spec.tail.split(".")[0]}
+    paths = (*spec.blocks, *spec.last, *spec.identities, spec.tail)
+    parts = {path.split(".")[0] for path in paths}
     assert all(f"self.{part} =" in source for part in parts)
 
 

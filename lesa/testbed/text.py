@@ -218,6 +218,7 @@ def llama_tokenizer(max_length: int) -> LlamaTokenizer:
         pad_token="</s>",
         padding_side="right",
         model_max_length=max_length,
+        add_bos_token=True,  # the empty caption has a token too: the denoiser averages over them
     )
 
 

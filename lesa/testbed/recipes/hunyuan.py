@@ -42,8 +42,8 @@ class Plan:
     vae_batch: int = 3
     vae_lr: float = 2e-3
     clips: int = 8_000
-    order_steps: int = 500
-    base_steps: int = 6_000
+    order_steps: int = 400
+    base_steps: int = 2_600
     base_batch: int = 16
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
