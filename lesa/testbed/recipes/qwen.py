@@ -42,7 +42,7 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 2e-3
     scenes: int = 20_000
-    base_steps: tuple[int, ...] = (6_000, 5_000)
+    base_steps: tuple[int, ...] = (6_000, 3_500)
     base_batch: int = 32
     base_lr: float = 1e-3
     caption_dropout: float = 0.15
