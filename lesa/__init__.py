@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lesa.config import LesaConfig
     from lesa.counters import Stats
     from lesa.errors import LesaError
-    from lesa.forecasters import HiCache, Reuse, Spectrum, Taylor
+    from lesa.forecasters import FoCa, HiCache, Reuse, Spectrum, Taylor
     from lesa.forecasters.lesa import LesaForecaster
     from lesa.models import ModelSpec, register_model
     from lesa.schedule import Schedule
@@ -41,6 +41,7 @@ _HOME = {
     "LesaConfig": "config",
     "Stats": "counters",
     "LesaError": "errors",
+    "FoCa": "forecasters",
     "HiCache": "forecasters",
     "Reuse": "forecasters",
     "Spectrum": "forecasters",
@@ -55,6 +56,7 @@ _HOME = {
 _FOLDERS = ("evaluation", "forecasters", "testbed", "training")
 
 __all__ = [
+    "FoCa",
     "HiCache",
     "LesaConfig",
     "LesaError",

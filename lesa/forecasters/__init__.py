@@ -1,10 +1,11 @@
 """Forecasters: each makes a table of coefficients from a schedule and its noise levels."""
 
 from lesa.forecasters.base import Forecaster
+from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.forecasters.reuse import Reuse
 from lesa.forecasters.spectrum import Spectrum
 from lesa.forecasters.taylor import Taylor
 
-__all__ = ["Forecaster", "HiCache", "LesaForecaster", "Reuse", "Spectrum", "Taylor"]
+__all__ = ["FoCa", "Forecaster", "HiCache", "LesaForecaster", "Reuse", "Spectrum", "Taylor"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lesa.evaluation.method import Bench, Method
+from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
 from lesa.forecasters.reuse import Reuse
 from lesa.forecasters.spectrum import Spectrum
@@ -67,5 +68,6 @@ FORECASTERS: dict[str, ScheduledPeer] = {
     "taylorseer-1": ScheduledPeer(lambda: Taylor(order=1), Schedule.taylorseer, _TAYLOR),
     "taylorseer-2": ScheduledPeer(lambda: Taylor(order=2), Schedule.taylorseer, _TAYLOR),
     "hicache": ScheduledPeer(lambda: HiCache(order=2, sigma=0.5), Schedule.taylorseer, _TAYLOR),
+    "foca": ScheduledPeer(FoCa, Schedule.taylorseer, _TAYLOR),
     "spectrum": ScheduledPeer(Spectrum, Schedule.spectrum, (0.75, 2, 3, 4), grid=4),
 }
