@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lesa.errors import RunError
+from lesa.loop import executed_steps, first_step, order_of, pipe_on_stack
 from lesa.noise import noise_levels, own_noise_levels
 
 __all__ = ["Step", "StepClock"]
@@ -203,12 +202,12 @@ class StepClock:
         self._thread.generation = run
         given = self._thread.fields.get("num_inference_steps")
         if scheduler is not None and timesteps is not None:
-            run.first = _first_step(pipe, scheduler, timesteps)
-            run.num_steps = int(given or _executed_steps(pipe, timesteps, run.first))
+            run.first = first_step(pipe, scheduler, timesteps)
+            run.num_steps = int(given or executed_steps(pipe, timesteps, run.first))
             run.sigmas = noise_levels(scheduler, run.first, run.num_steps) or ()
             run.counting = not hasattr(scheduler, "step_index")
             run.run = self._claim(scheduler, timesteps)
-            order = _order(scheduler)
+            order = order_of(scheduler)
             if order > 1:
                 run.problem = f"scheduler of order {order}"
         elif self._own_sigmas:
@@ -227,7 +226,7 @@ class StepClock:
         if self._own_sigmas or self._scheduler is not None:
             return None
         pipes = self.pipes
-        return _pipe_on_stack(pipes) or (pipes[-1] if pipes else None)
+        return pipe_on_stack(pipes) or (pipes[-1] if pipes else None)
 
     def _claim(self, scheduler: Any, timesteps: Any) -> _Run:
         """The run of this scheduler, marked for all if another thread is in it."""
@@ -238,41 +237,6 @@ class StepClock:
                 run = self._runs[id(scheduler)] = _Run(timesteps, me)
             run.shared |= run.thread != me
         return run
-
-
-def _order(scheduler: Any) -> int:
-    order = getattr(scheduler, "order", 1)
-    if not isinstance(order, int) or order < 1:
-        raise RunError(
-            f"scheduler: {type(scheduler).__name__}.order is {order!r}; it says how many "
-            "evaluations a step takes: give 1, or 2 for Heun's method."
-        )
-    return order
-
-
-def _first_step(pipe: Any, scheduler: Any, timesteps: Any) -> int:
-    """Where in `timesteps` this run begins: video-to-video pipelines do not tell the scheduler."""
-    begin = getattr(scheduler, "begin_index", None)
-    now: Any = getattr(pipe, "_current_timestep", None)
-    if begin is not None or not _is_view(now, timesteps):
-        return begin or 0
-    first = now.storage_offset() - timesteps.storage_offset()
-    return first if first + (getattr(pipe, "_num_timesteps", None) or 0) == len(timesteps) else 0
-
-
-def _is_view(now: Any, timesteps: Any) -> bool:
-    tensors = isinstance(now, torch.Tensor) and isinstance(timesteps, torch.Tensor)
-    return tensors and now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
-
-
-def _executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
-    """Steps of this run: fewer than the scheduler's with img2img strength or `denoising_end`."""
-    count = len(timesteps) - first
-    told = getattr(pipe, "_num_timesteps", None)
-    now = getattr(pipe, "_current_timestep", None)
-    # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
-    is_caller = _is_view(now, timesteps) or not hasattr(pipe, "_current_timestep")
-    return told if told and is_caller and told <= count else count
 
 
 def _index(run: _Generation, scheduler: Any, name: str, fields: Mapping[str, Any]) -> int:
@@ -307,20 +271,3 @@ def _problem(run: _Generation, index: int, ordinal: int) -> str | None:
     if not 0 <= index < run.num_steps:
         return "step outside the run"
     return "scheduler does not advance" if ordinal >= _MAX_ORDINAL else None
-
-
-def _pipe_on_stack(known: list[Any]) -> Any:
-    """The nearest pipeline whose `__call__` this thread is in: several may share the model."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            owner = frame.f_locals.get("self")
-            if any(owner is pipe for pipe in known) or _is_pipe(owner):
-                return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _is_pipe(owner: Any) -> bool:
-    scheduler = getattr(owner, "scheduler", None)
-    return not isinstance(owner, torch.nn.Module) and hasattr(scheduler, "timesteps")
