@@ -23,6 +23,7 @@ PROMPTS = testbed.captions(3, seed=5)
 COLUMNS = [
     "method", "schedule", "full_steps", "psnr_mean", "psnr_p10", "psnr_min",
     "ssim_mean", "seconds", "speedup", "tflops", "cache_bytes",
+    "label", "psnr", "psnr_mean_interval", "psnr_p10_interval",
 ]  # fmt: skip
 
 
@@ -60,6 +61,10 @@ def test_decibels_are_those_of_separate_runs(comparison, pipe, settings):
     assert row["psnr_mean"] == pytest.approx(decibels.mean().item(), abs=0.05)  # batches of 2, 1
     assert row["psnr_min"] == pytest.approx(decibels.min().item(), abs=0.05)
     assert row["psnr_min"] <= row["psnr_p10"] <= row["psnr_mean"]
+    assert row["psnr"] == pytest.approx(decibels.tolist(), abs=0.05)
+    for name in ("psnr_mean", "psnr_p10"):
+        low, high = row[f"{name}_interval"]
+        assert min(row["psnr"]) <= low <= row[name] <= high <= max(row["psnr"])
 
 
 def test_every_step_in_full_is_the_plain_run_itself(comparison):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -12,12 +11,31 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.evaluation.intervals import bootstrap, mean
+from lesa.evaluation.judges import Judge, perceptual_distance
 from lesa.evaluation.method import Method
-from lesa.evaluation.runs import Run, generate, step_flops
+from lesa.evaluation.metrics import lpips_is_missing
+from lesa.evaluation.rounds import Chunk, run_method, run_tflops
+from lesa.evaluation.runs import step_flops
+from lesa.evaluation.standing import best_peer, ours, wanted
 from lesa.evaluation.tally import Tally
 from lesa.prompts import pictures_per_prompt, settings_of
 
 PLAIN = "plain"
+WORST = 4  # prompts that are shown where lesa is worst
+
+
+@dataclass
+class Worst:
+    """The prompts on which one of lesa's rows is worst, plain, by lesa and by the best peer.
+
+    decibels: label -> PSNR of each. pictures: label (and "plain") -> [n, C, H, W], or videos.
+    """
+
+    label: str
+    prompts: list[str]
+    decibels: dict[str, list[float]]
+    pictures: dict[str, Tensor]
 
 
 @dataclass
@@ -25,14 +43,17 @@ class Comparison:
     """What `compare` measured.
 
     rows: one dict per method, with the keys `COLUMNS`, for videos also `VIDEO_COLUMNS`; decibels
-        against the plain run's pictures (psnr_mean is the mean of the pictures' dB, psnr_p10
-        their 10th percentile; psnr_frame_* are over frames, temporal_psnr is of the differences
-        between frames), seconds of the denoising loop for one batch, speedup over the plain loop
-        in the same round, tflops of one prompt's loop, cache_bytes held during a batch.
+        against the plain run's pictures (psnr lists them, psnr_mean is their mean, psnr_p10 their
+        10th percentile, each with a 95 % bootstrap interval; psnr_frame_* are over frames,
+        temporal_psnr is of the differences between frames), seconds of the denoising loop for one
+        batch, speedup over the plain loop in the same round, tflops of one prompt's loop,
+        cache_bytes held during a batch. Where they apply: peak_bytes that CUDA allocated on top
+        during a batch, scores of the judges, psnr_u8wrap of the paper's own recipe.
     curves: label -> relative RMS error of the latent after each step, mean over prompts.
     pictures: label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1], or videos,
         [n, F, C, H, W]; `titles` are the prompts of all pictures.
-    notes: steps that a cache had to run in full, by reason.
+    worst: the prompts on which each of lesa's rows is worst.
+    notes: steps that a cache had to run in full, by reason, and what could not be measured.
     """
 
     prompts: list[str]
@@ -42,15 +63,21 @@ class Comparison:
     pictures: dict[str, Tensor] = field(default_factory=dict)
     titles: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    worst: list[Worst] = field(default_factory=list)
     plain_seconds: float = 0.0
     plain_tflops: float = 0.0
+    plain_more: dict[str, Any] = field(default_factory=dict)  # peak_bytes, scores
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures."""
         return {
             "settings": self.settings,
             "prompts": self.prompts,
-            "plain": {"seconds": self.plain_seconds, "tflops": self.plain_tflops},
+            "plain": {
+                "seconds": self.plain_seconds,
+                "tflops": self.plain_tflops,
+                **self.plain_more,
+            },
             "rows": self.rows,
             "error_per_step": self.curves,
             "notes": self.notes,
@@ -66,6 +93,7 @@ def compare(
     seed: int = 0,
     batch_size: int = 8,
     keep_pictures: int = 8,
+    judges: Sequence[Judge] = (),
     advance: Callable[[str], object] = lambda label: None,
 ) -> Comparison:
     """Compare methods with the plain pipeline on the same prompts, seeds and settings.
@@ -77,6 +105,8 @@ def compare(
     Args:
         settings: arguments of `pipe(...)`; num_inference_steps is needed. Where it holds
             `prompt_embeds`, one row per prompt, the prompts are titles.
+        judges: what else the pictures are judged by (`lesa.evaluation.judges`); LPIPS is one of
+            them where its package and weights are at hand.
         advance: told the label of every run that has ended.
 
     Raises: LesaError if there is no prompt or method, or batch_size is below 1.
@@ -84,37 +114,58 @@ def compare(
     _check(prompts, methods, settings, batch_size)
     tallies = {method.label: Tally() for method in methods}
     result = Comparison(list(prompts), dict(settings))
-    plain_seconds, plain_pictures = [], []
+    judges = _with_lpips(judges, result)
+    reference, base = Method(PLAIN, settings["num_inference_steps"]), Tally()
     each = pictures_per_prompt(settings)
     result.titles = [prompt for prompt in prompts for _ in range(each)]
     first = settings_of(settings, [0], len(prompts))
-    _measure_flops(pipe, prompts[0], methods, first, tallies, result)  # also warms the caches up
+    full = step_flops(pipe, prompts[0], first, 1)[0]
+    result.plain_tflops = full * settings["num_inference_steps"] / 1e12
+    for method in methods:  # which also warms the caches up
+        tallies[method.label].tflops = run_tflops(pipe, prompts[0], method, first, full)
     for batch, start in enumerate(range(0, len(prompts), batch_size)):
-        chunk = prompts[start : start + batch_size]
-        rows = range(start, start + len(chunk))
-        own = settings_of(settings, rows, len(prompts))
-        seeds = range(seed + each * rows.start, seed + each * rows.stop)
-        kept = max(0, min(keep_pictures - each * start, each * len(chunk)))
-        plain = generate(pipe, chunk, seeds, own, record=True)
-        plain_seconds.append(plain.seconds)
-        plain_pictures.append(plain.images[:kept])
+        rows = range(start, min(start + batch_size, len(prompts)))
+        chunk = Chunk.of(prompts, settings, rows, seed, each)
+        kept = max(0, min(keep_pictures - each * start, len(chunk.titles)))
+        plain = run_method(pipe, reference, chunk, base)
+        base.seconds.append(plain.seconds)
+        base.judge(judges, plain, plain, chunk.titles)
+        base.pictures.append(plain.images[:kept])
         advance(PLAIN)
         for method in _rotated(methods, batch):
             tally = tallies[method.label]
-            run = _run(pipe, method, chunk, seeds, own, tally)
+            run = run_method(pipe, method, chunk, tally)
             tally.add(plain, run)
+            tally.judge(judges, plain, run, chunk.titles)
             tally.pictures.append(run.images[:kept])
             advance(method.label)
-    result.plain_seconds = median(plain_seconds)
-    result.pictures[PLAIN] = torch.cat(plain_pictures)
-    _collect(result, methods, tallies)
+    _collect(result, methods, tallies, base)
+    _show_worst(pipe, result, {PLAIN: reference, **{m.label: m for m in methods}}, seed, each)
     return result
 
 
-def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, Tally]) -> None:
+def _with_lpips(judges: Sequence[Judge], result: Comparison) -> Sequence[Judge]:
+    reason = lpips_is_missing()
+    if reason is None:
+        return (*judges, perceptual_distance)
+    result.notes.append(f"LPIPS was not measured: {reason}")
+    return judges
+
+
+def _collect(
+    result: Comparison, methods: Sequence[Method], tallies: dict[str, Tally], base: Tally
+) -> None:
+    result.plain_seconds = median(base.seconds)
+    result.pictures[PLAIN] = torch.cat(base.pictures)
+    if base.peak_bytes is not None:
+        result.plain_more["peak_bytes"] = base.peak_bytes
+    if base.judged:
+        result.plain_more["scores"] = {
+            name: bootstrap(mean, values) for name, values in base.judged.items()
+        }
     for method in methods:
         tally = tallies[method.label]
-        result.rows.append(tally.row(method))
+        result.rows.append(tally.row(method, base))
         result.pictures[method.label] = torch.cat(tally.pictures)
         if tally.errors:
             result.curves[method.label] = torch.cat(tally.errors).mean(0).tolist()
@@ -122,82 +173,28 @@ def _collect(result: Comparison, methods: Sequence[Method], tallies: dict[str, T
             result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
 
 
-@contextmanager
-def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[None]:
-    """The method's cache on the pipeline for a while; its counters go into `tally`."""
-    from lesa.api import accelerate, stats
-
-    if method.applied is not None:
-        with method.applied(pipe) as use:
-            yield
-            if tally is not None:
-                tally.cache_bytes = max(tally.cache_bytes, use.cache_bytes())
-                if use.full_steps is not None:
-                    tally.full_steps.append(use.full_steps())
-        return
-    cache: AbstractContextManager[Any] = (
-        accelerate(pipe, method.forecaster, schedule=method.schedule)
-        if method.schedule is not None
-        else nullcontext()
-    )
-    with cache:
-        yield
-        if tally is not None and method.schedule is not None:
-            counters = stats(pipe)
-            tally.cache_bytes = max(tally.cache_bytes, counters.ring_bytes)
-            for reason, count in counters.fallbacks.items():
-                tally.fallbacks[reason] = tally.fallbacks.get(reason, 0) + count
-
-
-def _run(
-    pipe: Any,
-    method: Method,
-    prompts: Sequence[str],
-    seeds: Sequence[int],
-    settings: Mapping[str, Any],
-    tally: Tally,
-) -> Run:
-    """One batch of a method; of an adaptive one prompt by prompt."""
-    settings = {**settings, **method.overrides, "num_inference_steps": method.num_steps}
-    if not method.one_by_one:
-        with _enabled(pipe, method, tally):
-            return generate(pipe, prompts, seeds, settings, record=True)
-    runs, each = [], len(seeds) // len(prompts)
-    for row, prompt in enumerate(prompts):
-        own = settings_of(settings, [row], len(prompts))
-        with _enabled(pipe, method, tally):
-            drawn = seeds[each * row : each * (row + 1)]
-            runs.append(generate(pipe, [prompt], drawn, own, record=True))
-    latents = [torch.cat(step) for step in zip(*(run.latents for run in runs), strict=True)]
-    images = torch.cat([run.images for run in runs])
-    return Run(images, sum(run.seconds for run in runs), latents)
-
-
-def _measure_flops(
-    pipe: Any,
-    prompt: str,
-    methods: Sequence[Method],
-    settings: Mapping[str, Any],
-    tallies: dict[str, Tally],
-    result: Comparison,
+def _show_worst(
+    pipe: Any, result: Comparison, methods: Mapping[str, Method], seed: int, each: int
 ) -> None:
-    """Operations of a whole run for one prompt; of a schedule with a forecaster extrapolated from
-    one full and one skipped step."""
-    full = step_flops(pipe, prompt, settings, 1)[0]
-    result.plain_tflops = full * settings["num_inference_steps"] / 1e12
-    for method in methods:
-        tally = tallies[method.label]
-        if method.applied is not None:
-            own = {**settings, **method.overrides, "num_inference_steps": method.num_steps}
-            with _enabled(pipe, method):
-                tally.tflops = sum(step_flops(pipe, prompt, own, method.num_steps)) / 1e12
-            continue
-        skipped = method.schedule.skipped_steps if method.schedule else ()
-        cost = 0
-        if skipped:
-            with _enabled(pipe, method):
-                cost = step_flops(pipe, prompt, settings, skipped[0] + 1)[skipped[0]]
-        tally.tflops = (full * method.full_steps + cost * len(skipped)) / 1e12
+    """Make the pictures again, since nobody knew before the end which ones to keep."""
+    for row in ours(result.rows):
+        hardest = sorted(range(len(row["psnr"])), key=row["psnr"].__getitem__)
+        prompts = list(dict.fromkeys(picture // each for picture in hardest))[:WORST]
+        chunk = Chunk.of(result.prompts, result.settings, prompts, seed, each)
+        peer = best_peer(result.rows, wanted(row))
+        shown = [row, *([peer] if peer else [])]
+        pictures = [each * prompt + n for prompt in prompts for n in range(each)]
+        result.worst.append(
+            Worst(
+                row["label"],
+                chunk.titles,
+                {r["label"]: [r["psnr"][picture] for picture in pictures] for r in shown},
+                {
+                    label: run_method(pipe, methods[label], chunk, Tally()).images
+                    for label in (PLAIN, *(r["label"] for r in shown))
+                },
+            )
+        )
 
 
 def _rotated(methods: Sequence[Method], by: int) -> list[Method]:

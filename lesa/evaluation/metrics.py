@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,14 +89,31 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
 def lpips(reference: Tensor, images: Tensor, net: str = "alex") -> Tensor:
     """Learned perceptual distance (LPIPS), [N, 3, H, W] in [0, 1] -> [N]; 0 where equal.
 
-    Needs the extra `eval`, a torchvision that fits the installed torch, and the trunk's published
-    weights in torch's hub cache (the lpips package downloads them on first use).
+    Videos [N, F, 3, H, W] give the mean over their frames. Needs the extra `eval`, a torchvision
+    that fits the installed torch, and the trunk's published weights in torch's hub cache (the lpips
+    package downloads them on first use).
 
     Raises: LesaError if one of those is missing or the shapes differ.
     """
     _check(reference, images)
+    model, (a, b) = _lpips_model(net), (x.float().flatten(0, -4) for x in (reference, images))
     with torch.inference_mode():
-        return _lpips_model(net)(reference.float(), images.float(), normalize=True).flatten()
+        distances: Tensor = model(a, b, normalize=True)
+    return distances.reshape(len(images), -1).mean(1)
+
+
+def lpips_is_missing(net: str = "alex") -> str | None:
+    """Why `lpips` cannot run without a download, or None."""
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if find_spec("lpips") is None:
+        return "the package lpips is not installed (extra `eval`)"
+    if not any(folder.glob(f"{net}*.pth")):
+        return f"no {net} weights in torch's hub cache; lesa.evaluation.lpips fetches them once"
+    try:
+        _lpips_model(net)
+    except LesaError as error:
+        return str(error)
+    return None
 
 
 @cache

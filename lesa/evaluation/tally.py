@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa.evaluation.intervals import bootstrap, mean, worst_decile
+from lesa.evaluation.judges import Judge
 from lesa.evaluation.method import Method
-from lesa.evaluation.metrics import frame_psnr, psnr, ssim, temporal_psnr
+from lesa.evaluation.metrics import frame_psnr, psnr, psnr_u8wrap, ssim, temporal_psnr
 from lesa.evaluation.runs import Run
 
 COLUMNS = (
@@ -25,8 +28,13 @@ COLUMNS = (
     "speedup",
     "tflops",
     "cache_bytes",
+    "label",
+    "psnr",
+    "psnr_mean_interval",
+    "psnr_p10_interval",
 )
 VIDEO_COLUMNS = ("psnr_frame_mean", "psnr_frame_min", "temporal_psnr")
+PAPER = "lesa-paper"  # the paper's own recipe, which alone is also read in the paper's own PSNR
 
 
 @dataclass
@@ -34,20 +42,24 @@ class Tally:
     """One method's measurements, a batch at a time."""
 
     psnr: list[float] = field(default_factory=list)
+    u8wrap: list[float] = field(default_factory=list)
     ssim: list[float] = field(default_factory=list)
     frames: list[float] = field(default_factory=list)  # of videos: dB of every frame
     temporal: list[float] = field(default_factory=list)  # of videos: dB of what moves
+    judged: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     speedup: list[float] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)  # [B, S] each
     pictures: list[Tensor] = field(default_factory=list)
     full_steps: list[float] = field(default_factory=list)  # of adaptive methods, as counted
     cache_bytes: int = 0
+    peak_bytes: int | None = None  # None where the device does not count
     tflops: float = 0.0
     fallbacks: dict[str, int] = field(default_factory=dict)
 
     def add(self, plain: Run, run: Run) -> None:
         self.psnr += psnr(plain.images, run.images).tolist()
+        self.u8wrap += psnr_u8wrap(plain.images, run.images).tolist()
         self.ssim += ssim(plain.images, run.images).tolist()
         if plain.images.ndim == 5 and plain.images.shape[1] > 1:
             self.frames += frame_psnr(plain.images, run.images).flatten().tolist()
@@ -57,26 +69,52 @@ class Tally:
         if run.latents and len(run.latents) == len(plain.latents):
             self.errors.append(_relative_error(plain.latents, run.latents))
 
-    def row(self, method: Method) -> dict[str, Any]:
-        decibels = torch.tensor(self.psnr, dtype=torch.float64)
-        finite = decibels.clamp(max=1e3)  # identical pictures are infinite: quantiles would be NaN
+    def judge(self, judges: Sequence[Judge], plain: Run, run: Run, prompts: Sequence[str]) -> None:
+        """Let every judge see a batch."""
+        for judge in judges:
+            for name, values in judge(plain.images, run.images, prompts).items():
+                self.judged.setdefault(name, []).extend(values.tolist())
+
+    def scores(self, plain: Tally) -> dict[str, dict[str, Any]]:
+        """What the judges found: the mean with its interval, and with a paired one the difference
+        from the plain run."""
+        return {
+            name: {
+                **bootstrap(mean, values),
+                "difference": bootstrap(lambda a, b: mean(a - b), values, plain.judged[name]),
+            }
+            for name, values in self.judged.items()
+        }
+
+    def row(self, method: Method, plain: Tally) -> dict[str, Any]:
+        average, tail = bootstrap(mean, self.psnr), bootstrap(worst_decile, self.psnr)
         values = (
             method.name,
             method.schedule_text,
             fmean(self.full_steps) if self.full_steps else method.full_steps,
-            decibels.mean().item(),
-            _infinite_if_clamped(finite.quantile(0.1).item()),
-            decibels.min().item(),
+            average["value"],
+            tail["value"],
+            min(self.psnr),
             fmean(self.ssim),
             median(self.seconds),
             median(self.speedup),
             self.tflops,
             self.cache_bytes,
+            method.label,
+            self.psnr,
+            [average["low"], average["high"]],
+            [tail["low"], tail["high"]],
         )
-        row = dict(zip(COLUMNS, values, strict=True))
+        row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         if self.frames:
             video = fmean(self.frames), min(self.frames), fmean(self.temporal)
             row |= zip(VIDEO_COLUMNS, video, strict=True)
+        if method.name.startswith(PAPER):
+            row["psnr_u8wrap"] = fmean(self.u8wrap)
+        if self.peak_bytes is not None:
+            row["peak_bytes"] = self.peak_bytes
+        if self.judged:
+            row["scores"] = self.scores(plain)
         return row
 
 
@@ -87,7 +125,3 @@ def _relative_error(reference: list[Tensor], latents: list[Tensor]) -> Tensor:
         for base, ours in zip(reference, latents, strict=True)
     ]
     return torch.stack(columns, 1).cpu()
-
-
-def _infinite_if_clamped(decibels: float) -> float:
-    return decibels if decibels < 1e3 else float("inf")

@@ -1,0 +1,103 @@
+"""Where lesa stands: which rows are compared with which, and the differences between them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.evaluation.intervals import bootstrap, mean, worst_decile
+
+if TYPE_CHECKING:
+    from lesa.evaluation.compare import Comparison
+
+Row = Mapping[str, Any]
+OURS = "lesa"
+
+
+def wanted(row: Row) -> int:
+    """The number of full steps that a row was built for; of an adaptive method the nominal one."""
+    return int(row["label"].rsplit("@", 1)[1]) if "label" in row else round(row["full_steps"])
+
+
+def origin(row: Row) -> str:
+    """ "own" where a method follows its published schedule, "searched" where it is given lesa's."""
+    return str(row["schedule"]).split(":")[0]
+
+
+def name(row: Row) -> str:
+    """Method and, if it is not its own, where its full steps come from."""
+    borrowed = row["method"] != OURS and origin(row) == "searched"
+    return row["method"] + " (lesa's steps)" * borrowed
+
+
+def ours(rows: Sequence[Row]) -> list[Row]:
+    """lesa's rows, most full steps first."""
+    return sorted((row for row in rows if row["method"] == OURS), key=wanted, reverse=True)
+
+
+def opponents(rows: Sequence[Row], count: int) -> list[Row]:
+    """Of every other method, on its own list and on lesa's, the row with the fewest full steps that
+    are not below `count`: the doubt goes to the peer. Best mean first."""
+    found: dict[str, Row] = {}
+    for row in sorted(rows, key=wanted):
+        if row["method"] != OURS and wanted(row) >= count:
+            found.setdefault(name(row), row)
+    return sorted(found.values(), key=lambda row: decibels(row["psnr_mean"]), reverse=True)
+
+
+def best_peer(rows: Sequence[Row], count: int, lists: str | None = None) -> Row | None:
+    """The opponent with the highest mean, among those on `own` or `searched` lists if given."""
+    fitting = (row for row in opponents(rows, count) if lists in (None, origin(row)))
+    return next(fitting, None)
+
+
+def decibels(value: float | None) -> float:
+    """A PSNR as it comes from strict JSON, where that of identical pictures is null."""
+    return torch.inf if value is None else value
+
+
+def difference(a: Row, b: Row) -> dict[str, Any]:
+    """a minus b in dB over the same prompts, with paired 95 % intervals.
+
+    mean: of the prompts' differences. p10: worst decile of a minus worst decile of b. won: share of
+    the prompts where a is the better one. Two identical pictures differ by 0 dB.
+    """
+    first, second = ([decibels(value) for value in row["psnr"]] for row in (a, b))
+    pairs = list(zip(first, second, strict=True))
+    return {
+        "a": a["label"],
+        "b": b["label"],
+        "prompts": len(pairs),
+        "mean": bootstrap(lambda x, y: mean(_minus(x, y)), first, second),
+        "p10": bootstrap(lambda x, y: _minus(worst_decile(x), worst_decile(y)), first, second),
+        "won": sum(x > y for x, y in pairs) / len(pairs),
+    }
+
+
+def paired(result: Comparison, a: str, b: str) -> dict[str, Any]:
+    """`difference` of two methods of a comparison by their labels, e.g. "lesa @10", "fora @10".
+
+    Raises: LesaError if the comparison has no such label.
+    """
+    rows = {row["label"]: row for row in result.rows}
+    for label in (a, b):
+        if label not in rows:
+            raise LesaError(f"label: unknown {label!r}; choose from {', '.join(rows)}")
+    return difference(rows[a], rows[b])
+
+
+def duels(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """`difference` of each of lesa's rows from all its `opponents`, smallest advantage first."""
+    found = []
+    for row in ours(rows):
+        parts = [difference(row, other) for other in opponents(rows, wanted(row))]
+        found += sorted(parts, key=lambda part: part["mean"]["value"])
+    return found
+
+
+def _minus(a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(a == b, 0.0, a - b)  # infinite minus infinite would be no number
