@@ -26,13 +26,13 @@ class ModelSpec:
     Attributes:
         name: name of the class.
         blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
-        last: those of which it runs the last module only.
         tail: the module after the blocks; the *hidden* feature is its first argument.
-        joined: the module whose output is concatenated behind the feature, along the channels.
         latent: the argument of the forward that holds the current latent.
         conditioning: the arguments whose identity tells a changed prompt.
         unbatched: arguments without a batch dimension.
         identities: modules that a skipped step passes through.
+        last: the `ModuleList`s of which a skipped step runs the last module only.
+        joined: the module whose output is concatenated behind the feature, along the channels.
         zeroed: arguments that are 0 on a skipped step where they are given.
         embedding: the module that turns (time, ...) into what modulates `tail`, for models that
             return `proj_out(tail(h, embedding(...)))` as it is.
@@ -43,13 +43,13 @@ class ModelSpec:
 
     name: str
     blocks: tuple[str, ...]
-    last: tuple[str, ...] = ()
     tail: str = "norm_out"
-    joined: str = ""
     latent: str = "hidden_states"
     conditioning: tuple[str, ...] = ("encoder_hidden_states",)
     unbatched: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    joined: str = ""
     zeroed: tuple[str, ...] = ()
     embedding: str = ""
     upcast: bool = False
@@ -70,8 +70,8 @@ class ModelSpec:
             with suppress(AttributeError):  # a U-Net whose last block has no attention
                 last.append(self.module(core, path))
         paths = {Skippable: self.blocks, Identity: self.identities}
-        others = {mixin: [self.module(core, path) for path in paths[mixin]] for mixin in paths}
-        return {OnlyLast: last, **others}
+        found: dict[type, list[nn.Module]] = {OnlyLast: last}
+        return found | {mixin: [self.module(core, p) for p in paths[mixin]] for mixin in paths}
 
 
 _DOUBLE_SINGLE = ("transformer_blocks", "single_transformer_blocks")
@@ -136,11 +136,11 @@ _ROWS = (
     ModelSpec(
         "UNet2DConditionModel",
         ("down_blocks",),
-        last=("up_blocks", "up_blocks.-1.resnets", "up_blocks.-1.attentions"),
         tail="up_blocks.-1.resnets.-1",
-        joined="conv_in",
         latent="sample",
         identities=("mid_block",),
+        last=("up_blocks", "up_blocks.-1.resnets", "up_blocks.-1.attentions"),
+        joined="conv_in",
         zeroed=("mid_block_additional_residual",),
         notes="hidden: a skipped step runs the last layer of the last block, as in DeepCache",
     ),

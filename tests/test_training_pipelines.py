@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_pipelines import build
@@ -12,7 +14,7 @@ from lesa.errors import LesaError
 from lesa.prompts import count_prompts, prompt_arguments
 from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
-from lesa.training.collect import collect
+from lesa.training.collect import collect, probe_sampler
 from lesa.training.job import Job, parts_of
 from lesa.training.lane import Lane, Visit
 from lesa.training.statistics import Statistics
@@ -132,6 +134,50 @@ def test_rows_with_guidance_are_fitted_to_their_guided_sum():
     torch.testing.assert_close(lane.coefficients["default"][2], exact, rtol=1e-4, atol=1e-6)
     mixed = torch.einsum("k,khpd->hpd", exact, ring.flip(0).double())
     torch.testing.assert_close(forecast.double(), mixed, rtol=1e-3, atol=1e-4)
+
+
+def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
+    """Gauss-Newton through a tail that drops half of the feature: the best row by float64 search
+    over the outputs, not the best row of the features."""
+    torch.manual_seed(0)
+    ring = [torch.randn(1, 2, 40) for _ in range(2)]
+
+    def tail(feature):
+        kept = feature[..., :20]
+        return kept / (1 + 0.1 * kept.square())
+
+    truth = tail(0.7 * ring[0] + 0.6 * ring[1]) + 0.01 * torch.randn(1, 2, 20)
+    lane = Lane(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0)
+    for feature in ring[::-1]:
+        lane.push("cond", feature)
+    lane.coefficients["cond"] = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]).double()
+    output = lane.forecast(Visit(2, "cond"), truth, truth, truth, tail)
+    row = lane.coefficients["cond"][2]
+
+    def loss(weights):
+        return (tail(weights[0] * ring[0] + weights[1] * ring[1]) - truth).square().mean()
+
+    best = row.clone().requires_grad_()
+    solver = torch.optim.LBFGS([best], max_iter=100, line_search_fn="strong_wolfe")
+
+    def closure():
+        solver.zero_grad()
+        value = loss(best)
+        value.backward()
+        return value
+
+    solver.step(closure)
+    assert torch.allclose(row, best.detach(), atol=0.02)
+    assert loss(row) < 1.02 * loss(best.detach()) < 0.1 * loss(torch.tensor([1.0, 0.0]))
+    mixed = (row[0] * ring[0] + row[1] * ring[1]).float()
+    assert torch.allclose(output, tail(mixed), atol=1e-5)
+
+
+def test_hidden_features_learn_the_sampler_from_one_more_run():
+    job = replace(make_job("sdxl"), tap="hidden")
+    told, own = probe_sampler(job, STEPS), collect(replace(job, tap="output"), STEPS).sampler
+    assert told.misfit < 1e-3
+    assert torch.allclose(told.rates, own.rates, atol=1e-3)
 
 
 def test_the_second_call_makes_up_for_what_the_first_one_missed():

@@ -14,7 +14,7 @@ from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane
-from lesa.training.search import OpenLoop, balanced, neighbours, search_schedule
+from lesa.training.search import OpenLoop, balanced, evenly, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 0.6, 1.0)  # values of beta that compete: which is best depends on the step list
@@ -58,15 +58,18 @@ class Calibrator:
         return [max((x for x in lanes if x.schedule == plan), key=quality) for plan in plans]
 
     def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
-        """Local search by true accelerated runs: the likeliest neighbours race their leader."""
+        """Local search by true accelerated runs: the likeliest neighbours race their leader, and
+        at first the evenly spread list, since statistics say little of very long gaps."""
         best, started = list(leaders), time.perf_counter()
         tried = {leader.schedule.full_steps for leader in leaders}
-        for _ in range(rounds):
+        for turn in range(rounds):
             lanes = []
             for leader in best:
                 near = neighbours(leader.schedule.full_steps, self.statistics.num_steps, reach=2)
                 fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
                 chosen = fresh[-CANDIDATES:]
+                if turn == 0:
+                    chosen.append(evenly(len(leader.schedule.full_steps), leader.schedule.steps))
                 tried.update(chosen)
                 lanes.append([replace(leader, schedule=self._plan(s)) for s in chosen])
             self._run([lane for group in lanes for lane in group])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,18 +52,19 @@ class LockStep:
         outputs, features, latents = (
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
-        visit = self._visit(step, steers=latent.shape == feature.shape)
+        visit = self._visit(step, steers=latent.shape == output.shape)
         for copy, lane in enumerate(self.lanes, 1):
             if full[copy]:
                 lane.push(step.branch, features[:, copy])
                 continue
             if step.branch not in lane.coefficients:
                 lane.coefficients[step.branch] = self.prior(lane.schedule, step.sigmas, step.branch)
-            forecast = lane.forecast(visit, latents[:, copy], latents[:, 0], features[:, 0])
+            tail = None
             if self.job.tap == "hidden":
-                tail = call.tail(forecast.flatten(0, 1), places[:, copy].flatten().tolist())
-                forecast = tail.unflatten(0, (parts, self.pictures))
-            outputs[:, copy] = forecast
+                tail = partial(call.tail, rows=places[:, copy].flatten().tolist())
+            outputs[:, copy] = lane.forecast(
+                visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
+            )
         return make_output(kind, output)
 
     def _visit(self, step: Step, steers: bool) -> Visit:
@@ -113,10 +115,11 @@ class _Batch:
         return type(result), output, feature
 
     def tail(self, feature: Tensor, rows: Sequence[int]) -> Tensor:
-        """The sample that a forecast hidden feature leads to."""
-        sample = read_sample(self.denoiser.run_tail(feature, *self.rows(rows)).output)
+        """The sample that a forecast hidden feature leads to, both ``[parts, pictures, ...]``."""
+        flat = self.denoiser.run_tail(feature.flatten(0, 1), *self.rows(rows))
+        sample = read_sample(flat.output)
         assert sample is not None
-        return sample
+        return sample.unflatten(0, feature.shape[:2])
 
 
 def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:

@@ -12,6 +12,7 @@ from lesa.denoiser import Denoiser, read_sample
 from lesa.errors import LesaError
 from lesa.hooks import attach, detach
 from lesa.training.job import Job, followed, parts_of
+from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, gram
 
 
@@ -125,6 +126,18 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
         f"at most {collector.peak_bytes / 1e6:.1f} MB of features held{size}"
     )
     return found
+
+
+def probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
+    """How outputs move the latent, from one more run: hidden features do not tell it."""
+    collector = Collector("output")
+    collector.pictures = job.pictures
+    attach(job.model, collector, job.pipe)
+    try:
+        rows, num_latents, joint = collector.reduce(job.run([0], num_inference_steps))
+    finally:
+        detach(job.model)
+    return Statistics(collector.sigmas, "output", num_latents, rows, joint).sampler
 
 
 def _resumed(path: Path | None, prompts: list[str], setting: str) -> Statistics | None:

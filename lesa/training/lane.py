@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 
 from lesa.schedule import Schedule
+
+GAUSS_NEWTON = 2  # rounds of linearising the tail
+MOVE = 0.05  # of a coefficient, for its derivative: features cancel below, the tail bends above
+
+Tail = Callable[[Tensor], Tensor]  # feature [rows, pictures, ...] -> output
 
 
 class Visit(NamedTuple):
@@ -65,28 +71,61 @@ class Lane:
         ring.insert(0, feature.clone())
         del ring[self.history :]
 
-    def forecast(self, at: Visit, latent: Tensor, base_latent: Tensor, base: Tensor) -> Tensor:
+    def forecast(
+        self,
+        at: Visit,
+        latent: Tensor,
+        base_latent: Tensor,
+        base: Tensor,
+        tail: Tail | None = None,
+    ) -> Tensor:
         """Fit the row of a skipped step on the states at hand, store it, and apply it.
 
-        All tensors are ``[rows, pictures, ...]``, and so is the forecast.
+        All tensors are ``[rows, pictures, ...]``: the current latent and the base run's, the base
+        run's output, and the forecast output. ``tail`` leads from a forecast feature to an output;
+        None where the output itself is forecast.
         """
         ring, rows = self.rings[at.branch], self.coefficients[at.branch]
         regressors = [*ring, latent] if self.uses_latent else ring
         columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
-        seen = [guided(part, at.shares) for part in regressors]
         truth = guided(base, at.shares)
         if not self.frozen:
             target = self._target(at, truth, latent, base_latent)
-            fitted = ridge_fit(seen, target, rows[at.step, columns], self.ridge)
+            fitted = self._fit(at, target, regressors, rows[at.step, columns], tail)
             rows[at.step] = 0
             rows[at.step, columns] = fitted
-        weights = rows[at.step, columns].tolist()
-        forecast = mixed(weights, seen)
+        output = mixed(rows[at.step, columns].tolist(), regressors).to(ring[0].dtype)
+        output = output if tail is None else tail(output)
+        forecast = guided(output, at.shares)
         if at.rate and not self.frozen:
             self.debt = at.step, at.rate * (target - forecast)
         error = (forecast - truth).square().mean() / truth.square().mean()
         self.residual.setdefault(at.branch, []).append(error.item())
-        return mixed(weights, regressors).to(base.dtype)
+        return output
+
+    def _fit(
+        self, at: Visit, target: Tensor, regressors: list[Tensor], prior: Tensor, tail: Tail | None
+    ) -> Tensor:
+        """The row whose output comes nearest to the target.
+
+        Behind a ``tail`` only what it lets through matters: Gauss-Newton on its outputs, with
+        differences of the row's entries as derivatives.
+        """
+        if tail is None:
+            return ridge_fit([guided(p, at.shares) for p in regressors], target, prior, self.ridge)
+        row = prior
+        for _ in range(GAUSS_NEWTON):
+
+            def output(moved: Tensor) -> Tensor:
+                feature = mixed(moved.tolist(), regressors).to(regressors[0].dtype)
+                return guided(tail(feature), at.shares)
+
+            here = output(row)
+            moves = MOVE * torch.eye(len(row), dtype=row.dtype)
+            slopes = [(output(row + move) - here) / MOVE for move in moves]
+            rest = target - here + mixed(row.tolist(), slopes)
+            row = ridge_fit(slopes, rest, prior, self.ridge)
+        return row
 
     def _target(self, at: Visit, truth: Tensor, latent: Tensor, base_latent: Tensor) -> Tensor:
         """v_base, what steers back, and what an earlier branch of this step still owes."""

@@ -121,6 +121,11 @@ def climb(
         score, best = found
 
 
+def evenly(count: int, num_steps: int) -> Steps:
+    """Full steps at equal distances."""
+    return spread([num_steps * place / count for place in range(count)], num_steps)
+
+
 def starts(count: int, num_steps: int) -> list[Steps]:
     """Evenly spread step lists, and lists that grow denser towards either end."""
     return [

@@ -34,7 +34,8 @@ class Statistics:
     the constant; ``joint`` is [P, M, M], float64, mean over elements. ``num_latents`` is T + 1, or
     T without the final latent, or 0 (hidden tap, or a latent of another shape). Any forecast that
     is linear in this basis has the squared error c^T G c. Additive over pictures, so that machines
-    can collect apart and concatenate.
+    can collect apart and concatenate. ``probed`` is the sampler where this basis cannot tell it
+    (hidden tap).
 
     Fits see one branch at a time, in the basis (v_0 .. v_{T-1}, x_0 .. x_{T-1}, 1): the rows of a
     branch share a table, so that only their sum with guidance weights matters, and that sum is the
@@ -48,6 +49,7 @@ class Statistics:
     joint: Tensor = field(default_factory=lambda: torch.empty(0))
     prompts: list[str] = field(default_factory=list)
     setting: str = ""
+    probed: Sampler | None = None
 
     @property
     def num_steps(self) -> int:
@@ -79,9 +81,10 @@ class Statistics:
 
     @cached_property
     def sampler(self) -> Sampler | None:
-        """How outputs move the latent; None where the final latent is not in the basis."""
-        if self.num_latents <= self.num_steps:
-            return None
+        """How outputs move the latent; None where the final latent is not in the basis, and nobody
+        has told it."""
+        if self.probed is not None or self.num_latents <= self.num_steps:
+            return self.probed
         return identify(self.joint.mean(0), self.num_steps, sum(self.rows.values()))
 
     def weights(self, branch: str) -> Tensor | None:

@@ -12,7 +12,7 @@ from lesa.forecasters import LesaForecaster
 from lesa.prompts import count_prompts
 from lesa.schedule import Schedule
 from lesa.training.calibrate import Calibrator
-from lesa.training.collect import collect
+from lesa.training.collect import collect, probe_sampler
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job, call_arguments
 from lesa.training.progress import Progress
@@ -79,6 +79,8 @@ def train(
     job = Job(pipe, calibration, taken, tap, seed, batch_size, _folder(folder), report)
     started = time.perf_counter()
     collected = [collect(job, count) for count in counts]
+    for statistics in collected if tap == "hidden" else ():
+        statistics.probed = probe_sampler(job, statistics.num_steps)
     job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")
     forecaster = _untrained(job, collected[0], form, fields)
     if form == "paper":
