@@ -1,0 +1,262 @@
+"""What each part of lesa is worth: `python benchmarks/bench_ablations.py --pipelines flux`.
+
+Every variant is trained on the same calibration prompts and then runs the same unseen prompts in
+one call of the pipeline, beside the plain run. Measured in dB of the final latent (its mean square
+over the mean squared error), prompt by prompt, and as a paired difference from the default with its
+bootstrap interval. benchmarks/results/ablations.json keeps the pipelines that are not asked for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _environment import RESULTS, environment, write
+from _richer import GroupedLane
+from torch import Tensor
+
+from lesa.evaluation.intervals import bootstrap, mean
+from lesa.forecasters import LesaForecaster
+from lesa.schedule import Schedule
+from lesa.testbed import load, prompts, settings
+from lesa.training import search
+from lesa.training.calibrate import Calibrator, quality
+from lesa.training.closed_loop import run_lanes
+from lesa.training.collect import collect
+from lesa.training.fit import fit_continuous
+from lesa.training.job import Job
+from lesa.training.lane import Lane
+from lesa.training.statistics import Statistics
+
+COUNTS = (13, 10, 8, 6)
+PROMPTS = (1, 5, 10, 50, 100)  # calibration prompts that are tried
+CALIBRATION = 16
+
+
+@dataclass
+class Fixed(Lane):
+    """A lane whose rows are given, whatever run it is in."""
+
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    def begin(self) -> None:
+        super().begin()
+        self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
+
+
+def fixed(
+    schedule: Schedule, rows: dict[str, Tensor], history: int = 3, latent: bool = True
+) -> Lane:
+    """Given rows as a lane that fits nothing."""
+    return Fixed(schedule, history, latent, frozen=True, rows=rows)
+
+
+def frozen(lane: Lane) -> Lane:
+    """A fitted lane, to be run as it is on other prompts."""
+    if isinstance(lane, GroupedLane):
+        return replace(lane, frozen=True)
+    return fixed(lane.schedule, dict(lane.coefficients), lane.history, lane.uses_latent)
+
+
+class Study:
+    """The default training of one pipeline, and variants of it."""
+
+    def __init__(self, name: str, calibration: int) -> None:
+        self.pipe, call = load(name), settings(name)
+        self.steps = call.pop("num_inference_steps")
+        self.name, self.call = name, call
+        self.job = Job(self.pipe, prompts(name, calibration, seed=0, split="train"), call)
+        self.statistics = collect(self.job, self.steps)
+        self.calibrator = self.calibrate(self.job, self.statistics)
+
+    def calibrate(self, job: Job, statistics: Statistics, **fields: Any) -> Calibrator:
+        """A calibrator whose forecaster has its continuous coefficients fitted already."""
+        known = dict(branches=statistics.branches, num_steps=statistics.num_steps)
+        learned = LesaForecaster(**{**known, "uses_latent": statistics.has_latent, **fields})
+        if learned.form == "continuous":
+            fit_continuous(learned, [statistics])
+        return Calibrator(job, learned, statistics)
+
+    def leaders(self, counts: Sequence[int]) -> list[Lane]:
+        """What `lesa.train` finds for each number of full steps."""
+        return self.calibrator.refine(self.calibrator.fit(self.calibrator.search(counts)), 2)
+
+    def variants(self, leader: Lane) -> dict[str, Callable[[], Lane]]:
+        """Name -> the lane that is trained for it, all at the leader's number of full steps."""
+        plan, count = leader.schedule, len(leader.schedule.full_steps)
+        fit = self.calibrator.fit
+        known = {
+            "default": lambda: leader,
+            "no drift correction": lambda: self._fitted(replace(leader, drift=0.0)),
+            "no current latent": lambda: self._with(plan, uses_latent=False),
+            "no search: evenly spread": lambda: fit(
+                [Schedule.fora(-(-self.steps // count), self.steps)]
+            )[0],
+            "no search by accelerated runs": lambda: fit(self.calibrator.search([count]))[0],
+            "search for the mean alone": lambda: self._mean_only(count),
+            "open loop: least squares on the statistics": lambda: self._open_loop(plan),
+            "continuous KAN alone": lambda: self._form(self.calibrator, plan),
+            "continuous KAN alone, one stage": lambda: self._form(self._net(stages=()), plan),
+            "continuous KAN alone, 5 stages": lambda: self._form(
+                self._net(stages=(0.95, 0.85, 0.6, 0.3)), plan
+            ),
+            "nothing learned: a line in sigma": lambda: self._form(self._net(form="table"), plan),
+            "closed loop fitted twice": lambda: self._again(leader),
+        }
+        known |= {f"history of {k}": lambda k=k: self._with(plan, history=k) for k in (1, 2, 4, 5)}
+        if self.name in ("flux", "qwen"):
+            known |= {
+                "coefficients per channel": lambda: self._grouped(leader, "channel"),
+                "2 frequency bands": lambda: self._grouped(leader, "band", (0.25,)),
+                "4 frequency bands": lambda: self._grouped(leader, "band", (0.12, 0.25, 0.5)),
+            }
+        return known
+
+    def on_prompts(self, count: int, number: int) -> Lane:
+        """The default training on another number of calibration prompts."""
+        job = replace(self.job, prompts=prompts(self.name, number, seed=0, split="train"))
+        calibrator = self.calibrate(job, collect(job, self.steps))
+        return calibrator.refine(calibrator.fit(calibrator.search([count])), 2)[0]
+
+    def judge(self, lanes: Sequence[Lane], unseen: int) -> list[Tensor]:
+        """dB of the final latent of each unseen prompt, for each lane."""
+        texts = prompts(self.name, unseen, seed=1, split="test")
+        ready = [frozen(lane) for lane in lanes]
+        run_lanes(
+            Job(self.pipe, texts, self.call, seed=1000),
+            ready,
+            self.calibrator._prior,
+            self.steps,
+            self.statistics,
+        )
+        return [lane.score for lane in ready if lane.score is not None]
+
+    def _fitted(self, lane: Lane) -> Lane:
+        run_lanes(self.job, [lane], self.calibrator._prior, self.steps, self.statistics)
+        return lane
+
+    def _with(self, plan: Schedule, **fields: Any) -> Lane:
+        return self.calibrate(self.job, self.statistics, **fields).fit([plan])[0]
+
+    def _net(self, **fields: Any) -> Calibrator:
+        return self.calibrate(self.job, self.statistics, **fields)
+
+    def _form(self, calibrator: Calibrator, plan: Schedule) -> Lane:
+        sigmas = self.statistics.sigmas
+        rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
+        return fixed(plan, rows)
+
+    def _open_loop(self, plan: Schedule) -> Lane:
+        judge, rows = self.calibrator.judge, {}
+        for branch in self.statistics.branches:
+            rows[branch] = torch.zeros(self.steps, 4, dtype=torch.float64)
+            for step in plan.skipped_steps:
+                cached = plan.cached_before(step, 3)
+                _, weights = judge.coefficients(branch, step, cached)
+                rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
+                rows[branch][step, -1] = weights[-1]
+        return fixed(plan, rows)
+
+    def _mean_only(self, count: int) -> Lane:
+        share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0
+        try:
+            return self.leaders([count])[0]
+        finally:
+            search.TAIL_SHARE = share
+
+    def _again(self, leader: Lane) -> Lane:
+        rows = dict(leader.coefficients)
+        lane = replace(leader, ridge=1e-3)
+        run_lanes(
+            self.job, [lane], lambda _plan, _sigmas, b: rows[b].clone(), self.steps, self.statistics
+        )
+        return lane
+
+    def _grouped(self, leader: Lane, groups: str, edges: tuple[float, ...] = ()) -> Lane:
+        lanes = [
+            GroupedLane(leader.schedule, 3, True, drift, groups=groups, edges=edges)
+            for drift in (0.3, 0.6, 1.0)
+        ]
+        run_lanes(self.job, lanes, self.calibrator._prior, self.steps, self.statistics)
+        return max(lanes, key=quality)
+
+
+def row(name: str, count: int, scores: Tensor, default: Tensor, seconds: float) -> dict[str, Any]:
+    """A variant against the default, prompt by prompt."""
+    gain = bootstrap(mean, scores - default)
+    found = {
+        "variant": name,
+        "full_steps": count,
+        "mean": scores.mean().item(),
+        "p10": scores.quantile(0.1).item(),
+        "min": scores.min().item(),
+        "difference": gain,
+        "train_seconds": seconds,
+    }
+    print(
+        f"{count:3d} {name:44} {found['mean']:6.2f} {found['p10']:6.2f} {found['min']:6.2f}"
+        f"  {gain['value']:+6.2f} [{gain['low']:+.2f}, {gain['high']:+.2f}]",
+        flush=True,
+    )
+    return found
+
+
+def measure(
+    name: str, counts: Sequence[int], unseen: int, numbers: Sequence[int]
+) -> dict[str, Any]:
+    """All rows of one pipeline."""
+    study, rows = Study(name, CALIBRATION), []
+    for leader in study.leaders(counts):
+        count, trained, seconds = len(leader.schedule.full_steps), {}, {}
+        variants = study.variants(leader)
+        if count == 10:
+            variants |= {
+                f"{n} calibration prompts": lambda n=n: study.on_prompts(10, n) for n in numbers
+            }
+        for variant, train in variants.items():
+            started = time.perf_counter()
+            trained[variant] = train()
+            seconds[variant] = time.perf_counter() - started
+        scores = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
+        rows += [
+            row(variant, count, score, scores["default"], seconds[variant])
+            for variant, score in scores.items()
+        ]
+    return {
+        "environment": environment(),
+        "calibration_prompts": CALIBRATION,
+        "unseen_prompts": unseen,
+        "steps": study.steps,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--pipelines", default="flux", help="a comma list")
+    parser.add_argument("--full-steps", default=",".join(map(str, COUNTS)))
+    parser.add_argument("--numbers", default=",".join(map(str, PROMPTS)), help="of prompts")
+    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of ablations.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    path = options.out / "ablations.json"
+    report = json.loads(path.read_text()) if path.exists() else {}
+    counts, numbers = (
+        [int(part) for part in text.split(",") if part]
+        for text in (options.full_steps, options.numbers)
+    )
+    for name in options.pipelines.split(","):
+        report[name] = measure(name, counts, options.unseen, numbers)
+        write(path, report)
+
+
+if __name__ == "__main__":
+    main()
