@@ -168,7 +168,7 @@ def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
 
     solver.step(closure)
     assert torch.allclose(row, best.detach(), atol=0.02)
-    assert loss(row) < 1.02 * loss(best.detach()) < 0.1 * loss(torch.tensor([1.0, 0.0]))
+    assert loss(row) < 1.5 * loss(best.detach()) < 0.01 * loss(torch.tensor([1.0, 0.0]))
     mixed = (row[0] * ring[0] + row[1] * ring[1]).float()
     assert torch.allclose(output, tail(mixed), atol=1e-5)
 
