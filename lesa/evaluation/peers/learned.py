@@ -1,0 +1,194 @@
+"""Learned controls: L2P's linear map over all past outputs, and LESA as its paper trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.peers.forecasters import ScheduledPeer
+from lesa.evaluation.peers.memo import once_per_bench
+from lesa.evaluation.peers.thresholds import needs_calibration
+from lesa.forecasters.base import Tap
+from lesa.forecasters.calibration import thinned
+from lesa.forecasters.reuse import Reuse
+from lesa.schedule import Schedule
+from lesa.table import Table
+from lesa.training.collect import collect
+from lesa.training.job import Job, call_arguments
+from lesa.training.statistics import Statistics
+from lesa.training.train import train
+
+EPOCHS, RATE = 201, 0.01  # L2P's release
+_PAPER_RULE = ScheduledPeer(Reuse, Schedule.every, (5, 7, 10))
+_L2P_STEPS = 50
+_L2P_LISTS = (  # N = 5, 7, 10
+    (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
+    (0, 1, 2, 4, 9, 17, 26, 35, 43),
+    (0, 1, 2, 4, 12, 24, 38),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class L2P:
+    """v_hat_s = sum_{j < s} W[s, j] v_bar_j, v_bar_j the output of a full step, else its forecast.
+
+    weights: guidance branch -> W, float64 [S, S], strictly lower triangular. Forecasts of forecasts
+    are unrolled, so that each row weighs the full steps alone and no forecast is stored.
+    Source: L2P (arXiv 2604.26365).
+    """
+
+    weights: Mapping[str, Tensor]
+
+    uses_latent = False
+    tap: Tap = "output"
+    name = "l2p"
+
+    def history(self, schedule: Schedule) -> int:
+        """All full steps."""
+        return len(schedule.full_steps)
+
+    def table(
+        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+    ) -> Table:
+        """The unrolled map; `sigmas` are not used.
+
+        Raises: LesaError for another number of steps, or a branch that was not trained.
+        """
+        if branch not in self.weights:
+            raise LesaError(f"branch={branch!r} was not trained, only {', '.join(self.weights)}")
+        weights, full = self.weights[branch], schedule.full_steps
+        if schedule.steps != len(weights):
+            raise LesaError(
+                f"num_steps={schedule.steps}, but this map is tied to {len(weights)} steps; "
+                "train one for that count"
+            )
+        made = torch.zeros(schedule.steps, len(full), dtype=torch.float64)
+        made[list(full)] = torch.eye(len(full), dtype=torch.float64)
+        for step in schedule.skipped_steps:
+            made[step] = weights[step, :step] @ made[:step]
+
+        def row(step: int, cached: tuple[int, ...]) -> list[float]:
+            return made[step, : len(cached)].flip(0).tolist()
+
+        return Table.from_rows(schedule, len(full), row)
+
+
+def fit_l2p(statistics: Statistics) -> L2P:
+    """L2P's training on inner products: each step's output from the true outputs before it.
+
+    The mean squared error of one step ahead, (W_s G W_s^T - 2 W_s g_s + g_ss), is summed from the
+    Gram matrix G of the outputs instead of from themselves; W begins as reuse of the last output.
+    Full-batch Adam at 0.01, 201 epochs. The map does not depend on the list of full steps.
+    """
+    return L2P({branch: _fit_map(statistics, branch) for branch in statistics.branches})
+
+
+def _fit_map(statistics: Statistics, branch: str) -> Tensor:
+    steps = statistics.num_steps
+    gram = statistics.mean(branch)[:steps, :steps]
+    past = torch.ones(steps, steps, dtype=torch.float64).tril(-1)
+    weights = torch.diag(torch.ones(steps - 1, dtype=torch.float64), -1).requires_grad_()
+    optimiser = torch.optim.Adam([weights], lr=RATE)
+    for _ in range(EPOCHS):
+        error = (weights * past - torch.eye(steps, dtype=torch.float64))[1:]
+        loss = ((error @ gram) * error).sum(1).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    return weights.detach() * past
+
+
+def l2p_schedule(wanted: int, num_steps: int) -> Schedule:
+    """The published list of 50 steps with the fewest full steps that are not below `wanted`.
+
+    For more than 11 of them, or for another step count, the list of N = 5 is spread anew with the
+    same density.
+    """
+    enough = [steps for steps in _L2P_LISTS if len(steps) >= wanted]
+    if enough and num_steps == _L2P_STEPS:
+        return Schedule.explicit(enough[-1], num_steps)
+    densest = Schedule.explicit(_L2P_LISTS[0], _L2P_STEPS)
+    if wanted <= _L2P_STEPS:
+        return thinned(densest, wanted).resampled(num_steps)
+    return thinned(densest.resampled(num_steps), wanted)
+
+
+@once_per_bench
+def _l2p(bench: Bench) -> L2P:
+    taken, _ = call_arguments(bench.pipe, dict(bench.settings))
+    taken.pop("num_inference_steps", None)
+    job = Job(bench.pipe, bench.calibration, taken, "output", bench.seed)
+    return fit_l2p(collect(job, bench.num_steps))
+
+
+@once_per_bench
+def _hidden_statistics(bench: Bench) -> TemporaryDirectory[str]:
+    """Where `train` keeps the statistics of the hidden feature: the first peer collects them."""
+    return TemporaryDirectory(prefix="lesa-paper-")
+
+
+class _Learned:
+    """A peer that is trained on the calibration prompts, for any list."""
+
+    takes_lists = True
+
+    def unfit(self, bench: Bench) -> str | None:
+        """It is trained on calibration prompts."""
+        return needs_calibration(bench)
+
+
+@dataclass(frozen=True)
+class L2PPeer(_Learned):
+    """L2P, trained as its authors do, on their lists."""
+
+    def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
+        """One map for all lists of a bench."""
+        steps = bench.num_steps
+        schedule = searched.bind(steps) if searched else l2p_schedule(wanted, steps)
+        return Method(name, steps, _l2p(bench), schedule, "searched" if searched else "own")
+
+
+@dataclass(frozen=True)
+class PaperLesa(_Learned):
+    """LESA as its paper has it: form, features, rule for the full steps, and two-phase training.
+
+    Source: LESA (arXiv 2602.20497).
+    """
+
+    spline: str = "ridge"
+    gate: str = "kan"
+
+    def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
+        """Trained anew for its list, on statistics that are collected once."""
+        steps = bench.num_steps
+        schedule = searched.bind(steps) if searched else _PAPER_RULE.nearest(wanted, steps)
+        forecaster = train(
+            bench.pipe,
+            bench.calibration,
+            steps,
+            len(schedule.full_steps),
+            form="paper",
+            tap="hidden",
+            schedule=schedule,
+            seed=bench.seed,
+            call=bench.settings,
+            folder=_hidden_statistics(bench).name,
+            progress=False,
+            spline=self.spline,
+            gate=self.gate,
+        )
+        return Method(name, steps, forecaster, schedule, "searched" if searched else "own")
+
+
+LEARNED = {
+    "l2p": L2PPeer(),
+    "lesa-paper": PaperLesa(),
+    "lesa-paper-edge": PaperLesa(spline="edge"),
+    "lesa-paper-mlp": PaperLesa(gate="mlp"),
+}
