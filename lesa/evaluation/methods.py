@@ -7,13 +7,15 @@ from itertools import product
 
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
+from lesa.evaluation.peers.adaptive import ADAPTIVE
 from lesa.evaluation.peers.deepcache import UNETS
 from lesa.evaluation.peers.forecasters import FORECASTERS
+from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.inputs import check_count
 from lesa.schedule import Schedule
 
-PEERS: dict[str, Peer] = {**SOLVERS, **FORECASTERS, **UNETS}
+PEERS: dict[str, Peer] = {**SOLVERS, **FORECASTERS, **UNETS, **ADAPTIVE, **LEARNED}
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
 
 
