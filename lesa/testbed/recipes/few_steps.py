@@ -59,7 +59,8 @@ class Lightning(Plan):
     teacher: str = "qwen"
     guidance: float = 4.0
     sigmas: tuple[float, ...] = (1.0, 21 / 22, 0.9, 5 / 6, 0.75, 9 / 14, 0.5, 0.3, 0.0)
-    trajectories: int = 1_536
+    trajectories: int = 1_024
+    steps: int = 1_000
     substeps: int = 2
 
 
