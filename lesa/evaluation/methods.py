@@ -9,13 +9,23 @@ from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.adaptive import ADAPTIVE
 from lesa.evaluation.peers.deepcache import UNETS
+from lesa.evaluation.peers.disca import DISTILLED
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.solvers import SOLVERS
+from lesa.evaluation.peers.tokenwise import TOKENWISE
 from lesa.inputs import check_count
 from lesa.schedule import Schedule
 
-PEERS: dict[str, Peer] = {**SOLVERS, **FORECASTERS, **UNETS, **ADAPTIVE, **LEARNED}
+PEERS: dict[str, Peer] = {
+    **SOLVERS,
+    **FORECASTERS,
+    **UNETS,
+    **ADAPTIVE,
+    **LEARNED,
+    **TOKENWISE,
+    **DISTILLED,
+}
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
 
 
