@@ -1,10 +1,11 @@
 """Every other embedded pipeline: `python benchmarks/bench_pipelines.py --pipelines qwen,sdxl`.
 
 Trains one forecaster per pipeline on 16 prompts, at the paper's numbers of full steps, and measures
-unseen prompts against all training-free methods at the same number of full steps: each on its own
+unseen prompts against training-free methods at the same number of full steps: each on its own
 published list where that has this number, and on the list that the forecaster recommends. On a
-U-Net also against DeepCache. benchmarks/results/pipelines.json is written anew after each pipeline;
-those that are not asked for keep their last numbers.
+U-Net also against DeepCache, and lesa with a second forecaster for the hidden tap (`lesa-hidden`).
+benchmarks/results/pipelines.json is written anew after each pipeline; those that are not asked for
+keep their last numbers.
 """
 
 from __future__ import annotations
@@ -22,13 +23,26 @@ from _verdict import judge, show
 import lesa
 from lesa.demo import UNET_FULL_STEPS, attributes
 from lesa.evaluation.compare import PLAIN, compare
-from lesa.evaluation.method import Bench
-from lesa.evaluation.methods import build_all, parse
+from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.methods import build_all
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.progress import Progress
 
 COUNTS = {50: (13, 10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps, as in the paper
 OTHERS = tuple(name for name in PIPELINES if name != "flux")
+
+
+PEERS = ("fewer-steps", "fora", "taylorseer-1", "hicache", "foca", "spectrum")
+
+
+def hidden(
+    pipe: Any, seen: list[str], counts: tuple[int, ...], call: dict[str, Any]
+) -> list[Method]:
+    """lesa on the hidden tap, a method of its own name."""
+    steps = call["num_inference_steps"]
+    forecaster = lesa.train(pipe, seen, steps, counts, tap="hidden", call=call, progress=False)
+    lists = [forecaster.schedule_for(count, steps) for count in counts]
+    return [Method("lesa-hidden", steps, forecaster, full, "searched") for full in lists]
 
 
 def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
@@ -42,7 +56,9 @@ def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
     forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=report)
     seconds = time.perf_counter() - started
     bench = Bench(steps, pipe, call, seen, forecaster)
-    methods = build_all(parse("all", bench), counts, bench, searched=True)
+    names = (*PEERS, *(("deepcache",) if has_unet else ()), "lesa")
+    methods = build_all(names, counts, bench, searched=True)
+    methods += hidden(pipe, seen, counts[-1:], call) if has_unet else []
     texts = prompts(name, unseen, seed=1, split="test")
     result = compare(pipe, texts, methods, call, seed=1000, batch_size=16, keep_pictures=len(texts))
     verdicts = judge(result.rows, counts, steps)
@@ -69,7 +85,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of pipelines.json")
+    parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     path = options.out / "pipelines.json"
     report = json.loads(path.read_text()) if path.exists() else {}
     for name in filter(None, options.pipelines.split(",")):
@@ -79,5 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
