@@ -8,7 +8,9 @@ from itertools import product
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.adaptive import ADAPTIVE
+from lesa.evaluation.peers.cache_dit import DBCACHES
 from lesa.evaluation.peers.deepcache import UNETS
+from lesa.evaluation.peers.diffusers_caches import CACHES
 from lesa.evaluation.peers.disca import DISTILLED
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
@@ -21,6 +23,8 @@ PEERS: dict[str, Peer] = {
     **SOLVERS,
     **FORECASTERS,
     **UNETS,
+    **CACHES,
+    **DBCACHES,
     **ADAPTIVE,
     **LEARNED,
     **TOKENWISE,

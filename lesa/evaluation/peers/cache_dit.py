@@ -46,10 +46,8 @@ class DBCache:
         see whether guidance is a call of its own."""
         if find_spec("cache_dit") is None:
             return "needs the package cache-dit; run pip install '.[eval]'"
-        from cache_dit import BlockAdapterRegister
-
         model = getattr(bench.pipe, "transformer", None)
-        if model is None or not BlockAdapterRegister.is_supported(bench.pipe):
+        if model is None or not _has_adapter(bench.pipe):
             return f"needs an adapter of cache-dit for {type(bench.pipe).__name__}; leave it out"
         if len(blocks_of(model)) < 2:
             return "needs two transformer blocks; leave it out"
@@ -131,6 +129,12 @@ def dbcache(
         finally:
             with _quiet():
                 cache_dit.disable_cache(pipe)
+
+
+def _has_adapter(pipe: Any) -> bool:
+    from cache_dit import BlockAdapterRegister  # takes seconds, so not without a transformer
+
+    return BlockAdapterRegister.is_supported(pipe)
 
 
 def _held(model: Any) -> list[Any]:
