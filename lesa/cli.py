@@ -11,7 +11,13 @@ import typer
 
 from lesa.errors import LesaError
 from lesa.files import read_prompts, require_writable, write_atomically
-from lesa.inputs import call_settings, load_forecaster, load_pipeline, parse_counts
+from lesa.inputs import (
+    call_settings,
+    embedded_name,
+    load_forecaster,
+    load_pipeline,
+    parse_counts,
+)
 from lesa.terminal import (
     INTERRUPTED,
     JsonCommand,
@@ -20,7 +26,6 @@ from lesa.terminal import (
     console,
     emit,
     guarded,
-    progress,
 )
 
 app = typer.Typer(
@@ -32,10 +37,12 @@ app = typer.Typer(
 )
 
 Pipeline = Annotated[
-    str, typer.Argument(help="A pipeline folder, a hub id, or the word testbed (embedded).")
+    str, typer.Argument(help="A folder, a hub id, or an embedded one: testbed, testbed:qwen.")
 ]
 Prompts = Annotated[Path, typer.Option("--prompts", help="Text file, one prompt per line.")]
-Steps = Annotated[int, typer.Option(help="Steps of the sampler.")]
+Steps = Annotated[
+    int | None, typer.Option(help="Steps of the sampler; the embedded pipeline's own, else 50.")
+]
 Counts = Annotated[
     str, typer.Option("--full-steps", help="Steps that run the whole model; several: 13,10,8.")
 ]
@@ -67,7 +74,7 @@ def demo(
     require_writable(out)
     from lesa.demo import run_demo
 
-    emit(json, run_demo(pipeline, out, prompts_count, console(json)))
+    emit(json, run_demo(embedded_name(pipeline) or pipeline, out, prompts_count, console(json)))
 
 
 @app.command(cls=JsonCommand)
@@ -77,8 +84,8 @@ def train(
     prompts: Prompts,
     out: Annotated[Path, typer.Option(help="Folder of the forecaster.")],
     num_inference_steps: Annotated[
-        str, typer.Option(help="Steps of the sampler; several: 50,28.")
-    ] = "50",
+        str | None, typer.Option(help="Steps of the sampler, as for generate; several: 50,28.")
+    ] = None,
     full_steps: Counts = "13,10,8",
     form: Annotated[str, typer.Option(help="continuous, paper or table.")] = "continuous",
     tap: Annotated[str | None, typer.Option(help="hidden or output.")] = None,
@@ -95,15 +102,17 @@ def train(
 
     Example: lesa train testbed --prompts prompts.txt --full-steps 13,10,8 --out my-lesa
     """
+    settings = call_settings(
+        pipeline, {"guidance_scale": guidance_scale, "height": height, "width": width}
+    )
+    if num_inference_steps is None:
+        num_inference_steps = f"{settings['num_inference_steps']}"
     steps = parse_counts(num_inference_steps, field="num-inference-steps")
     counts = parse_counts(full_steps, min(steps))
     texts = read_prompts(prompts)
     require_writable(out)
     check_json(json)
     pipe = load_pipeline(pipeline, device=device, dtype=dtype)
-    settings = call_settings(
-        pipeline, {"guidance_scale": guidance_scale, "height": height, "width": width}
-    )
     import lesa
 
     optional: dict[str, Any] = {} if tap is None else {"tap": tap}
@@ -143,7 +152,7 @@ def generate(
     interval: Annotated[
         int | None, typer.Option(help="Instead: the paper's rule, every N-th step in full.")
     ] = None,
-    num_inference_steps: Steps = 50,
+    num_inference_steps: Steps = None,
     guidance_scale: Guidance = None,
     height: Size = None,
     width: Size = None,
@@ -162,13 +171,13 @@ def generate(
     texts = [*(prompt or []), *(read_prompts(prompts) if prompts else [])]
     if not texts:
         raise LesaError("prompts: none given; give --prompt 'a red circle' or --prompts FILE")
-    cache = checked_schedule(forecaster, full_steps, interval, num_inference_steps)
+    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
+    cache = checked_schedule(forecaster, full_steps, interval, settings["num_inference_steps"])
     require_writable(out)
     check_json(json)
     learned = load_forecaster(forecaster) if forecaster else None
     pipe = load_pipeline(pipeline, device=device, dtype=dtype)
-    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
     facts = make_pictures(pipe, texts, settings, out, learned, cache, seed, batch_size)
     console(json).print(f"{len(texts)} pictures in {out}, {facts['seconds']:.3g} s of denoising")
     if facts["stats"]:
@@ -179,13 +188,23 @@ def generate(
 @app.command(cls=JsonCommand)
 @guarded
 def compare(
-    pipeline: Annotated[str, typer.Option(help="A pipeline folder, a hub id, or testbed.")],
-    prompts: Prompts,
-    num_inference_steps: Steps = 50,
-    full_steps: Counts = "10",
+    pipeline: Annotated[
+        str | None,
+        typer.Option(help="A folder, a hub id, or an embedded one: testbed, testbed:qwen."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, one prompt per line, all measured.")
+    ] = None,
+    num_inference_steps: Steps = None,
+    full_steps: Annotated[
+        str | None, typer.Option(help="Steps that run the whole model; 10, or several: 13,10,8.")
+    ] = None,
     methods: Annotated[str, typer.Option(help="all, or a comma list.")] = "all",
     forecaster: Annotated[
         str | None, typer.Option(help="Folder or hub id of a trained forecaster.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Other prompts, for methods that need thresholds.")
     ] = None,
     searched: Annotated[
         bool, typer.Option("--searched", help="Peers also on lesa's full steps.")
@@ -194,42 +213,53 @@ def compare(
     guidance_scale: Guidance = None,
     height: Size = None,
     width: Size = None,
+    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None,
     seed: Seed = 0,
     batch_size: Batch = 8,
     device: Device = None,
     dtype: Dtype = None,
+    flops_only: Annotated[
+        bool, typer.Option("--flops-only", help="Count operations of a --model, run nothing.")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option(help="flux.1-dev, qwen-image, hunyuanvideo, sdxl, ...")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Measure methods against the plain run of the same prompts and seeds.
 
     Example: lesa compare --pipeline testbed --prompts p.txt --forecaster my-lesa --json out.json
     """
-    from lesa.evaluation import compare as run
-    from lesa.evaluation.method import Bench
-    from lesa.evaluation.methods import build_all, parse
-    from lesa.evaluation.report import rich_table, write_report
+    from lesa.contest import run_compare, run_flops
 
-    counts = parse_counts(full_steps, num_inference_steps)
-    texts = read_prompts(prompts)
     check_json(json)
-    if report is not None:
-        require_writable(report, "report")
-    trained = load_forecaster(forecaster) if forecaster else None
-    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
-    given = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
-    bench = Bench(num_inference_steps, pipe, settings, forecaster=trained, seed=seed)
-    contenders = build_all(parse(methods, bench), counts, bench, searched=searched)
-    batches = -(-len(texts) // batch_size)
-    with progress("compare", batches * (len(contenders) + 1)) as advance:
-        result = run(
-            pipe, texts, contenders, settings, seed=seed, batch_size=batch_size, advance=advance
-        )
-    table = rich_table(result.rows, result.plain_seconds, num_inference_steps)
-    console(json).print(table, *result.notes, sep="\n")
-    if report is not None:
-        console(json).print(f"report: {write_report(result, report)['report.html']}")
-    emit(json, result.rows)
+    size = {"height": height, "width": width}
+    if flops_only or model is not None:
+        if not flops_only or model is None or pipeline is not None:
+            raise LesaError("model: --flops-only and --model go together, without --pipeline")
+        size |= {"num_steps": num_inference_steps, "frames": frames}
+        emit(json, run_flops(model, full_steps, console(json), **size))
+        return
+    if pipeline is None or prompts is None:
+        raise LesaError("pipeline: give --pipeline and --prompts, or --flops-only and --model")
+    given = {"num_inference_steps": num_inference_steps, "num_frames": frames, **size}
+    result = run_compare(
+        pipeline,
+        prompts,
+        {**given, "guidance_scale": guidance_scale},
+        full_steps=full_steps,
+        methods=methods,
+        forecaster=forecaster,
+        calibration=calibration,
+        searched=searched,
+        report=report,
+        seed=seed,
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
+        console=console(json),
+    )
+    emit(json, result)
 
 
 @app.command(cls=JsonCommand)

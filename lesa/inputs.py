@@ -11,7 +11,7 @@ TESTBED = "testbed"
 
 
 def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
-    """A pipeline from a folder, a hub id, or the word "testbed" (the embedded one).
+    """A pipeline from a folder or a hub id, or an embedded one (see `embedded_name`).
 
     Without `device` CUDA is taken where there is any. Without `dtype` it is bfloat16 on CUDA and
     float32 elsewhere; the embedded pipeline is always float32.
@@ -26,10 +26,10 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     quieten()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = _device(device)
-    if name == TESTBED or name in _embedded():
+    if (embedded := embedded_name(name)) is not None:
         from lesa import testbed
 
-        pipe = testbed.load(testbed.PIPELINES[0] if name == TESTBED else name)
+        pipe = testbed.load(embedded)
     else:
         default = "bfloat16" if target.type == "cuda" else "float32"
         pipe = _from_pretrained(name, _dtype(dtype or default))
@@ -43,13 +43,33 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         ) from None
 
 
+def embedded_name(name: str) -> str | None:
+    """The embedded pipeline that is meant: "testbed" (the first one), "testbed:qwen" or "qwen".
+
+    None for everything else, which is a folder or a hub id.
+
+    Raises: LesaError for "testbed:" with a name that is not embedded.
+    """
+    from lesa import testbed
+
+    if name == TESTBED:
+        return testbed.PIPELINES[0]
+    inner = name.removeprefix(f"{TESTBED}:")
+    if inner in testbed.PIPELINES:
+        return inner
+    if inner != name:
+        listed = ", ".join(testbed.PIPELINES)
+        raise LesaError(f"pipeline: {inner!r} is not embedded; choose from {listed}")
+    return None
+
+
 def call_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments for `pipe(...)`: the given ones that are not None, over the embedded pipeline's."""
     base: dict[str, Any] = {"num_inference_steps": 50}
-    if name == TESTBED or name in _embedded():
+    if (embedded := embedded_name(name)) is not None:
         from lesa import testbed
 
-        base |= testbed.settings(testbed.PIPELINES[0] if name == TESTBED else name)
+        base |= testbed.settings(embedded)
     return base | {key: value for key, value in given.items() if value is not None}
 
 
@@ -112,12 +132,6 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
             f"pipeline: cannot load {name!r} ({_first_line(error)}); give a folder saved with"
             f" save_pretrained, a hub id, or {TESTBED}"
         ) from error
-
-
-def _embedded() -> tuple[str, ...]:
-    from lesa import testbed
-
-    return tuple(testbed.PIPELINES)
 
 
 def _device(name: str) -> Any:

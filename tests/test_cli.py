@@ -17,6 +17,8 @@ from typer.testing import CliRunner
 
 from lesa import testbed
 from lesa.cli import app
+from lesa.evaluation import methods
+from lesa.evaluation.method import Bench, Method
 
 STEPS = ("--num-inference-steps", "8")
 COMMANDS = ("demo", "train", "generate", "compare", "inspect", "env")
@@ -112,12 +114,121 @@ def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_p
 
 def test_compare_writes_rows_and_a_report(trained, prompts, tmp_path):
     options = ("--pipeline", "testbed", "--prompts", prompts, *STEPS, "--full-steps", "3,4")
-    methods = ("--methods", "taylorseer-1,lesa", "--forecaster", trained, "--report", tmp_path)
-    rows = json.loads(run("compare", *options, *methods, "--json"))
+    contest = ("--methods", "taylorseer-1,lesa", "--forecaster", trained, "--report", tmp_path)
+    told = json.loads(run("compare", *options, *contest, "--json"))
+    rows = told["rows"]
+    assert told["settings"]["num_inference_steps"] == 8 and len(told["prompts"]) == 3
     found = [(row["method"], row["full_steps"]) for row in rows]
     assert found == [("taylorseer-1", 3), ("lesa", 3), ("taylorseer-1", 4), ("lesa", 4)]
     assert rows[1]["schedule"].startswith("searched: 0,")
     assert (tmp_path / "report.html").exists()
+
+
+class Curious:
+    """A peer that writes down what it is prepared on; it runs the whole model."""
+
+    takes_lists = False
+    benches: list[Bench] = []
+
+    def unfit(self, bench: Bench) -> str | None:
+        return None
+
+    def build(self, name, wanted, bench, searched) -> Method:
+        self.benches.append(bench)
+        return Method(name, wanted)
+
+
+@pytest.fixture
+def curious(monkeypatch) -> list[Bench]:
+    """The benches that the only two methods, "curious" and lesa, are prepared on."""
+    monkeypatch.setattr(methods, "PEERS", {"curious": Curious()})
+    monkeypatch.setattr(methods, "NAMES", ("curious", "lesa"))
+    monkeypatch.setattr(Curious, "benches", [])
+    return Curious.benches
+
+
+def test_compare_prepares_peers_on_other_prompts_than_the_measured_ones(curious, tmp_path):
+    """A file's; without one, captions that an embedded pipeline was trained on."""
+    own = testbed.prompts("schnell", 8, seed=0, split="train")
+    measured, others = tmp_path / "p.txt", tmp_path / "c.txt"
+    measured.write_text(own[2])
+    others.write_text("a\nb\n")
+    options = ("compare", "--pipeline", "testbed:schnell", "--prompts", measured, "--full-steps")
+    told = json.loads(run(*options, "2", "--json", "--seed", "5"))
+    assert told["settings"]["num_inference_steps"] == 4  # its own
+    run(*options, "1", "--calibration", others)
+    first, second = curious
+    assert list(first.calibration) == own[:2] + own[3:]
+    assert list(second.calibration) == ["a", "b"]
+    assert (first.num_steps, first.seed) == (4, 5) and first.pipe is not None
+
+
+def test_compare_all_tells_what_it_leaves_out(curious, prompts):
+    options = ("--pipeline", "schnell", "--prompts", prompts, "--full-steps", "1")
+    result = invoke("compare", *options, "--json")
+    line = "lesa is left out: it needs a trained forecaster; give forecaster=FOLDER"
+    assert line in json.loads(result.stdout)["notes"]
+    assert line in result.stderr.splitlines()
+    told = json.loads(run("compare", *options, "--methods", "curious", "--json"))
+    assert not any("left out" in note for note in told["notes"])
+
+
+def test_flops_only_needs_neither_pipeline_nor_prompts(tmp_path):
+    options = ("compare", "--flops-only", "--model", "flux.1-dev", "--full-steps", "7")
+    result = invoke(*options, "--num-inference-steps", "20", "--height", "512", "--json")
+    plain, output, hidden = json.loads(result.stdout)
+    assert plain["tokens"] == [2048, 512] and plain["full_steps"] == 20
+    assert [output["tap"], hidden["tap"]] == ["output", "hidden"]
+    assert output["full_steps"] == 7 and plain["paper_tflops"] is None
+    assert "flux.1-dev: 2048 + 512 tokens, 20 steps" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "give --pipeline and --prompts"),
+        (("--pipeline", "testbed"), "give --pipeline and --prompts"),
+        (("--flops-only",), "--flops-only and --model go together"),
+        (("--model", "flux.1-dev"), "--flops-only and --model go together"),
+        (("--flops-only", "--model", "flux.9"), "'flux.9' has no published sizes"),
+        (("--flops-only", "--model", "sdxl", "--full-steps", "60"), "60 of 50 steps"),
+        (("--flops-only", "--model", "sdxl", "--frames", "5"), "model of pictures"),
+    ],
+)
+def test_compare_of_what(options, words):
+    assert words in refused("compare", *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--methods", "fora,nonsense"), "methods: unknown 'nonsense'; choose all, or from"),
+        (("--methods", ","), "methods: none given"),
+        (("--methods", "fora,lesa"), "'lesa' needs a trained forecaster"),
+        (("--calibration", "SAME"), "calibration: 3 of its prompts are measured too, e.g."),
+        (("--calibration", "nowhere.txt"), "'nowhere.txt' does not exist"),
+        (("--pipeline", "testbed:nope"), "'nope' is not embedded; choose from flux"),
+    ],
+)
+def test_compare_refuses_before_a_pipeline_is_loaded(options, words, prompts, monkeypatch):
+    monkeypatch.setattr("lesa.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
+    options = [prompts if option == "SAME" else option for option in options]
+    line = refused("compare", "--pipeline", "testbed", "--prompts", prompts, *options)
+    assert words in line
+
+
+def test_frames_of_a_picture(prompts):
+    common = ("compare", "--pipeline", "testbed", "--prompts", prompts)
+    assert "FluxPipeline makes no video" in refused(*common, "--frames", "9")
+
+
+@pytest.mark.parametrize("name", ["testbed", "testbed:flux", "flux"])
+def test_one_way_to_name_an_embedded_pipeline(name):
+    from lesa.inputs import call_settings, embedded_name
+
+    assert embedded_name(name) == "flux"
+    assert call_settings(name, {}) == testbed.settings("flux")
+    assert embedded_name(f"./{name}") is None
 
 
 def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):

@@ -145,16 +145,16 @@ def call_cost(
         full, run = _count(lambda: denoiser.run((), arguments, tap=True), model, numbers)
     tail = _tail_flops(denoiser, run, arguments)
     detach(model)
-    sample = read_sample(run.output)
-    features: dict[Tap, Tensor | None] = {"output": sample, "hidden": run.feature}
-    modules = {"output": 0, "hidden": tail}
+    kept: dict[Tap, tuple[Tensor | None, int]] = {
+        "output": (read_sample(run.output), 0),
+        "hidden": (run.feature, tail),
+    }
     skipped, cache_bytes = {}, {}
-    for tap, feature in features.items():
+    for tap, (feature, modules) in kept.items():
         assert feature is not None  # every published model has both taps
-        ring = Ring(HISTORY, feature.bfloat16())
         regressors = HISTORY + (tap == "output")  # which also weighs the current latent
-        skipped[tap] = modules[tap] + 2 * regressors * feature.numel()
-        cache_bytes[tap] = ring.nbytes
+        skipped[tap] = modules + 2 * regressors * feature.numel()
+        cache_bytes[tap] = Ring(HISTORY, feature.bfloat16()).nbytes
     return StepCost(full, skipped, cache_bytes, 2 * adapter_rank * sum(sizes))
 
 
@@ -165,12 +165,8 @@ def _tail_flops(denoiser: Denoiser, run: Run, arguments: dict[str, Any]) -> int:
     tail = ModulatedTail.of(denoiser)
     if tail is None or embedded is None:
         return _count(lambda: denoiser.run_tail(feature, (), arguments), denoiser.model)[0]
-    forecast = partial(_ending, tail, feature, embedded)
-    return _count(forecast, denoiser.model)[0]
-
-
-def _ending(tail: ModulatedTail, feature: Tensor, embedded: tuple[Any, ...]) -> Tensor:
-    return tail.projection(tail.norm(feature, tail.embedding(*embedded)))
+    norm, projection, embedding = tail.norm, tail.projection, tail.embedding
+    return _count(lambda: projection(norm(feature, embedding(*embedded))), denoiser.model)[0]
 
 
 def _count(
