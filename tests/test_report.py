@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from markupsafe import escape
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
-from lesa import Reuse, Schedule, accelerate, stats, testbed
+from lesa import Reuse, Schedule, Taylor, accelerate, stats, testbed
 from lesa.errors import LesaError
-from lesa.evaluation import build, compare, psnr
+from lesa.evaluation import build, compare, psnr, psnr_u8wrap
+from lesa.evaluation.charts import quality_png
 from lesa.evaluation.compare import PLAIN
+from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.report import readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
-from lesa.files import to_json, write_atomically
+from lesa.evaluation.standing import best_peer, duels, paired
+from lesa.files import read_prompts, to_json, write_atomically
 
 STEPS = 8
 PROMPTS = testbed.captions(3, seed=5)
@@ -89,6 +97,22 @@ def test_flops_follow_the_full_steps(comparison, pipe, settings):
         assert row["tflops"] == pytest.approx(row["full_steps"] * full[0] / 1e12, rel=1e-3)
 
 
+def test_attention_is_counted_on_the_cpu_too(pipe, settings):
+    """2 products of L x L x D for each head of each block are among a step's operations."""
+    config, side = pipe.transformer.config, settings["height"] // 8
+    length = side * side + settings["max_sequence_length"]
+    width = config.num_attention_heads * config.attention_head_dim
+    blocks = config.num_layers + config.num_single_layers
+    plain = FlopCounterMode(display=False)  # knows the matrix products alone
+    call = {**settings, "output_type": "latent", "num_inference_steps": 1}
+    with plain:
+        pipe(PROMPTS[0], **call)
+    counted = plain.get_flop_counts()["FluxTransformer2DModel"]
+    assert not any("attention" in str(operator) for operator in counted)
+    full = step_flops(pipe, PROMPTS[0], settings, 1)[0]
+    assert full - sum(counted.values()) == blocks * 4 * length**2 * width
+
+
 def test_cache_bytes_are_the_rings(comparison, pipe, settings):
     feature = 2 * settings["height"] * settings["width"] // 64 * pipe.transformer.config.in_channels
     assert [row["cache_bytes"] for row in comparison.rows[:3]] == [0, 4 * feature, 8 * feature]
@@ -132,18 +156,183 @@ def test_wrong_arguments(pipe, settings, change, message):
         compare(pipe, **{**given, **change})
 
 
+FIGURES = {
+    "quality-full-steps.png", "quality-seconds.png", "quality-tflops.png", "error-per-step.png",
+    "grid.png",
+}  # fmt: skip
+
+
 def test_report_is_complete_and_opens_offline(comparison, tmp_path):
     files = write_report(comparison, tmp_path / "r", shown=("taylorseer-1",), extra={"note": "x"})
-    assert set(files) == {"grid.png", "error-per-step.png", "report.html", "report.json"}
+    assert set(files) == {*FIGURES, "report.html", "report.json"}
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == sorted(files)  # no leftovers
     html = files["report.html"].read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', html)
-    assert sources == ["data:image/png;base64,"] * 2
-    assert "http" not in html.replace("http-equiv", "")
-    for text in ("taylorseer-1", "own: 0,1,2,6", *PROMPTS):
-        assert text in html
+    assert sources == ["data:image/png;base64,"] * len(FIGURES)
+    assert "://" not in html and "identical" in html
+    for text in ("taylorseer-1", "own: 0,1,2,6", *PROMPTS, *comparison.notes):
+        assert str(escape(text)) in html
     width, height = Image.open(files["grid.png"]).size
     assert width > height  # three prompts wide, plain and one method high
+
+
+@pytest.fixture(scope="module")
+def contest(pipe, settings):
+    """ "lesa" by name (a forecaster of a formula stands in) against two peers, judged."""
+    mine = Method("lesa", STEPS, Taylor(1), Schedule.explicit((0, 2, 4, 6), STEPS), "searched")
+    paper = Method("lesa-paper", STEPS, Reuse(), Schedule.fora(2, STEPS))
+    peers = [build("fora", 4, Bench(STEPS)), paper]
+    return compare(pipe, PROMPTS, [mine, *peers], settings, seed=7, judges=[attributes])
+
+
+def test_judges_see_every_method_and_the_plain_run(contest):
+    from lesa.testbed.checker import accuracy
+
+    def check(pictures):
+        return accuracy(pictures.movedim(1, -1).numpy(), PROMPTS)
+
+    plain = contest.to_dict()["plain"]["scores"]
+    assert {k: v["value"] for k, v in plain.items()} == pytest.approx(
+        check(contest.pictures[PLAIN])
+    )
+    for row in contest.rows:
+        found = check(contest.pictures[row["label"]])
+        for name, share in found.items():
+            part = row["scores"][name]
+            assert part["value"] == pytest.approx(share)
+            assert part["low"] <= part["value"] <= part["high"]
+            assert part["difference"]["value"] == pytest.approx(share - plain[name]["value"])
+
+
+def test_the_papers_psnr_is_told_of_the_papers_recipe_only(contest):
+    told = {row["method"]: row.get("psnr_u8wrap") for row in contest.rows}
+    expected = psnr_u8wrap(contest.pictures[PLAIN], contest.pictures["lesa-paper @4"])
+    assert told == {
+        "lesa": None,
+        "fora": None,
+        "lesa-paper": pytest.approx(expected.mean().item()),
+    }
+
+
+def test_worst_prompts_are_those_of_lesa_made_once_more(contest):
+    (worst,) = contest.worst
+    row = contest.rows[0]
+    order = sorted(range(3), key=lambda i: row["psnr"][i])
+    best = best_peer(contest.rows, 4)["label"]
+    assert worst.prompts == [PROMPTS[i] for i in order]
+    assert list(worst.pictures) == [PLAIN, "lesa @4", best]
+    for label, pictures in worst.pictures.items():
+        assert torch.allclose(pictures, contest.pictures[label][order], atol=1e-4)
+    assert worst.decibels["lesa @4"] == [row["psnr"][i] for i in order]
+
+
+def test_paired_differences_are_those_of_the_pictures(contest):
+    found = paired(contest, "lesa @4", "fora @4")
+    plain, ours, peer = (contest.pictures[label] for label in (PLAIN, "lesa @4", "fora @4"))
+    expected = (psnr(plain, ours) - psnr(plain, peer)).mean().item()
+    assert found["mean"]["value"] == pytest.approx(expected, abs=1e-3)
+    with pytest.raises(LesaError, match="unknown 'fora @5'"):
+        paired(contest, "lesa @4", "fora @5")
+
+
+def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
+    files = write_report(contest, tmp_path)
+    assert set(files) == {
+        *FIGURES, "paired.png", "worst-4.png", "report.html", "report.json",
+    }  # fmt: skip
+    html = files["report.html"].read_text()
+    for text in ("Where lesa is worst", "PSNR as in the paper", "best peer on its own list"):
+        assert text in html
+    facts = json.loads(files["report.json"].read_text())
+    assert [(d["a"], d["b"]) for d in facts["paired"]] == [
+        (d["a"], d["b"]) for d in duels(contest.rows)
+    ]
+    assert {"low", "high", "value"} <= set(facts["rows"][0]["scores"]["shape"]["difference"])
+
+
+def test_a_bound_is_drawn_as_a_line_of_its_own(contest):
+    rows = [{**row, "limit": 90.0} for row in contest.rows[:1]]
+    with_limit = quality_png(rows, extra={"least-squares bound": [(4, 90.0)]})
+    assert with_limit != quality_png(rows)
+    labels = []
+    with mock.patch("lesa.evaluation.charts.figure_png", lambda figure: labels.append(figure)):
+        quality_png(rows, extra={"least-squares bound": [(4, 90.0)]})
+    (legend,) = labels[0].legends
+    assert "least-squares bound" in [text.get_text() for text in legend.get_texts()]
+
+
+def test_peak_memory_is_what_cuda_allocated_on_top(monkeypatch):
+    """No GPU needed: the allocator's own counters are played."""
+    import types
+
+    from lesa.evaluation.rounds import _peak_memory
+    from lesa.evaluation.tally import Tally
+
+    peaks = iter((900, 700))
+    monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 400)
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: next(peaks))
+    tally, pipe = Tally(), types.SimpleNamespace(_execution_device="cuda:0")
+    for _ in range(2):
+        with _peak_memory(pipe, tally):
+            pass
+    assert tally.peak_bytes == 500
+    with _peak_memory(types.SimpleNamespace(_execution_device="cpu"), cpu := Tally()):
+        pass
+    assert cpu.peak_bytes is None
+
+
+PROMPT_FILES = {
+    "drawbench.csv": 'Prompts,Category\nA red car.,Colors\n"A sign, ""Hi"".",Text\n',
+    "drawbench.tsv": 'Prompts\tCategory\nA red car.\tColors\nA sign, "Hi".\tText\n',
+    "parti.tsv": 'Prompt\tCategory\tChallenge\tNote\nA red car.\tA\tB\t\nA sign, "Hi".\tA\tB\n',
+    "texts.json": '["A red car.", "A sign, \\"Hi\\"."]',
+    "objects.json": '[{"id": 1, "prompt": "A red car."}, {"Prompts": "A sign, \\"Hi\\"."}]',
+    "mixed.jsonl": '{"prompt": "A red car."}\n\n"A sign, \\"Hi\\"."\n',
+    "lines.txt": '\ufeffA red car.\n\n  A sign, "Hi".\n',
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FILES)
+def test_prompt_files_as_they_are_published(name, tmp_path):
+    path = tmp_path / name
+    path.write_text(PROMPT_FILES[name], encoding="utf-8")
+    assert read_prompts(path) == ["A red car.", 'A sign, "Hi".']
+
+
+def test_a_tsv_prompt_may_begin_with_a_quote(tmp_path):
+    path = tmp_path / "p.tsv"
+    path.write_text('Prompt\tCategory\n"Hi" on a sign\tText\n"unclosed\tText\na cat\tA\n')
+    assert read_prompts(path) == ['"Hi" on a sign', '"unclosed', "a cat"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("p.csv", "text,label\na,b\n", "no prompt among the fields text, label"),
+        ("p.json", '{"prompt": "a"}', "it holds a dict, not a list"),
+        ("p.json", '["a", 3]', "3 is neither a text nor an object"),
+        ("p.json", '[{"prompt": 3}]', "no prompt among the fields prompt"),
+        ("p.json", '["a"', "cannot read"),
+        ("p.jsonl", "a cat\n", "cannot read"),
+        ("p.csv", "Prompt\n\n", "holds no prompt"),
+    ],
+)
+def test_other_prompt_files_get_one_sentence(name, text, words, tmp_path):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(LesaError) as caught:
+        read_prompts(path)
+    message = str(caught.value)
+    assert message.startswith("prompts: ") and words in message and "one prompt per line" in message
+    assert "\n" not in message
+
+
+def test_the_page_of_results_is_what_the_committed_numbers_make():
+    """After new measurements: python benchmarks/make_results.py."""
+    root = Path(__file__).parents[1]
+    made = runpy.run_path(str(root / "benchmarks" / "make_results.py"))["make"]()
+    assert (root / "docs" / "results.md").read_text(encoding="utf-8") == made
 
 
 def test_report_json_is_strict(comparison, tmp_path):

@@ -59,12 +59,12 @@ class Method:
 
     @property
     def schedule_text(self) -> str:
-        """Where the full steps come from, and which they are: "own: 0,7,14" or "own: 10 steps"."""
+        """Where the full steps come from, which they are, and the note: "own: 0,7,14" or
+        "own: 10 steps; threshold 0.2"."""
+        steps = f"{self.full_steps} steps"
         if self.schedule is not None:
-            return f"{self.origin}: {','.join(map(str, self.schedule.full_steps))}"
-        if self.note:
-            return f"{self.origin}: {self.note}"
-        return f"{self.origin}: {self.full_steps} steps"
+            steps = ",".join(map(str, self.schedule.full_steps))
+        return "; ".join(filter(None, (f"{self.origin}: {steps}", self.note)))
 
     @property
     def label(self) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lesa.prompts import pictures_per_prompt, prompt_arguments
 
@@ -115,6 +115,14 @@ def generate(
     return Run(images.float().cpu(), bar.seconds, latents)
 
 
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the operator behind attention on the CPU, which torch's counter does not know."""
+    return sdpa_flop_count(query, key, value)
+
+
+_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
 class _Enough(Exception):
     """Ends a probing run from inside its loop."""
 
@@ -126,7 +134,7 @@ def step_flops(pipe: Any, prompt: str, settings: Mapping[str, Any], steps: int) 
     and decoder are outside the loop and left out.
     """
     marks: list[int] = []
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION)
 
     def mark() -> None:
         marks.append(counter.get_total_flops())
