@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.forecasters import ScheduledPeer
 from lesa.evaluation.peers.memo import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
@@ -186,7 +186,7 @@ class PaperLesa(_Learned):
         return Method(name, steps, forecaster, schedule, "searched" if searched else "own")
 
 
-LEARNED = {
+LEARNED: dict[str, Peer] = {
     "l2p": L2PPeer(),
     "lesa-paper": PaperLesa(),
     "lesa-paper-edge": PaperLesa(spline="edge"),
