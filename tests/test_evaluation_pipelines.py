@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_pipelines import build
@@ -61,9 +63,25 @@ def test_several_pictures_per_prompt_have_seeds_of_their_own():
     found = compare(pipe, ["a", "b"], [method("fora", 3, Bench(STEPS))], settings, batch_size=1)
     pictures = found.pictures["plain"]
     assert len(pictures) == 4 and found.titles == ["a", "a", "b", "b"]
+    assert len(found.rows[0]["psnr"]) == 4
     assert len({round(float(p.double().sum()), 6) for p in pictures}) == 4
     together = generate(pipe, ["a", "b"], range(4), settings).images
     assert psnr(pictures, together).min() > 60
+
+
+def test_worst_pictures_of_several_per_prompt_are_whole_prompts():
+    """Made again in another order, each with the settings and seeds of its own prompt."""
+    pipe, settings = make("sdxl", 3)
+    settings["num_images_per_prompt"] = 2
+    mine = replace(method("fora", 3, Bench(STEPS)), name="lesa")
+    found = compare(pipe, ["a", "b", "c"], [mine], settings, batch_size=2)
+    (worst,), (row,) = found.worst, found.rows
+    hardest = min(range(6), key=row["psnr"].__getitem__) // 2
+    assert worst.prompts[:2] == [found.titles[2 * hardest]] * 2 and len(worst.prompts) == 6
+    order = [2 * "abc".index(title) + n % 2 for n, title in enumerate(worst.prompts)]
+    assert worst.decibels[row["label"]] == [row["psnr"][i] for i in order]
+    for label, pictures in worst.pictures.items():
+        assert psnr(found.pictures[label][order], pictures).min() > 60
 
 
 def test_a_strip_of_frames_is_wider_than_a_picture():

@@ -108,7 +108,7 @@ def test_a_peer_is_met_at_the_fewest_steps_not_below():
     assert best_peer(rows, 8)["label"] == "teacache @9"
     assert best_peer(rows, 8, "searched")["label"] == "fora (searched steps) @8"
     assert best_peer(rows, 11, "searched") is None
-    assert name(rows[4]) == "fora (lesa's steps)" and name(rows[0]) == "lesa"
+    assert name(rows[4]) == "fora (searched steps)" and name(rows[0]) == "lesa"
     assert [(d["a"], d["b"]) for d in duels(rows)] == [
         ("lesa @10", "fora @10"),
         ("lesa @8", "teacache @9"),

@@ -21,7 +21,7 @@ from lesa.evaluation.charts import quality_png
 from lesa.evaluation.compare import PLAIN
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
-from lesa.evaluation.report import readable_bytes, rich_table, write_report
+from lesa.evaluation.report import _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
 from lesa.evaluation.standing import best_peer, duels, paired
 from lesa.files import read_prompts, to_json, write_atomically
@@ -241,7 +241,7 @@ def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
         *FIGURES, "paired.png", "worst-4.png", "report.html", "report.json",
     }  # fmt: skip
     html = files["report.html"].read_text()
-    for text in ("Where lesa is worst", "PSNR as in the paper", "best peer on its own list"):
+    for text in ("Where lesa is worst", "paper's PSNR", "against the best peer"):
         assert text in html
     facts = json.loads(files["report.json"].read_text())
     assert [(d["a"], d["b"]) for d in facts["paired"]] == [
@@ -251,14 +251,18 @@ def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
 
 
 def test_a_bound_is_drawn_as_a_line_of_its_own(contest):
-    rows = [{**row, "limit": 90.0} for row in contest.rows[:1]]
-    with_limit = quality_png(rows, extra={"least-squares bound": [(4, 90.0)]})
-    assert with_limit != quality_png(rows)
-    labels = []
-    with mock.patch("lesa.evaluation.charts.figure_png", lambda figure: labels.append(figure)):
-        quality_png(rows, extra={"least-squares bound": [(4, 90.0)]})
-    (legend,) = labels[0].legends
+    rows = [{**contest.rows[0], "limit": 95.0}, {**contest.rows[0], "limit": 90.0, "seconds": 0.1}]
+    (bound,) = _limit(rows, "seconds").values()
+    assert bound == [(0.1, 90.0), (contest.rows[0]["seconds"], 95.0)]
+    assert _limit(contest.rows, "seconds") == {}
+    drawn = []
+    with mock.patch("lesa.evaluation.charts.figure_png", drawn.append):
+        quality_png(rows, extra={"least-squares bound": [(4, 90.0), (8, 95.0)]})
+    (figure,) = drawn
+    (legend,) = figure.legends
     assert "least-squares bound" in [text.get_text() for text in legend.get_texts()]
+    lines = [line.get_xydata().tolist() for line in figure.axes[0].lines]
+    assert [[4, 90], [8, 95]] in lines
 
 
 def test_peak_memory_is_what_cuda_allocated_on_top(monkeypatch):

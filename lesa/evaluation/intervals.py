@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
+from math import ceil
 from typing import TypedDict
 
 import torch
@@ -11,8 +13,7 @@ from torch import Tensor
 from lesa.errors import LesaError
 
 LEVEL = 0.95
-RESAMPLES = 2000
-_CEILING = 1e3  # stands in for the infinite PSNR of identical pictures where numbers are mixed
+RESAMPLES = 1000
 
 
 class Estimate(TypedDict):
@@ -31,8 +32,9 @@ def mean(values: Tensor) -> Tensor:
 def worst_decile(values: Tensor) -> Tensor:
     """10th percentile over the last dimension, interpolated; infinite where it falls on identical
     pictures."""
-    found = values.clamp(max=_CEILING).quantile(0.1, -1)
-    return found.masked_fill(found >= _CEILING, torch.inf)
+    ordered, place = values.sort(-1).values, 0.1 * (values.shape[-1] - 1)
+    low, high = ordered[..., int(place)], ordered[..., ceil(place)]
+    return torch.where(low == high, low, low + (place - int(place)) * (high - low))
 
 
 def bootstrap(
@@ -60,7 +62,7 @@ def bootstrap(
     if not count or any(len(column) != count for column in columns):
         lengths = [len(column) for column in columns]
         raise LesaError(f"samples: lengths {lengths}; give equally many values, at least one")
-    drawn = torch.randint(count, (resamples, count), generator=torch.Generator().manual_seed(seed))
+    drawn = _draws(count, resamples, seed)
     found = statistic(*(column[drawn] for column in columns)).sort().values
     below = int((1 - level) / 2 * resamples)  # of the resamples, on either side
     return Estimate(
@@ -68,3 +70,10 @@ def bootstrap(
         low=float(found[below]),
         high=float(found[-1 - below]),
     )
+
+
+@lru_cache(maxsize=8)
+def _draws(count: int, resamples: int, seed: int) -> Tensor:
+    """Which prompts each resample holds, [resamples, count]: the same for all of a comparison."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(count, (resamples, count), generator=generator)

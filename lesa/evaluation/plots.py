@@ -18,7 +18,7 @@ def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
 
     `rows` are [n, C, H, W]; of videos [n, F, C, H, W] each is a strip of frames.
     """
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(len(titles), *(len(pictures) for pictures in rows.values()))
     shown = {label: [_strip(p) for p in pictures[:columns]] for label, pictures in rows.items()}
     height, width, _ = next(iter(shown.values()))[0].shape
@@ -36,35 +36,46 @@ def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
     for axis, title in zip(axes[0], titles, strict=False):
         lines = textwrap.wrap(title, round(20 * width / height))[:5]
         axis.set_title("\n".join(lines), fontsize=6.5)
-    return _png(figure)
+    return figure_png(figure)
 
 
-def curves_png(curves: Mapping[str, Sequence[float]], full_steps: Mapping[str, int]) -> bytes:
-    """Error of the latent after each step, logarithmic: a colour per method, a style per count."""
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(7.5, 4.2))
-    styles = dict(zip(dict.fromkeys(full_steps.values()), _STYLES, strict=False))
-    names = list(dict.fromkeys(label.split(" @")[0] for label in curves))
-    for label, curve in curves.items():
-        # Until its first skipped step a run equals the plain one: zero has no place on a log axis.
-        points = [(step, error) for step, error in enumerate(curve) if error > 0]
-        if points:
-            axis.plot(
-                *zip(*points, strict=True),
-                styles.get(full_steps.get(label, 0), "-"),
-                color=f"C{names.index(label.split(' @')[0])}",
-                label=label,
-            )
-    axis.set(yscale="log", xlabel="step", ylabel="relative error of the latent")
-    axis.grid(alpha=0.3, which="both")
-    if curves:
-        axis.legend(fontsize=8, title="method @ full steps")
-    return _png(figure)
+def sheet_png(
+    worst: Mapping[str, Tensor], prompts: Sequence[str], decibels: Mapping[str, Sequence[float]]
+) -> bytes:
+    """A line per prompt, a column per label, the first being the reference, and behind it each
+    other one's difference from it, `GAIN` times and around grey.
+
+    `worst` are [n, C, H, W] or videos [n, F, C, H, W]; `decibels` are written under the pictures.
+    """
+    plt = pyplot()
+    (_, plain), *others = worst.items()
+    columns = {label: [_strip(p) for p in pictures] for label, pictures in worst.items()}
+    for label, pictures in others:
+        error = 0.5 + GAIN * (pictures - plain)
+        columns[f"{label}, error x {GAIN}"] = [_strip(p) for p in error]
+    height, width, _ = columns[next(iter(worst))][0].shape
+    size = 1.7 * width / height
+    figure, axes = plt.subplots(
+        len(prompts), len(columns), squeeze=False,
+        figsize=(size * len(columns), 1.95 * len(prompts)),
+    )  # fmt: skip
+    figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.14)
+    for column, (label, strips) in enumerate(columns.items()):
+        axes[0][column].set_title("\n".join(textwrap.wrap(label, round(13 * size))), fontsize=9)
+        for line, picture in enumerate(strips):
+            axes[line][column].imshow(picture, interpolation="nearest")
+            axes[line][column].set(xticks=[], yticks=[])
+            if label in decibels:
+                axes[line][column].set_xlabel(f"{decibels[label][line]:.1f} dB", fontsize=8)
+    for line, prompt in zip(axes, prompts, strict=True):
+        text = "\n".join(textwrap.wrap(prompt, 26)[:7])
+        line[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
+    return figure_png(figure)
 
 
 def table_png(table: Any, title: str = "") -> bytes:
     """A table of coefficients as a heat map: steps to the right, cached features downwards."""
-    plt = _pyplot()
+    plt = pyplot()
     values = table.coefficients.T.numpy()  # [K + latent, S]
     limit = max(abs(values).max(), 1e-9)
     figure, axis = plt.subplots(figsize=(0.17 * values.shape[1] + 2.2, 0.35 * len(values) + 1.3))
@@ -73,14 +84,18 @@ def table_png(table: Any, title: str = "") -> bytes:
     axis.set_yticks(range(len(values)), [*names, "latent"][: len(values)])
     axis.set(xlabel="step (blank = full)", title=title)
     figure.colorbar(image, ax=axis, label="coefficient")
-    return _png(figure)
+    return figure_png(figure)
 
 
+GAIN = 8  # of errors that are shown as pictures
 _STRIP = 5  # frames of a video that a report shows
-_STYLES = ("-", "--", ":", "-.")
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, with no window.
+
+    Raises: LesaError if it is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -101,8 +116,9 @@ def _strip(picture: Tensor) -> Any:
     return picture.clamp(0, 1).movedim(0, -1).numpy()
 
 
-def _png(figure: Any) -> bytes:
+def figure_png(figure: Any) -> bytes:
+    """The figure as PNG, cut to what is drawn; it is closed."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return buffer.getvalue()

@@ -28,10 +28,14 @@ def origin(row: Row) -> str:
     return str(row["schedule"]).split(":")[0]
 
 
+def is_borrowed(row: Row) -> bool:
+    """Is it a peer that is given lesa's full steps?"""
+    return row["method"] != OURS and origin(row) == "searched"
+
+
 def name(row: Row) -> str:
     """Method and, if it is not its own, where its full steps come from."""
-    borrowed = row["method"] != OURS and origin(row) == "searched"
-    return row["method"] + " (lesa's steps)" * borrowed
+    return row["method"] + " (searched steps)" * is_borrowed(row)
 
 
 def ours(rows: Sequence[Row]) -> list[Row]:
@@ -66,15 +70,17 @@ def difference(a: Row, b: Row) -> dict[str, Any]:
     mean: of the prompts' differences. p10: worst decile of a minus worst decile of b. won: share of
     the prompts where a is the better one. Two identical pictures differ by 0 dB.
     """
-    first, second = ([decibels(value) for value in row["psnr"]] for row in (a, b))
-    pairs = list(zip(first, second, strict=True))
+    first, second = (
+        torch.tensor([decibels(value) for value in row["psnr"]], dtype=torch.float64)
+        for row in (a, b)
+    )
     return {
         "a": a["label"],
         "b": b["label"],
-        "prompts": len(pairs),
-        "mean": bootstrap(lambda x, y: mean(_minus(x, y)), first, second),
+        "prompts": len(first),
+        "mean": bootstrap(mean, _minus(first, second)),
         "p10": bootstrap(lambda x, y: _minus(worst_decile(x), worst_decile(y)), first, second),
-        "won": sum(x > y for x, y in pairs) / len(pairs),
+        "won": (first > second).double().mean().item(),
     }
 
 

@@ -1,0 +1,230 @@
+"""Write docs/results.md from the committed measurements: `python benchmarks/make_results.py`.
+
+Reads benchmarks/results/main_job.json, pipelines.json and compare/*.json (a comparison's own JSON
+with its environment). Nothing is measured here, and every number comes from these files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from lesa.evaluation.standing import (  # noqa: E402
+    Row,
+    decibels,
+    difference,
+    name,
+    opponents,
+    origin,
+    ours,
+    wanted,
+)
+from lesa.files import write_atomically  # noqa: E402
+
+RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
+SEED = 1000  # of the unseen prompts, in all scripts
+METRICS = {"psnr_mean": "mean", "psnr_p10": "worst decile", "psnr_min": "minimum"}
+TARGETS = {  # dB by which lesa must be better than the best peer
+    ("own", "psnr_mean"): 8.0,
+    ("own", "psnr_p10"): 5.0,
+    ("own", "psnr_min"): 0.0,
+    ("searched", "psnr_mean"): 3.0,
+}
+LISTS = {"own": "their own lists", "searched": "searched steps"}
+HEAD = """# Results
+
+Made by `python benchmarks/make_results.py` from the files that it names; do not edit.
+
+Every method runs the same unseen prompts with the same seeds and sampler as the plain run, and is
+compared with it in PSNR on floats, picture by picture. A peer is met at its fewest full steps that
+are not below lesa's, so that the doubt goes to the peer; the best peer is taken anew for the mean,
+the worst decile and the minimum. "Their own lists" are full steps as the peers publish or choose
+them, "searched steps" the list that was searched for lesa. Ranges are 95 % bootstrap intervals over
+the prompts, of differences paired by prompt; they are missing where a file is older than they are.
+What is aimed at: better by 8 dB in the mean and 5 dB in the worst decile than the best peer on its
+own list, no lower a minimum, and 3 dB in the mean over peers on searched steps.
+"""
+
+
+def make(results: Path = RESULTS) -> str:
+    """The whole page."""
+    return "\n".join(
+        [HEAD, *(line for title, part in sources(results) for line in section(title, part))]
+    )
+
+
+def sources(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Titles and what was measured: {"rows", "environment", ...} of every comparison."""
+    main = json.loads((results / "main_job.json").read_text())
+    for steps in (50, 28):
+        shared = {key: main[key] for key in ("environment", "training")}
+        yield f"FLUX, {steps} steps (`main_job.json`)", {**shared, **main[f"{steps} steps"]}
+    for pipeline, part in json.loads((results / "pipelines.json").read_text()).items():
+        if pipeline != "environment":
+            steps = part["settings"]["num_inference_steps"]
+            yield f"{pipeline}, {steps} steps (`pipelines.json`)", part
+    for path in sorted((results / "compare").glob("*.json")):
+        part = json.loads(path.read_text())
+        steps = part["settings"]["num_inference_steps"]
+        yield f"{path.stem}, {steps} steps (`compare/{path.name}`)", part
+
+
+def section(title: str, part: dict[str, Any]) -> Iterator[str]:
+    """One comparison: where it ran, lesa against the best peers, what fell short, all rows."""
+    rows = part["rows"]
+    yield f"## {title}\n"
+    yield provenance(part) + "\n"
+    yield from table(("full steps", "", "lesa, dB", *_peer_columns()), against(rows))
+    short = list(shortfalls(rows))
+    yield "\nFell short:\n" if short else "\nNothing fell short of what is aimed at.\n"
+    yield from short
+    yield from attributes(part)
+    if "ablations" in part:
+        columns = list(part["ablations"][0])
+        yield "\nAblations:\n"
+        yield from table(columns, ([_cell(row[c]) for c in columns] for row in part["ablations"]))
+    yield "\n<details><summary>All rows</summary>\n"
+    head = ("method", "full steps", "mean", "worst decile", "minimum", "SSIM", "seconds", "TFLOP")
+    yield from table((*head, "full steps are"), every(rows))
+    yield "\n</details>\n"
+    yield from (f"{note}\n" for note in part.get("notes", ()))
+
+
+def provenance(part: dict[str, Any]) -> str:
+    """Machine, versions, command, commit, seeds."""
+    at, training = part["environment"], part.get("training", {})
+    command = part.get("command", at["command"])
+    text = (
+        command
+        if isinstance(command, str)
+        else " ".join(["python benchmarks/" + command[0], *command[1:]])
+    )
+    packages = ("python", "torch", "diffusers", "transformers", "lesa")
+    sentences = [
+        f"{at['device']['name']}, {at['cores']} cores, {at['threads']} threads",
+        f"commit {at['commit']}, {at['date'][:10]}",
+        ", ".join(f"{package} {at['versions'][package]}" for package in packages),
+        f"`{text}`",
+        f"unseen prompt i with seed {part.get('seed', SEED)} + i",
+    ]
+    if "prompts" in training:
+        seconds = training.get("train_seconds", training.get("seconds"))
+        sentences.append(f"trained on {training['prompts']} prompts in {seconds:.0f} s")
+    return "; ".join(sentences) + "."
+
+
+def against(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """A line per number of full steps and metric: lesa, the best peer on either kind of list."""
+    for row in ours(rows):
+        for key, words in METRICS.items():
+            cells = [f"{wanted(row)}" if key == "psnr_mean" else "", words, value(row, key)]
+            for lists in LISTS:
+                peer = best(rows, wanted(row), lists, key)
+                cells += (
+                    [f"{_label(peer)}: {value(peer, key)}", gain(row, peer, key)]
+                    if peer
+                    else ["", ""]
+                )
+            yield cells
+
+
+def best(rows: Sequence[Row], count: int, lists: str, key: str) -> Row | None:
+    """The opponent that is best in one metric."""
+    peers = [row for row in opponents(rows, count) if origin(row) == lists]
+    return max(peers, key=lambda row: decibels(row[key]), default=None)
+
+
+def shortfalls(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence for every target that was missed."""
+    for row in ours(rows):
+        for (lists, key), target in TARGETS.items():
+            peer = best(rows, wanted(row), lists, key)
+            if peer is not None and (found := _gain(row, peer, key)) < target:
+                yield (
+                    f"- {wanted(row)} full steps, {METRICS[key]}, peers on {LISTS[lists]}:"
+                    f" {found:+.1f} dB over {_label(peer)}, {target - found:.1f} dB short."
+                )
+
+
+def attributes(part: dict[str, Any]) -> Iterator[str]:
+    """What the checker found in the plain run's and lesa's pictures."""
+    found = part.get("attributes")
+    if found:
+        columns = list(next(iter(found.values())))
+        yield "\nShare of what the captions say that the pictures show:\n"
+        yield from table(
+            ("run", *columns),
+            ([label, *(f"{shares[c]:.3f}" for c in columns)] for label, shares in found.items()),
+        )
+
+
+def every(rows: Sequence[Row]) -> Iterator[list[str]]:
+    """All rows, most full steps first, best mean first."""
+    order = sorted(rows, key=lambda row: (-wanted(row), -decibels(row["psnr_mean"])))
+    for row in order:
+        yield [
+            name(row),
+            f"{row['full_steps']:.4g}",
+            *(value(row, key) for key in METRICS),
+            f"{row['ssim_mean']:.4f}",
+            f"{row['seconds']:.3g}",
+            f"{row['tflops']:.3g}",
+            row["schedule"],
+        ]
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str]:
+    """A Markdown table."""
+    yield f"| {' | '.join(head)} |"
+    yield f"|{' --- |' * len(head)}"
+    yield from (f"| {' | '.join(line)} |" for line in lines)
+
+
+def value(row: Row, key: str) -> str:
+    """A PSNR with its interval, where the file has one."""
+    ends = row.get(f"{key}_interval")
+    return _decibels(row[key]) + (
+        f" ({_decibels(ends[0])} to {_decibels(ends[1])})" if ends else ""
+    )
+
+
+def gain(row: Row, peer: Row, key: str) -> str:
+    """lesa minus a peer, with its paired interval where the file has every prompt's PSNR."""
+    text = f"{_gain(row, peer, key):+.1f}"
+    part = {"psnr_mean": "mean", "psnr_p10": "p10"}.get(key)
+    if part is None or "psnr" not in row:
+        return text
+    ends = difference(row, peer)[part]
+    return f"{text} ({ends['low']:+.1f} to {ends['high']:+.1f})"
+
+
+def _gain(row: Row, peer: Row, key: str) -> float:
+    a, b = decibels(row[key]), decibels(peer[key])
+    return 0.0 if a == b else a - b
+
+
+def _label(row: Row) -> str:
+    return f"{name(row)} @{wanted(row)}"
+
+
+def _decibels(number: float | None) -> str:
+    return f"{number:.1f}" if isfinite(decibels(number)) else "identical"
+
+
+def _cell(content: Any) -> str:
+    return f"{content:.3g}" if isinstance(content, float) else str(content)
+
+
+def _peer_columns() -> list[str]:
+    return [text for lists in LISTS.values() for text in (f"best peer, {lists}", "lesa better by")]
+
+
+if __name__ == "__main__":
+    write_atomically(OUT, make())

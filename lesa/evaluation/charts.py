@@ -1,0 +1,245 @@
+"""Charts of a comparison's rows, as PNG bytes, legible with thirty methods on two lists each.
+
+A colour is a family of methods, a marker one method in it; a dashed line with hollow markers is a
+peer that is given lesa's full steps. lesa itself is thick, red and on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from math import isfinite
+from typing import Any
+
+from lesa.evaluation.plots import figure_png, pyplot
+from lesa.evaluation.standing import (
+    OURS,
+    Row,
+    decibels,
+    is_borrowed,
+    name,
+    opponents,
+    ours,
+    wanted,
+)
+
+FAMILIES = {  # colour, and how the methods' names begin
+    "lesa": ("#c1121f", ()),
+    "learned": ("#ee8434", ("lesa-", "l2p", "disca")),
+    "fewer steps": ("#6b7280", ("fewer-steps", "euler", "dpm", "unipc")),
+    "forecast": ("#2166ac", ("fora", "taylorseer", "hicache", "spectrum", "freqca", "foca")),
+    "adaptive": ("#1b9e77", ("teacache", "magcache", "fbcache", "dbcache", "seacache", "speca")),
+    "block reuse": ("#8a5fbf", ("pab", "fastercache", "deepcache")),
+    "token-wise": ("#a6761d", ("toca", "duca", "clusca")),
+    "other": ("#111111", ()),
+}
+X_LABELS = {
+    "full_steps": "full steps",
+    "seconds": "seconds of the denoising loop, one batch",
+    "tflops": "TFLOP of the denoising loop, one prompt",
+}
+_MARKERS = "os^DvPX<>phd*"
+_EXTRA = "#000000"  # of named series that are no methods
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one method is drawn in every chart."""
+
+    family: str
+    marker: str
+
+    @property
+    def colour(self) -> str:
+        return FAMILIES[self.family][0]
+
+
+def family(method: str) -> str:
+    """The family of a method by its name."""
+    if method == OURS:
+        return OURS
+    fitting = (kind for kind, (_, starts) in FAMILIES.items() if method.startswith(starts))
+    return next(fitting, "other")
+
+
+def styles(rows: Sequence[Row]) -> dict[str, Style]:
+    """A style for every method, by family in the order of `FAMILIES`."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods.sort(key=lambda method: list(FAMILIES).index(family(method)))
+    numbers = {kind: count() for kind in FAMILIES}
+    return {
+        method: Style(family(method), _MARKERS[next(numbers[family(method)]) % len(_MARKERS)])
+        for method in methods
+    }
+
+
+def quality_png(
+    rows: Sequence[Row],
+    x: str = "full_steps",
+    extra: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> bytes:
+    """Mean and worst decile of the PSNR, with their 95 % intervals, against a column of the rows.
+
+    `extra` are named lines of (x, dB) in the panel of the mean, such as a bound.
+    """
+    drawn = styles(rows)
+    height = max(5.0, 1.4 + 0.22 * len(drawn))  # as high as the legend
+    figure, panels = pyplot().subplots(1, 2, figsize=(11.5, height), sharey=True)
+    for panel, key, title in zip(panels, ("psnr_mean", "psnr_p10"), _TITLES, strict=True):
+        for line in _lines(rows).values():
+            _draw_line(panel, sorted(line, key=lambda row: row[x]), x, key, drawn)
+        panel.set(title=title, xlabel=X_LABELS[x])
+        panel.grid(alpha=0.25, which="major")
+        _readable_axis(panel, [row[x] for row in rows])
+    for label, points in (extra or {}).items():
+        panels[0].plot(*zip(*points, strict=True), ":", color=_EXTRA, lw=1.5, label=label)
+    panels[0].set_ylabel("PSNR against the plain run, dB")
+    _legend(figure, drawn, list(extra or {}), any(is_borrowed(row) for row in rows))
+    figure.subplots_adjust(wspace=0.05)
+    return figure_png(figure)
+
+
+def duels_png(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> bytes:
+    """lesa minus every peer in dB, with paired intervals: a panel per number of full steps, a line
+    per peer, the strongest at the top."""
+    by_label = {row["label"]: row for row in rows}
+    groups = list(dict.fromkeys(duel["a"] for duel in found))
+    strength: dict[str, list[float]] = {}
+    for duel in found:
+        strength.setdefault(name(by_label[duel["b"]]), []).append(duel["mean"]["value"])
+    order = sorted(strength, key=lambda peer: min(strength[peer]))
+    figure, panels = pyplot().subplots(
+        1, len(groups), squeeze=False, sharey=True,
+        figsize=(2.2 + 2.9 * len(groups), 1.3 + 0.24 * len(order)),
+    )  # fmt: skip
+    for panel, group in zip(panels[0], groups, strict=True):
+        for duel in (duel for duel in found if duel["a"] == group):
+            peer = by_label[duel["b"]]
+            place, colour = order.index(name(peer)), FAMILIES[family(peer["method"])][0]
+            for key, shift, fill in (("mean", -0.16, colour), ("p10", 0.16, "white")):
+                part = duel[key]
+                if all(isfinite(part[end]) for end in ("value", "low", "high")):
+                    panel.plot([part["low"], part["high"]], [place + shift] * 2, color=colour, lw=1)
+                    panel.plot(part["value"], place + shift, "o", ms=4, color=colour, mfc=fill)
+        panel.axvline(0, color="#111111", lw=1)
+        panel.grid(alpha=0.25)
+        panel.set(title=f"{group.rsplit('@', 1)[1]} full steps", xlabel="dB")
+        panel.margins(y=0.01)
+    panels[0][0].set_yticks(range(len(order)), order, fontsize=8)
+    panels[0][0].invert_yaxis()
+    figure.subplots_adjust(wspace=0.06)
+    return figure_png(figure)
+
+
+def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> bytes:
+    """Error of the latent after each step, logarithmic: a panel per number of full steps."""
+    counts = [wanted(row) for row in ours(rows)] or sorted({wanted(row) for row in rows})[::-1]
+    columns = min(2, len(counts))
+    lines = -(-len(counts) // columns)
+    drawn = styles([row for row in rows if row["label"] in curves])
+    height = max(0.6 + 3.4 * lines, 1.4 + 0.22 * len(drawn))
+    figure, panels = pyplot().subplots(
+        lines, columns, squeeze=False, sharex=True, sharey=True,
+        figsize=(11.5 if columns == 2 else 7, height),
+    )  # fmt: skip
+    for panel, number in zip(panels.flat, counts, strict=False):
+        mine = [row for row in ours(rows) if wanted(row) == number]
+        for row in [*reversed(opponents(rows, number)), *mine]:
+            _draw_error(panel, curves.get(row["label"], ()), row, drawn)
+        panel.set(yscale="log", title=f"{number} full steps")
+        panel.grid(alpha=0.25)
+    for panel in list(panels.flat)[len(counts) :]:
+        panel.set_visible(False)
+    figure.supxlabel("step", y=0.0, fontsize=10)
+    figure.supylabel("relative error of the latent", x=0.06, fontsize=10)
+    _legend(figure, drawn, [], any(is_borrowed(row) for row in rows))
+    figure.subplots_adjust(wspace=0.05, hspace=0.18)
+    return figure_png(figure)
+
+
+_TITLES = ("mean over the prompts", "worst decile of the prompts")
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows of one method on one kind of list; lesa's last, so that it is drawn on top."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["method"] == OURS):
+        found.setdefault(name(row), []).append(row)
+    return found
+
+
+def _draw_line(
+    panel: Any, line: Sequence[Row], x: str, key: str, drawn: Mapping[str, Style]
+) -> None:
+    shown = [row for row in line if isfinite(decibels(row[key]))]
+    if not shown:
+        return
+    values = [row[key] for row in shown]
+    ends = [row.get(f"{key}_interval") or (row[key], row[key]) for row in shown]
+    bars = [
+        [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        # Identical pictures among the prompts: the upper end is open.
+        [
+            min(decibels(high), value + 20) - value
+            for value, (_, high) in zip(values, ends, strict=True)
+        ],
+    ]
+    look = _look(shown[0], drawn[shown[0]["method"]])
+    panel.errorbar([row[x] for row in shown], values, bars, elinewidth=0.8, **look)
+
+
+def _draw_error(panel: Any, curve: Sequence[float], row: Row, drawn: Mapping[str, Style]) -> None:
+    # Until its first skipped step a run equals the plain one: zero has no place on a log axis.
+    points = [(step, error) for step, error in enumerate(curve) if error > 0]
+    if points:
+        look = _look(row, drawn[row["method"]])
+        panel.plot(*zip(*points, strict=True), markevery=(0.06, 0.15), **look)
+
+
+def _look(row: Row, style: Style) -> dict[str, Any]:
+    mine = row["method"] == OURS
+    return {
+        "color": style.colour,
+        "marker": style.marker,
+        "ls": "--" if is_borrowed(row) else "-",
+        "mfc": "white" if is_borrowed(row) else style.colour,
+        "lw": 2.6 if mine else 0.9,
+        "ms": 7 if mine else 4.5,
+        "alpha": 1.0 if mine else 0.75,
+        "zorder": 5 if mine else 2,
+    }
+
+
+def _readable_axis(panel: Any, values: Sequence[float]) -> None:
+    """Plain numbers; logarithmic where the values span more than a factor of three."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
+    if min(values) > 0 and max(values) > 3 * min(values):
+        panel.set_xscale("log")
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.xaxis.set_major_formatter(ScalarFormatter(useMathText=True))
+    whole = all(float(value).is_integer() for value in values)
+    panel.xaxis.set_major_locator(MaxNLocator(7, integer=whole))
+
+
+def _legend(figure: Any, drawn: Mapping[str, Style], extra: Sequence[str], borrowed: bool) -> None:
+    """Beside the panels, by family, so that no line is hidden."""
+    from matplotlib.lines import Line2D
+
+    def entry(label: str, **look: Any) -> Line2D:
+        return Line2D([], [], label=label, **{"ls": "-", **look})
+
+    entries = [
+        entry(method, color=style.colour, marker=style.marker, lw=2.6 if method == OURS else 0.9)
+        for method, style in drawn.items()
+    ]
+    if borrowed:
+        entries.append(entry("on its own list", color="#555555", marker="o"))
+        entries.append(
+            entry("on searched steps", color="#555555", marker="o", mfc="white", ls="--")
+        )
+    entries += [entry(label, color=_EXTRA, ls=":") for label in extra]
+    figure.legend(
+        handles=entries, loc="upper left", bbox_to_anchor=(0.91, 0.9), fontsize=8.5, frameon=False
+    )
