@@ -87,5 +87,5 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     for label, shares in right.items():
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"{label}: {listed} as in the captions", highlight=False)
-    console.print(rich_table(result.rows, result.plain_seconds, steps), *result.notes, sep="\n")
+    console.print(*result.notes, rich_table(result.rows, result.plain_seconds, steps), sep="\n")
     return {**result.to_dict(), **facts, "files": list(files.values())}
