@@ -27,9 +27,9 @@ def threshold_for(wanted: int, bench: Bench, applied: Callable[[float], Applied]
     """The threshold with the fewest full steps, in the mean, that are not below `wanted`.
 
     applied: threshold -> pipeline -> context manager that yields a `Use` with `full_steps`. A
-    larger threshold must spend fewer full steps, and 0 as many as the method can. The count is measured on the
-    first calibration prompts, one by one, each drawn with the seed that a comparison gives it;
-    doubling from 1 brackets the threshold, bisection narrows it.
+    larger threshold must spend fewer full steps, and 0 as many as the method can. The count is
+    measured on the first calibration prompts, one by one, each drawn with the seed that a
+    comparison gives it; doubling from 1 brackets the threshold, bisection narrows it.
 
     Raises: LesaError where the bench has no calibration prompts.
     """
