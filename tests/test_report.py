@@ -347,7 +347,7 @@ def test_report_json_is_strict(comparison, tmp_path):
 
     facts = json.loads(path.read_text(), parse_constant=refuse)
     assert facts["rows"][-1]["psnr_mean"] is None  # infinite
-    assert facts["prompts"] == PROMPTS
+    assert facts["prompts"] == PROMPTS and facts["seed"] == 7
     assert {"python", "torch", "lesa"} <= set(facts["versions"])
 
 

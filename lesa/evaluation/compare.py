@@ -64,6 +64,7 @@ class Comparison:
     titles: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     worst: list[Worst] = field(default_factory=list)
+    seed: int = 0
     plain_seconds: float = 0.0
     plain_tflops: float = 0.0
     plain_more: dict[str, Any] = field(default_factory=dict)  # peak_bytes, scores
@@ -72,6 +73,7 @@ class Comparison:
         """Everything but the pictures."""
         return {
             "settings": self.settings,
+            "seed": self.seed,
             "prompts": self.prompts,
             "plain": {
                 "seconds": self.plain_seconds,
@@ -113,7 +115,7 @@ def compare(
     """
     _check(prompts, methods, settings, batch_size)
     tallies = {method.label: Tally() for method in methods}
-    result = Comparison(list(prompts), dict(settings))
+    result = Comparison(list(prompts), dict(settings), seed=seed)
     judges = _with_lpips(judges, result)
     reference, base = Method(PLAIN, settings["num_inference_steps"]), Tally()
     each = pictures_per_prompt(settings)
