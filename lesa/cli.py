@@ -193,7 +193,7 @@ def compare(
         typer.Option(help="A folder, a hub id, or an embedded one: testbed, testbed:qwen."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text file, one prompt per line, all measured.")
+        Path | None, typer.Option(help="All measured: text, CSV, TSV, JSON or JSONL.")
     ] = None,
     num_inference_steps: Steps = None,
     full_steps: Annotated[
@@ -209,6 +209,10 @@ def compare(
     searched: Annotated[
         bool, typer.Option("--searched", help="Peers also on lesa's full steps.")
     ] = False,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(help="attributes (embedded), image-reward, clip=FOLDER; repeatable."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None,
     guidance_scale: Guidance = None,
     height: Size = None,
@@ -252,6 +256,7 @@ def compare(
         forecaster=forecaster,
         calibration=calibration,
         searched=searched,
+        judges=judge or [],
         report=report,
         seed=seed,
         batch_size=batch_size,

@@ -31,6 +31,7 @@ def run_compare(
     forecaster: str | None,
     calibration: Path | None,
     searched: bool,
+    judges: Sequence[str],
     report: Path | None,
     seed: int,
     batch_size: int,
@@ -45,9 +46,16 @@ def run_compare(
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
     from lesa.evaluation import compare
+    from lesa.evaluation.judges import named
     from lesa.evaluation.method import Bench
     from lesa.evaluation.report import rich_table, write_report
-    from lesa.inputs import call_settings, load_forecaster, load_pipeline, parse_counts
+    from lesa.inputs import (
+        call_settings,
+        default_device,
+        load_forecaster,
+        load_pipeline,
+        parse_counts,
+    )
 
     settings = call_settings(pipeline, given)
     steps = settings["num_inference_steps"]
@@ -58,6 +66,7 @@ def run_compare(
         require_writable(report, "report")
     trained = load_forecaster(forecaster) if forecaster else None
     check_methods(methods, Bench(steps, forecaster=trained))
+    asked = [named(name, device or default_device()) for name in judges]
     pipe = load_pipeline(pipeline, device=device, dtype=dtype)
     _check_frames(pipe, settings)
     bench = Bench(steps, pipe, settings, others, trained, seed)
@@ -65,7 +74,14 @@ def run_compare(
     batches = -(-len(texts) // batch_size)
     with progress("compare", batches * (len(contenders) + 1)) as advance:
         result = compare(
-            pipe, texts, contenders, settings, seed=seed, batch_size=batch_size, advance=advance
+            pipe,
+            texts,
+            contenders,
+            settings,
+            seed=seed,
+            batch_size=batch_size,
+            judges=asked,
+            advance=advance,
         )
     result.notes += left_out(methods, bench)
     console.print(rich_table(result.rows, result.plain_seconds, steps))

@@ -18,13 +18,11 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
 
     Raises: LesaError if it cannot be loaded or lesa does not know its denoiser.
     """
-    import torch
-
     from lesa.api import find_denoiser
     from lesa.models import model_spec
 
     quieten()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     target = _device(device)
     if (embedded := embedded_name(name)) is not None:
         from lesa import testbed
@@ -41,6 +39,13 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
         raise LesaError(
             f"device: {device!r} is not usable here ({_first_line(error)}); choose cpu or cuda"
         ) from None
+
+
+def default_device() -> str:
+    """CUDA where there is any, else the CPU."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def embedded_name(name: str) -> str | None:

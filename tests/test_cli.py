@@ -115,12 +115,14 @@ def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_p
 def test_compare_writes_rows_and_a_report(trained, prompts, tmp_path):
     options = ("--pipeline", "testbed", "--prompts", prompts, *STEPS, "--full-steps", "3,4")
     contest = ("--methods", "taylorseer-1,lesa", "--forecaster", trained, "--report", tmp_path)
+    contest += ("--judge", "attributes")
     told = json.loads(run("compare", *options, *contest, "--json"))
     rows = told["rows"]
     assert told["settings"]["num_inference_steps"] == 8 and len(told["prompts"]) == 3
     found = [(row["method"], row["full_steps"]) for row in rows]
     assert found == [("taylorseer-1", 3), ("lesa", 3), ("taylorseer-1", 4), ("lesa", 4)]
     assert rows[1]["schedule"].startswith("searched: 0,")
+    assert set(rows[1]["scores"]) == {"shape", "colour", "place"}
     assert (tmp_path / "report.html").exists()
 
 
@@ -206,6 +208,7 @@ def test_compare_of_what(options, words):
         (("--methods", ","), "methods: none given"),
         (("--methods", "fora,lesa"), "'lesa' needs a trained forecaster"),
         (("--calibration", "SAME"), "calibration: 3 of its prompts are measured too, e.g."),
+        (("--judge", "beauty"), "judge: unknown 'beauty'; choose attributes, image-reward or"),
         (("--calibration", "nowhere.txt"), "'nowhere.txt' does not exist"),
         (("--pipeline", "testbed:nope"), "'nope' is not embedded; choose from flux"),
     ],

@@ -14,7 +14,13 @@ import torch
 from PIL import Image
 
 from lesa.errors import LesaError
-from lesa.evaluation.judges import ClipScore, ImageReward, attributes, perceptual_distance
+from lesa.evaluation.judges import (
+    ClipScore,
+    ImageReward,
+    attributes,
+    named,
+    perceptual_distance,
+)
 from lesa.evaluation.metrics import lpips_is_missing
 from lesa.testbed.checker import accuracy
 from lesa.testbed.scenes import render_batch, render_clips, scenes
@@ -135,6 +141,22 @@ def test_attributes_of_videos_tell_motion():
     assert found["motion"].tolist() == [1, 1]
     still = videos[:, :1].expand_as(videos)
     assert attributes(None, still, [clip.caption for clip in drawn])["motion"].tolist() == [0, 0]
+
+
+def test_attributes_refuse_a_prompt_that_is_no_caption():
+    with pytest.raises(LesaError, match="captions alone, not 'a red fox'"):
+        attributes(None, torch.rand(1, 3, 8, 8), ["a red fox"])
+
+
+@pytest.mark.parametrize("name", ["beauty", "clip", "clip=", ""])
+def test_an_unknown_judge_is_told(name):
+    with pytest.raises(LesaError, match="choose attributes, image-reward or clip=FOLDER"):
+        named(name)
+
+
+def test_a_judge_by_its_name(clip_folder):
+    assert named("attributes") is attributes
+    assert isinstance(named(f"clip={clip_folder}"), ClipScore)
 
 
 def test_lpips_says_why_it_is_missing_and_downloads_nothing(monkeypatch, tmp_path):

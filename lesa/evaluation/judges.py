@@ -108,14 +108,37 @@ def perceptual_distance(plain: Tensor, images: Tensor, prompts: Sequence[str]) -
 
 def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """`shape`, `colour`, `place`, and `motion` of videos: shares of what a caption of the embedded
-    pipelines says that its picture shows (`lesa.testbed.checker`)."""
-    from lesa.testbed.checker import accuracy
+    pipelines says that its picture shows (`lesa.testbed.checker`).
 
+    Raises: LesaError for a prompt that is no such caption.
+    """
+    from lesa.testbed.checker import accuracy, is_caption
+
+    if foreign := [text for text in prompts if not is_caption(text)]:
+        raise LesaError(
+            f"judge: attributes knows the embedded pipelines' captions alone, not {foreign[0]!r};"
+            " leave it out"
+        )
     pictures = images.movedim(-3, -1).numpy()
     found = [
         accuracy(picture[None], [text]) for picture, text in zip(pictures, prompts, strict=True)
     ]
     return {name: torch.tensor([verdict[name] for verdict in found]) for name in found[0]}
+
+
+def named(name: str, device: torch.device | str = "cpu") -> Judge:
+    """A judge by its name: "attributes", "image-reward", or "clip=" and a folder or hub id.
+
+    Raises: LesaError for another name, or where it cannot be loaded.
+    """
+    kind, _, source = name.partition("=")
+    if kind == "clip" and source:
+        return ClipScore(source, device)
+    if name == "image-reward":
+        return ImageReward(device=device)
+    if name == "attributes":
+        return attributes
+    raise LesaError(f"judge: unknown {name!r}; choose attributes, image-reward or clip=FOLDER")
 
 
 def _frames(images: Tensor) -> tuple[list[Any], int]:

@@ -84,6 +84,15 @@ def recognise(mask: np.ndarray) -> str:
     return max(scores, key=lambda name: scores[name])
 
 
+def is_caption(text: str) -> bool:
+    """Whether a text is of the grammar that the embedded pipelines were trained on."""
+    try:
+        items, _ = _items(text)
+    except (StopIteration, ValueError):  # a colour without a shape, or no place
+        return False
+    return 0 < len(items) <= 2
+
+
 def _items(caption: str) -> tuple[list[tuple[str, str]], str]:
     """(colour, shape) of each item and the relation or place."""
     words = caption.split()
