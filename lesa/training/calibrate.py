@@ -14,6 +14,7 @@ from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane
+from lesa.training.polish import LONGEST, polish
 from lesa.training.search import OpenLoop, balanced, evenly, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
@@ -80,6 +81,16 @@ class Calibrator:
         if rounds:
             self._say("search by accelerated runs", started, f"{rounds} rounds")
         return best
+
+    def polish(self, leaders: Sequence[Lane]) -> list[Lane]:
+        """Of few-step runs: all coefficients once more, together."""
+        steps = self.statistics.num_steps
+        if steps > LONGEST:
+            return list(leaders)
+        started = time.perf_counter()
+        lanes = [polish(self.job, leader, steps) for leader in leaders]
+        self._say("fit on final latents", started, f"{len(lanes)} step lists")
+        return lanes
 
     def store(self, lanes: Sequence[Lane]) -> None:
         """Put each lane's coefficients into the forecaster and say how good they are."""

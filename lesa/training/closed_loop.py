@@ -37,7 +37,11 @@ class LockStep:
     """
 
     def __init__(
-        self, job: Job, lanes: Sequence[Lane], prior: Prior, statistics: Statistics | None = None
+        self,
+        job: Job,
+        lanes: Sequence[Lane],
+        prior: Prior | None,
+        statistics: Statistics | None = None,
     ) -> None:
         self.job, self.lanes, self.prior = job, lanes, prior
         self.statistics, self.pictures = statistics, len(job.prompts) * job.pictures
@@ -58,6 +62,7 @@ class LockStep:
                 lane.push(step.branch, features[:, copy])
                 continue
             if step.branch not in lane.coefficients:
+                assert self.prior is not None  # lanes without rows of their own come with one
                 lane.coefficients[step.branch] = self.prior(lane.schedule, step.sigmas, step.branch)
             tail = None
             if self.job.tap == "hidden":
@@ -140,11 +145,11 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
 def run_lanes(
     job: Job,
     lanes: Sequence[Lane],
-    prior: Prior,
+    prior: Prior | None,
     num_inference_steps: int,
     statistics: Statistics | None = None,
 ) -> None:
-    """Run base and lanes side by side; fills each lane's coefficients, residuals and score.
+    """Run base and lanes side by side; fills each lane's coefficients, residuals, errors and score.
 
     With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
     10 log10 of the base latent's mean square over the mean squared error of the lane's final
@@ -161,5 +166,5 @@ def run_lanes(
     runs = final.double().reshape(copies, count * job.pictures, -1)
     for lane, run in zip(lanes, runs[1:], strict=True):
         lane.rings, lane.debt = {}, None
-        error = (run - runs[0]).square().mean(1) / runs[0].square().mean(1)
-        lane.score = -10 * torch.log10(error + 1e-12)
+        lane.error = (run - runs[0]) / runs[0].square().mean(1, keepdim=True).sqrt()
+        lane.score = -10 * torch.log10(lane.error.square().mean(1) + 1e-12)

@@ -46,7 +46,8 @@ class Lane:
     next, so that it cancels in the guided sum.
 
     A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``residual`` (branch ->
-    relative squared error of each skipped step) and ``score`` (dB per picture).
+    relative squared error of each skipped step), ``error`` (of the final latents, ``[pictures,
+    elements]``, relative to the base run's RMS) and ``score`` (dB per picture).
     """
 
     schedule: Schedule
@@ -57,6 +58,7 @@ class Lane:
     frozen: bool = False
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     residual: dict[str, list[float]] = field(default_factory=dict)
+    error: Tensor | None = None
     score: Tensor | None = None
     rings: dict[str, list[Tensor]] = field(default_factory=dict)
     debt: tuple[int, Tensor] | None = None
@@ -135,6 +137,24 @@ class Lane:
         if self.debt is not None and self.debt[0] == at.step:
             target = target + self.debt[1] / at.rate
         return target
+
+
+@dataclass
+class FixedLane(Lane):
+    """A lane whose ``rows`` are given, whatever run it is in."""
+
+    frozen: bool = True
+    rows: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, lane: Lane) -> FixedLane:
+        """A fitted lane's rows."""
+        rows = {branch: rows.clone() for branch, rows in lane.coefficients.items()}
+        return cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
+
+    def begin(self) -> None:
+        super().begin()
+        self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
 
 
 def guided(part: Tensor, shares: Tensor | None) -> Tensor:

@@ -93,7 +93,7 @@ def train(
             lanes = calibrator.fit([schedule.bind(statistics.num_steps)])
         else:
             lanes = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
-        calibrator.store(lanes)
+        calibrator.store(calibrator.polish(lanes))
     return forecaster
 
 
