@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from lesa.training.closed_loop import run_lanes
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous
 from lesa.training.job import Job
-from lesa.training.lane import Lane
+from lesa.training.lane import FixedLane, Lane
 from lesa.training.statistics import Statistics
 
 COUNTS = (13, 10, 8, 6)
@@ -39,29 +39,11 @@ PROMPTS = (1, 5, 10, 50, 100)  # calibration prompts that are tried
 CALIBRATION = 16
 
 
-@dataclass
-class Fixed(Lane):
-    """A lane whose rows are given, whatever run it is in."""
-
-    rows: dict[str, Tensor] = field(default_factory=dict)
-
-    def begin(self) -> None:
-        super().begin()
-        self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
-
-
-def fixed(
-    schedule: Schedule, rows: dict[str, Tensor], history: int = 3, latent: bool = True
-) -> Lane:
-    """Given rows as a lane that fits nothing."""
-    return Fixed(schedule, history, latent, frozen=True, rows=rows)
-
-
 def frozen(lane: Lane) -> Lane:
     """A fitted lane, to be run as it is on other prompts."""
     if isinstance(lane, GroupedLane):
         return replace(lane, frozen=True)
-    return fixed(lane.schedule, dict(lane.coefficients), lane.history, lane.uses_latent)
+    return FixedLane.of(lane) if not isinstance(lane, FixedLane) else lane
 
 
 class Study:
@@ -150,7 +132,7 @@ class Study:
     def _form(self, calibrator: Calibrator, plan: Schedule) -> Lane:
         sigmas = self.statistics.sigmas
         rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
-        return fixed(plan, rows)
+        return FixedLane(plan, 3, True, rows=rows)
 
     def _open_loop(self, plan: Schedule) -> Lane:
         judge, rows = self.calibrator.judge, {}
@@ -161,7 +143,7 @@ class Study:
                 _, weights = judge.coefficients(branch, step, cached)
                 rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
                 rows[branch][step, -1] = weights[-1]
-        return fixed(plan, rows)
+        return FixedLane(plan, 3, True, rows=rows)
 
     def _mean_only(self, count: int) -> Lane:
         share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0

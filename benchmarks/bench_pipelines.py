@@ -32,7 +32,7 @@ COUNTS = {50: (13, 10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps, as in the paper
 OTHERS = tuple(name for name in PIPELINES if name != "flux")
 
 
-PEERS = ("fewer-steps", "taylorseer-1", "hicache", "foca", "spectrum")
+PEERS = ("fewer-steps", "fora", "taylorseer-1", "hicache", "foca", "spectrum")
 
 
 def hidden(

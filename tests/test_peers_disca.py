@@ -91,7 +91,8 @@ def test_built_at_a_number_of_full_steps_or_on_a_list(monkeypatch):
     monkeypatch.setattr(disca_module, "EPOCHS", 0)
     bench = make("flux")
     method = build("disca", 2, bench)
-    assert method.schedule.full_steps == (0, 2) and method.schedule_text.startswith("own: 0,2; a predictor of")
+    assert method.schedule.full_steps == (0, 2)
+    assert method.schedule_text.startswith("own: 0,2; a predictor of")
     share = count_parameters(method.applied.keywords["predictor"])
     share /= count_parameters(bench.pipe.transformer)
     assert f"{100 * share:.1f} %" in method.note

@@ -38,7 +38,7 @@ def test_a_step_solves_the_weighted_least_squares_of_a_linear_run(monkeypatch):
     torch.testing.assert_close(torch.tensor([0.3, -0.2]).double() + step, exact[:, 0])
     tried = polishing._moved(here, dict(zip(places, step.tolist(), strict=True)))
     torch.testing.assert_close(tried.rows["cond"][1:, 0], exact[:, 0])
-    assert here.rows["cond"][1, 0] == pytest.approx(0.3)  # the lane that it starts from is left alone
+    assert here.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
 
 
 @pytest.mark.parametrize(("name", "gain"), [("sdxl", 0.1), ("qwen", 0.5)])
