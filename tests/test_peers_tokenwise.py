@@ -124,7 +124,8 @@ def test_two_runs_and_two_batches_are_alike(flux):
     for rule in (ToCa(), DuCa(), ClusCa(clusters=5)):
         with tokenwise(pipe, rule, SCHEDULE):
             both, one = (pipe(**call(n), return_dict=False)[0] for n in (2, 1))
-        torch.testing.assert_close(both[:1], one)
+        # Rounding differs with the batch, and a near tie may then choose another token
+        assert (both[:1] - one).norm() < 5e-3 * one.norm()
 
 
 def test_the_tokens_with_most_attention_come_first_and_then_the_oldest():
