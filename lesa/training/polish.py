@@ -18,7 +18,7 @@ from lesa.training.job import Job
 from lesa.training.lane import FixedLane, Lane
 from lesa.training.search import balanced
 
-LONGEST = 16  # steps of a run that is polished: it takes an accelerated run per coefficient
+LONGEST = 8  # steps of a run that is polished: it takes an accelerated run per coefficient
 MOVE = 0.02  # of a coefficient, for its derivative
 DAMPING = 1e-3  # relative to the mean of the normal matrix's diagonal
 TOGETHER = 8  # lanes in one call
