@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from lesa.evaluation.flops import published
 from lesa.inputs import quieten
 
 Shape = tuple["int | str", ...]  # a name stands for that field of the transformer's configuration
@@ -45,11 +46,7 @@ MODELS = {
     "flux.1-dev": Model(
         pipeline="FluxPipeline",
         transformer="FluxTransformer2DModel",
-        config={
-            "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
-            "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096,
-            "pooled_projection_dim": 768, "guidance_embeds": True,
-        },
+        config=published("flux.1-dev").config,
         scheduler={
             "shift": 3.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15,
             "base_image_seq_len": 256, "max_image_seq_len": 4096,
@@ -69,11 +66,7 @@ MODELS = {
     "qwen-image": Model(
         pipeline="QwenImagePipeline",
         transformer="QwenImageTransformer2DModel",
-        config={
-            "in_channels": 64, "out_channels": 16, "num_layers": 60, "attention_head_dim": 128,
-            "num_attention_heads": 24, "joint_attention_dim": 3584, "guidance_embeds": False,
-            "axes_dims_rope": (16, 56, 56),
-        },
+        config=published("qwen-image").config,
         scheduler={
             "shift": 1.0, "use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 0.9,
             "base_image_seq_len": 256, "max_image_seq_len": 8192, "shift_terminal": 0.02,
@@ -96,13 +89,7 @@ MODELS = {
     "hunyuan-video": Model(
         pipeline="HunyuanVideoPipeline",
         transformer="HunyuanVideoTransformer3DModel",
-        config={
-            "in_channels": 16, "out_channels": 16, "num_layers": 20, "num_single_layers": 40,
-            "num_refiner_layers": 2, "attention_head_dim": 128, "num_attention_heads": 24,
-            "text_embed_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
-            "patch_size": 2, "patch_size_t": 1, "rope_theta": 256.0,
-            "rope_axes_dim": (16, 56, 56),
-        },
+        config=published("hunyuanvideo").config,
         scheduler={"shift": 7.0},
         layers=("num_layers", "num_single_layers"),
         call={"height": 480, "width": 640, "num_frames": 65, "guidance_scale": 6.0},

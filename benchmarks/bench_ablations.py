@@ -26,12 +26,12 @@ from lesa.forecasters import LesaForecaster
 from lesa.schedule import Schedule
 from lesa.testbed import load, prompts, settings
 from lesa.training import search
-from lesa.training.calibrate import Calibrator, quality
+from lesa.training.calibrate import Calibrator
 from lesa.training.closed_loop import run_lanes
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous
 from lesa.training.job import Job
-from lesa.training.lane import FixedLane, Lane
+from lesa.training.lane import FixedLane, Lane, quality
 from lesa.training.statistics import Statistics
 
 COUNTS = (13, 10, 8, 6)

@@ -8,9 +8,8 @@ from test_training_pipelines import STEPS, make_job, reuse
 
 from lesa.schedule import Schedule
 from lesa.training import polish as polishing
-from lesa.training.calibrate import quality
 from lesa.training.closed_loop import run_lanes
-from lesa.training.lane import FixedLane, Lane
+from lesa.training.lane import FixedLane, Lane, quality
 from lesa.training.polish import polish
 
 

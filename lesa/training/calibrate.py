@@ -13,21 +13,15 @@ from lesa.forecasters import LesaForecaster
 from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
-from lesa.training.lane import Lane
+from lesa.training.lane import Lane, quality
 from lesa.training.polish import LONGEST, polish
-from lesa.training.search import OpenLoop, balanced, evenly, neighbours, search_schedule
+from lesa.training.search import OpenLoop, evenly, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 0.6, 1.0)  # values of beta that compete: which is best depends on the step list
 CAUTIOUS = (0.0, 0.3, 0.6)  # where the sampler is known in part, steering may do harm
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
-
-
-def quality(lane: Lane) -> float:
-    """Mean and worst decile of a lane's scores, equally weighted, in dB."""
-    assert lane.score is not None
-    return balanced(lane.score)
 
 
 class Calibrator:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa.schedule import Schedule
+from lesa.training.search import balanced
 
 GAUSS_NEWTON = 2  # rounds of linearising the tail
 MOVE = 0.05  # of a coefficient, for its derivative: features cancel below, the tail bends above
@@ -155,6 +156,12 @@ class FixedLane(Lane):
     def begin(self) -> None:
         super().begin()
         self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
+
+
+def quality(lane: Lane) -> float:
+    """Mean and worst decile of a lane's scores, equally weighted, in dB."""
+    assert lane.score is not None
+    return balanced(lane.score)
 
 
 def guided(part: Tensor, shares: Tensor | None) -> Tensor:

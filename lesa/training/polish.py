@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
-from lesa.training.lane import FixedLane, Lane
-from lesa.training.search import balanced
+from lesa.training.lane import FixedLane, Lane, quality
 
 LONGEST = 8  # steps of a run that is polished: it takes an accelerated run per coefficient
 MOVE = 0.02  # of a coefficient, for its derivative
@@ -45,11 +44,11 @@ def polish(job: Job, lane: Lane, num_steps: int, rounds: int = 2) -> Lane:
         step = _step(best, moved)
         tried = [_moved(best, dict(zip(places, (t * step).tolist(), strict=True))) for t in STEPS]
         _run(job, tried, num_steps)
-        leader = max([best, *tried], key=_quality)
+        leader = max([best, *tried], key=quality)
         if leader is best:
             break
         best = leader
-    return best if lane.score is None or _quality(best) > balanced(lane.score) else lane
+    return best if lane.score is None or quality(best) > quality(lane) else lane
 
 
 def _places(lane: FixedLane) -> list[Place]:
@@ -89,8 +88,3 @@ def _step(here: FixedLane, moved: Sequence[FixedLane]) -> Tensor:
 def _error(lane: Lane) -> Tensor:
     assert lane.error is not None
     return lane.error
-
-
-def _quality(lane: Lane) -> float:
-    assert lane.score is not None
-    return balanced(lane.score)

@@ -11,7 +11,7 @@ from lesa.evaluation.peers.freqca import freqca
 from lesa.evaluation.peers.layouts import unfit_layout
 from lesa.evaluation.peers.speca import speca
 from lesa.evaluation.peers.teacache import polynomial_for, teacache
-from lesa.evaluation.peers.thresholds import Applied, needs_calibration, threshold_for
+from lesa.evaluation.peers.thresholds import Applied, adaptive, needs_calibration
 from lesa.schedule import Schedule
 
 
@@ -49,16 +49,7 @@ class Threshold:
 
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
         """The threshold with the fewest full steps that are not below `wanted` in the mean."""
-        applied = self.applied(bench)
-        threshold = threshold_for(wanted, bench, applied)
-        return Method(
-            name,
-            bench.num_steps,
-            applied=applied(threshold),
-            wanted=wanted,
-            one_by_one=True,
-            note=f"threshold {threshold:.3g} for {wanted} steps",
-        )
+        return adaptive(name, wanted, bench, self.applied(bench))
 
 
 def _teacache(bench: Bench) -> Callable[[float], Applied]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
@@ -21,7 +22,7 @@ from lesa.models import ModelSpec, model_spec
 S = TypeVar("S")
 
 
-class StepCache(Generic[S]):
+class StepCache(ABC, Generic[S]):
     """Controller that runs each call in full or skips it; a generation begins with new states.
 
     Attributes:
@@ -38,15 +39,15 @@ class StepCache(Generic[S]):
         self._states: dict[str, S] = {}
         self._branches: set[str] = set()
 
+    @abstractmethod
     def begin(self) -> S:
         """The state of a guidance branch before its first call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(
         self, denoiser: Denoiser, step: Step, state: S, args: tuple[Any, ...], kwargs: Any
     ) -> Any:
         """The model's output at one step of one branch."""
-        raise NotImplementedError
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = denoiser.clock.tick(kwargs)

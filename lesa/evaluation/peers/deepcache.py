@@ -56,13 +56,13 @@ def deepcache(pipe: Any, interval: int) -> Iterator[Use]:
     helper.set_params(cache_interval=interval, cache_branch_id=0)
     helper.enable()
     try:
-        yield Use(lambda: _bytes(helper.cached_output))
+        yield Use(lambda: held_bytes(helper.cached_output))
     finally:
         helper.disable()
         _forget_forwards(pipe.unet)
 
 
-def _bytes(value: Any) -> int:
+def held_bytes(value: Any) -> int:
     """Bytes of the tensors in nested tuples and dicts, each storage once."""
     stack, found = [value], {}
     while stack:

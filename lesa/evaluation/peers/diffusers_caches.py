@@ -15,9 +15,9 @@ from lesa.evaluation.method import Bench, Method, Peer, Use
 from lesa.evaluation.peers.metering import blocks_of, metered, restored
 from lesa.evaluation.peers.thresholds import (
     Applied,
+    adaptive,
     mean_full_steps,
     needs_calibration,
-    threshold_for,
 )
 from lesa.evaluation.runs import step_flops
 from lesa.prompts import settings_of
@@ -134,22 +134,6 @@ class Broadcast:
             )
 
         return partial(cached, configure=config, num_steps=num_steps)
-
-
-def adaptive(
-    name: str, wanted: int, bench: Bench, applied: Callable[[float], Applied], note: str = ""
-) -> Method:
-    """A method of the largest threshold that spends `wanted` full steps or more."""
-    threshold = threshold_for(wanted, bench, applied)
-    note = f"{note}threshold {threshold:.3g} for {wanted} steps"
-    return Method(
-        name,
-        bench.num_steps,
-        applied=applied(threshold),
-        wanted=wanted,
-        one_by_one=True,
-        note=note,
-    )
 
 
 @contextmanager

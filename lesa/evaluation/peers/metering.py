@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lesa.evaluation.method import Use
-from lesa.evaluation.peers.deepcache import _bytes
+from lesa.evaluation.peers.deepcache import held_bytes
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def metered(model: Any, states: Callable[[], Any], num_steps: int) -> Iterator[U
     def called(*_: Any) -> None:
         nonlocal calls, peak
         calls += 1
-        peak = max(peak, _bytes(states()))
+        peak = max(peak, held_bytes(states()))
 
     inside = next(blocks_of(model)[-1].children())
     handles = inside.register_forward_hook(ran), model.register_forward_hook(called)

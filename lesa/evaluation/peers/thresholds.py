@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from lesa.errors import LesaError
-from lesa.evaluation.method import Bench, Use
+from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.runs import generate
 from lesa.prompts import pictures_per_prompt, settings_of
 
@@ -65,3 +65,19 @@ def mean_full_steps(bench: Bench, applied: Applied) -> float:
             generate(bench.pipe, [prompt], seeds, own)
             counts.append(use.full_steps())
     return fmean(counts)
+
+
+def adaptive(
+    name: str, wanted: int, bench: Bench, applied: Callable[[float], Applied], note: str = ""
+) -> Method:
+    """A method of the largest threshold that spends `wanted` full steps or more."""
+    threshold = threshold_for(wanted, bench, applied)
+    note = f"{note}threshold {threshold:.3g} for {wanted} steps"
+    return Method(
+        name,
+        bench.num_steps,
+        applied=applied(threshold),
+        wanted=wanted,
+        one_by_one=True,
+        note=note,
+    )

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -191,13 +191,15 @@ def train_autoencoder(run: Run, vae: Any, loss_at: Callable[[int], Tensor]) -> N
     vae.requires_grad_(False).eval()
 
 
-class Pool(Protocol):
+class Pool:
     """Training latents ``[N, ...]`` and their captions; row ``empty`` is the empty caption."""
 
     latents: Tensor
 
     @property
-    def empty(self) -> int: ...
+    def empty(self) -> int:
+        """Row of the empty caption."""
+        return len(self.latents)
 
 
 # modules, pool, noisy latents, noise levels [B], guidance scales [B], rows of captions [B]

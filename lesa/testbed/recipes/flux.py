@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lesa.testbed.build import IMAGE_SIZE, LATENT_CHANNELS, TOKENS, flux_pipeline
 from lesa.testbed.recipes.common import (
+    Pool,
     Run,
     batches,
     denoiser,
@@ -79,7 +80,7 @@ def train_vae(run: Run, pipe: FluxPipeline) -> None:
     train_autoencoder(run, vae, loss_at)
 
 
-class Pool:
+class FluxPool(Pool):
     """Encoded training scenes: normalised, packed latents and caption tokens.
 
     latents: ``[N, TOKENS, 4 * LATENT_CHANNELS]`` fp16. clip, t5: ``[N + 1, TEXT_LENGTH]``, the last
@@ -108,11 +109,6 @@ class Pool:
         self.clip = pipe.tokenizer(captions, **options).input_ids
         self.t5 = pipe.tokenizer_2(captions, **options).input_ids
 
-    @property
-    def empty(self) -> int:
-        """Row of the empty caption."""
-        return len(self.latents)
-
 
 def denoise(
     transformer: Any, latents: Tensor, sigma: Tensor, guidance: Any, pooled: Tensor, text: Tensor
@@ -133,7 +129,7 @@ def denoise(
 
 
 def velocity(
-    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+    modules: Any, pool: FluxPool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
 ) -> Tensor:
     """The denoiser's output for caption rows; ``sigma`` and ``guidance`` are ``[B]``."""
     text = modules["text_encoder_2"](pool.t5[rows])[0]
@@ -167,8 +163,8 @@ def train(run: Run) -> None:
     """All three stages; the finished pipeline lies in ``run.folder / "export"``."""
     pipe = flux_pipeline()
     train_vae(run, pipe)
-    free = Pool(run, pipe, "free", run.plan.free_scenes, FREE)
-    neat = Pool(run, pipe, "neat", run.plan.neat_scenes, NEAT)
+    free = FluxPool(run, pipe, "free", run.plan.free_scenes, FREE)
+    neat = FluxPool(run, pipe, "neat", run.plan.neat_scenes, NEAT)
     teacher = match_flow(
         run,
         denoiser(pipe),

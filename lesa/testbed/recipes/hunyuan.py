@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lesa.testbed.build import VIDEO_TEXT_LENGTH, hunyuan_pipeline
 from lesa.testbed.recipes.common import (
+    Pool,
     Run,
     batches,
     denoiser,
@@ -73,7 +74,7 @@ def train_vae(run: Run, pipe: HunyuanVideoPipeline) -> None:
     train_autoencoder(run, vae, loss_at)
 
 
-class Pool:
+class VideoPool(Pool):
     """Encoded training clips ``[N, C, T, H, W]`` in fp16, scaled, and their caption tokens; the
     last row of the tokens is the empty caption."""
 
@@ -96,14 +97,9 @@ class Pool:
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.clip = pipe.tokenizer_2(captions, **options).input_ids
 
-    @property
-    def empty(self) -> int:
-        """Row of the empty caption."""
-        return len(self.latents)
-
 
 def velocity(
-    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+    modules: Any, pool: VideoPool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
 ) -> Tensor:
     """The denoiser's output for caption rows; ``sigma`` and ``guidance`` are ``[B]``."""
     ids, mask = pool.ids[rows], pool.mask[rows]
@@ -136,7 +132,7 @@ def train(run: Run) -> None:
     """All stages; the finished pipeline lies in ``run.folder / "export"``."""
     pipe = hunyuan_pipeline()
     train_vae(run, pipe)
-    pool = Pool(run, pipe)
+    pool = VideoPool(run, pipe)
     learn_order(run, "order", pipe.text_encoder, pool.ids, LAYER, run.plan.order_steps)
     teacher = match_flow(
         run,

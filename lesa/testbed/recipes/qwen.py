@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import lesa.testbed
 from lesa.testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
 from lesa.testbed.recipes.common import (
+    Pool,
     Run,
     batches,
     flux_latents,
@@ -97,7 +98,7 @@ def denoise(transformer: Any, latents: Tensor, sigma: Tensor, text: Tensor, mask
     )[0]
 
 
-class Pool:
+class QwenPool(Pool):
     """Packed latents ``[N, TOKENS, 4 C]`` of neat scenes and their caption tokens; the last row of
     the tokens is the negative prompt. The first ``start`` tokens are the template's."""
 
@@ -109,14 +110,9 @@ class Pool:
         self.ids, self.mask = tokenize(pipe, [*(scene.caption for scene in drawn), NEGATIVE])
         self.start = pipe.prompt_template_encode_start_idx
 
-    @property
-    def empty(self) -> int:
-        """Row of the negative prompt."""
-        return len(self.latents)
-
 
 def velocity(
-    modules: Any, pool: Pool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
+    modules: Any, pool: QwenPool, latents: Tensor, sigma: Tensor, guidance: Tensor, rows: Tensor
 ) -> Tensor:
     """The denoiser's output for caption rows; Qwen-Image takes no ``guidance``."""
     mask = pool.mask[rows]
@@ -142,7 +138,7 @@ def train(run: Run) -> None:
     """Both stages; the finished pipeline lies in ``run.folder / "export"``."""
     pipe = qwen_pipeline()
     train_vae(run, pipe)
-    pool = Pool(run, pipe)
+    pool = QwenPool(run, pipe)
     modules = nn.ModuleDict({"transformer": pipe.transformer, "text_encoder": pipe.text_encoder})
     average = match_flow(
         run,
