@@ -1,42 +1,43 @@
-"""Few-step models: Gauss-Newton over all coefficients on the final latent."""
+"""Gauss-Newton over the coefficients of all gaps on the final latent."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 import torch
 from test_training_pipelines import STEPS, make_job, reuse
 
 from lesa.schedule import Schedule
+from lesa.training import closed_loop
 from lesa.training import polish as polishing
 from lesa.training.closed_loop import run_lanes
 from lesa.training.lane import FixedLane, Lane, quality
 from lesa.training.polish import polish
 
 
-def test_a_step_solves_the_weighted_least_squares_of_a_linear_run(monkeypatch):
+def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
     """Errors that are linear in two coefficients: one step, float64 closed form."""
     torch.manual_seed(0)
     slopes, target = torch.randn(2, 3, 50).double(), torch.randn(3, 50).double()
-    schedule = Schedule.explicit((0,), 3)
-    monkeypatch.setattr(polishing, "DAMPING", 0.0)
+    schedule = Schedule.explicit((0, 2), 4)
 
     def at(first, second):
-        rows = {"cond": torch.tensor([[0.0], [first], [second]]).double()}
+        rows = {"cond": torch.tensor([[0.0], [first], [0.0], [second]]).double()}
         lane = FixedLane(schedule, 1, uses_latent=False, rows=rows)
         lane.error = first * slopes[0] + second * slopes[1] - target
         return lane
 
     here = at(0.3, -0.2)
     places = polishing._places(here)
-    assert places == [("cond", 1, 0), ("cond", 2, 0)]
-    moved = [at(0.3 + polishing.MOVE, -0.2), at(0.3, -0.2 + polishing.MOVE)]
-    step = polishing._step(here, moved)
+    assert places == [("cond", 1, 0), ("cond", 3, 0)]
+    step = polishing._step(here.error, slopes, damping=0.0)
     weights = 1 / here.error.norm(dim=1)
     design = (slopes * weights[:, None]).flatten(1).T
     exact = torch.linalg.lstsq(design, (target * weights[:, None]).flatten()[:, None]).solution
     torch.testing.assert_close(torch.tensor([0.3, -0.2]).double() + step, exact[:, 0])
     tried = polishing._moved(here, dict(zip(places, step.tolist(), strict=True)))
-    torch.testing.assert_close(tried.rows["cond"][1:, 0], exact[:, 0])
+    torch.testing.assert_close(tried.rows["cond"][1::2, 0], exact[:, 0])
     assert here.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
 
 
@@ -50,6 +51,66 @@ def test_a_polished_lane_ends_nearer_to_the_base_run(name, gain):
     again = FixedLane.of(better)
     run_lanes(job, [again], None, STEPS)  # what is stored gives the same run
     torch.testing.assert_close(again.score, better.score, rtol=1e-6, atol=1e-6)
+
+
+def test_some_of_the_prompts_run_as_they_do_among_all():
+    job = make_job("qwen", prompts=3)
+    fitted = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    base = run_lanes(job, [fitted], reuse(4), STEPS)
+    lane = FixedLane.of(fitted)
+    run_lanes(job, [lane], None, STEPS)
+    everyone = lane.error
+    run_lanes(job, [lane], None, STEPS, base=base[[0, 2]], prompts=(0, 2))
+    torch.testing.assert_close(lane.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
+
+
+def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
+    monkeypatch.setattr(polishing, "PROMPTS", 2)
+    seen, slopes = [], polishing._slopes
+
+    def watched(*args):
+        seen.append(list(args[-1]))
+        return slopes(*args)
+
+    monkeypatch.setattr(polishing, "_slopes", watched)
+    job = make_job("sdxl", prompts=3)
+    lane = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    run_lanes(job, [lane], reuse(4), STEPS)
+    assert quality(polish(job, lane, STEPS, rounds=3)) >= quality(lane)
+    assert seen == [[0, 2], [1], [0, 2]]
+
+
+def test_only_the_last_row_of_a_gap_is_moved():
+    rows = {"cond": torch.zeros(8, 3)}
+    lane = FixedLane(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows)
+    assert polishing._places(lane) == [("cond", s, c) for s in (4, 7) for c in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("name", ["sdxl", "qwen"])
+def test_a_lane_follows_the_first_one_until_it_leaves(name, monkeypatch):
+    """The same end as a run of its own, with and without the base run, and fewer model calls."""
+    rows, compute = [], closed_loop._Batch.compute
+
+    def counted(self, chosen, job):
+        rows.append(len(chosen))
+        return compute(self, chosen, job)
+
+    monkeypatch.setattr(closed_loop._Batch, "compute", counted)
+    job = make_job(name)
+    fitted = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    base = run_lanes(job, [fitted], reuse(4), STEPS)
+    first = FixedLane.of(fitted)
+    other = polishing._moved(first, {(next(iter(first.rows)), 3, 0): 0.1})
+    run_lanes(job, [first, other], None, STEPS)
+    wanted = other.error
+    assert not torch.allclose(wanted, first.error)
+    for known in (None, base):
+        late = replace(other, leaves=3)
+        rows.clear()
+        run_lanes(job, [first, late], None, STEPS, base=known)
+        torch.testing.assert_close(late.error, wanted, rtol=1e-5, atol=1e-6)
+        full = 3 + 1 + (STEPS if known is None else 0)  # the first lane, the late one, the base
+        assert sum(rows) == full * len(job.prompts) * 2  # guidance doubles every picture
 
 
 def test_what_cannot_be_bettered_is_returned_as_it_was():

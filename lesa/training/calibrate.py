@@ -14,7 +14,7 @@ from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane, quality
-from lesa.training.polish import LONGEST, polish
+from lesa.training.polish import polish
 from lesa.training.search import OpenLoop, evenly, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
@@ -76,14 +76,12 @@ class Calibrator:
             self._say("search by accelerated runs", started, f"{rounds} rounds")
         return best
 
-    def polish(self, leaders: Sequence[Lane]) -> list[Lane]:
-        """Of few-step runs: all coefficients once more, together."""
-        steps = self.statistics.num_steps
-        if steps > LONGEST:
-            return list(leaders)
-        started = time.perf_counter()
-        lanes = [polish(self.job, leader, steps) for leader in leaders]
-        self._say("fit on final latents", started, f"{len(lanes)} step lists")
+    def polish(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
+        """All gaps of each lane fitted together, on the final latents."""
+        started, steps = time.perf_counter(), self.statistics.num_steps
+        lanes = [polish(self.job, leader, steps, rounds) for leader in leaders]
+        if rounds:
+            self._say("fit on final latents", started, f"{len(lanes)} step lists, {rounds} rounds")
         return lanes
 
     def store(self, lanes: Sequence[Lane]) -> None:
@@ -92,11 +90,10 @@ class Calibrator:
             assert lane.score is not None
             for branch, rows in lane.coefficients.items():
                 self.forecaster.correct(lane.schedule, self.statistics.sigmas, branch, rows)
-            losses = [loss for branch in lane.residual.values() for loss in branch]
             self.job.progress.line(
-                f"closed-loop fit: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
-                f"loss {sum(losses) / max(1, len(losses)):.5f}, latent {lane.score.mean():.1f} dB "
-                f"mean, {lane.score.quantile(0.1):.1f} dB worst decile, beta {lane.drift}"
+                f"fitted: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
+                f"latent {lane.score.mean():.1f} dB mean, {lane.score.quantile(0.1):.1f} dB worst "
+                f"decile, beta {lane.drift}"
             )
 
     def _run(self, lanes: Sequence[Lane]) -> None:

@@ -33,7 +33,8 @@ class LockStep:
     """Controller of the shared call: computes base rows and full rows, forecasts the others.
 
     The rows of a call are ``[parts, 1 + lanes, pictures]``: a batched guidance part holds the base
-    run's pictures, then every lane's.
+    run's pictures, then every lane's. A lane that still follows the first one is handed that one's
+    outputs.
     """
 
     def __init__(
@@ -42,9 +43,13 @@ class LockStep:
         lanes: Sequence[Lane],
         prior: Prior | None,
         statistics: Statistics | None = None,
+        prompts: int | None = None,
+        with_base: bool = True,
     ) -> None:
-        self.job, self.lanes, self.prior = job, lanes, prior
-        self.statistics, self.pictures = statistics, len(job.prompts) * job.pictures
+        self.job, self.lanes, self.prior, self.with_base = job, lanes, prior, with_base
+        self.statistics = statistics
+        self.pictures = (len(job.prompts) if prompts is None else prompts) * job.pictures
+        self.last: dict[tuple[str, int], tuple[type, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
@@ -52,25 +57,45 @@ class LockStep:
         parts = parts_of(len(latent), copies * self.pictures)
         places = torch.arange(len(latent)).reshape(parts, copies, self.pictures)
         full = [True, *(lane.schedule.is_full(step.index) for lane in self.lanes)]
-        kind, output, feature = call.compute(places[:, full].flatten().tolist(), self.job)
+        source = [self._source(copy, step.index) for copy in range(copies)]
+        own = [full[copy] and source[copy] == copy for copy in range(copies)]
+        kind, output, feature = self._compute(call, step.branch, places[:, own])
         outputs, features, latents = (
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
         visit = self._visit(step, steers=latent.shape == output.shape)
         for copy, lane in enumerate(self.lanes, 1):
             if full[copy]:
-                lane.push(step.branch, features[:, copy])
-                continue
-            if step.branch not in lane.coefficients:
-                assert self.prior is not None  # lanes without rows of their own come with one
-                lane.coefficients[step.branch] = self.prior(lane.schedule, step.sigmas, step.branch)
-            tail = None
-            if self.job.tap == "hidden":
-                tail = partial(call.tail, rows=places[:, copy].flatten().tolist())
-            outputs[:, copy] = lane.forecast(
-                visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
-            )
+                lane.push(step.branch, features[:, source[copy]])
+            if source[copy] != copy:
+                outputs[:, copy] = outputs[:, source[copy]]
+            elif not full[copy]:
+                if step.branch not in lane.coefficients:
+                    assert self.prior is not None  # lanes without rows of their own come with one
+                    rows = self.prior(lane.schedule, step.sigmas, step.branch)
+                    lane.coefficients[step.branch] = rows
+                tail = None
+                if self.job.tap == "hidden":
+                    tail = partial(call.tail, rows=places[:, copy].flatten().tolist())
+                outputs[:, copy] = lane.forecast(
+                    visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
+                )
+        outputs[:, 0] = outputs[:, source[0]]
         return make_output(kind, output)
+
+    def _compute(self, call: _Batch, branch: str, rows: Tensor) -> tuple[type, Tensor, Tensor]:
+        """The model on some rows; where there are none, tensors of the shapes of the last time."""
+        key = branch, call.total
+        if rows.numel() or key not in self.last:
+            self.last[key] = call.compute(rows.flatten().tolist() or [0], self.job)
+        kind, output, feature = self.last[key]
+        return kind, output.clone(), feature
+
+    def _source(self, copy: int, step: int) -> int:
+        """The copy whose states this one has at a step: the first lane's until it leaves, and in
+        the base run's place where that is not run."""
+        follows = not self.with_base if copy == 0 else step < self.lanes[copy - 1].leaves
+        return 1 if follows else copy
 
     def _visit(self, step: Step, steers: bool) -> Visit:
         """What is known of the sampler at this step."""
@@ -148,23 +173,29 @@ def run_lanes(
     prior: Prior | None,
     num_inference_steps: int,
     statistics: Statistics | None = None,
-) -> None:
-    """Run base and lanes side by side; fills each lane's coefficients, residuals, errors and score.
+    base: Tensor | None = None,
+    prompts: Sequence[int] | None = None,
+) -> Tensor:
+    """Run base and lanes side by side; fills each lane's coefficients, errors and score.
 
     With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
     10 log10 of the base latent's mean square over the mean squared error of the lane's final
-    latent, in dB.
+    latent, in dB. Returns the base run's final latents, ``[pictures, elements]``; with them as
+    ``base`` lanes that fit nothing run without it. ``prompts`` are the rows of those that run.
     """
-    count, copies = len(job.prompts), 1 + len(lanes)
+    rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(lanes)
     for lane in lanes:
         lane.begin()
-    attach(job.model, LockStep(job, lanes, prior, statistics), job.pipe)
+    step = LockStep(job, lanes, prior, statistics, len(rows), with_base=base is None)
+    attach(job.model, step, job.pipe)
     try:
-        final = job.run([*range(count)] * copies, num_inference_steps)
+        final = job.run(rows * copies, num_inference_steps)
     finally:
         detach(job.model)
-    runs = final.double().reshape(copies, count * job.pictures, -1)
+    runs = final.double().reshape(copies, len(rows) * job.pictures, -1)
+    base = runs[0] if base is None else base
     for lane, run in zip(lanes, runs[1:], strict=True):
         lane.rings, lane.debt = {}, None
-        lane.error = (run - runs[0]) / runs[0].square().mean(1, keepdim=True).sqrt()
+        lane.error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
         lane.score = -10 * torch.log10(lane.error.square().mean(1) + 1e-12)
+    return base

@@ -46,9 +46,12 @@ class Lane:
     have coefficients of their own; what the first could not fit is added to the target of the
     next, so that it cancels in the guided sum.
 
-    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``residual`` (branch ->
-    relative squared error of each skipped step), ``error`` (of the final latents, ``[pictures,
-    elements]``, relative to the base run's RMS) and ``score`` (dB per picture).
+    Until the step that it ``leaves`` at, a lane has the states of the first lane of its run, and
+    costs nothing.
+
+    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``error`` (of the final
+    latents, ``[pictures, elements]``, relative to the base run's RMS) and ``score`` (dB per
+    picture).
     """
 
     schedule: Schedule
@@ -57,8 +60,8 @@ class Lane:
     drift: float = 0.5
     ridge: float = 1e-5
     frozen: bool = False
+    leaves: int = 0
     coefficients: dict[str, Tensor] = field(default_factory=dict)
-    residual: dict[str, list[float]] = field(default_factory=dict)
     error: Tensor | None = None
     score: Tensor | None = None
     rings: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -66,7 +69,7 @@ class Lane:
 
     def begin(self) -> None:
         """Forget an earlier run's states and results."""
-        self.rings, self.residual, self.coefficients, self.debt = {}, {}, {}, None
+        self.rings, self.coefficients, self.debt = {}, {}, None
 
     def push(self, branch: str, feature: Tensor) -> None:
         """Keep the feature ``[rows, pictures, ...]`` of a full step, newest first."""
@@ -91,19 +94,15 @@ class Lane:
         ring, rows = self.rings[at.branch], self.coefficients[at.branch]
         regressors = [*ring, latent] if self.uses_latent else ring
         columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
-        truth = guided(base, at.shares)
         if not self.frozen:
-            target = self._target(at, truth, latent, base_latent)
+            target = self._target(at, guided(base, at.shares), latent, base_latent)
             fitted = self._fit(at, target, regressors, rows[at.step, columns], tail)
             rows[at.step] = 0
             rows[at.step, columns] = fitted
         output = mixed(rows[at.step, columns].tolist(), regressors).to(ring[0].dtype)
         output = output if tail is None else tail(output)
-        forecast = guided(output, at.shares)
         if at.rate and not self.frozen:
-            self.debt = at.step, at.rate * (target - forecast)
-        error = (forecast - truth).square().mean() / truth.square().mean()
-        self.residual.setdefault(at.branch, []).append(error.item())
+            self.debt = at.step, at.rate * (target - guided(output, at.shares))
         return output
 
     def _fit(

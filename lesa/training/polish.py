@@ -1,8 +1,8 @@
-"""Few-step models: all coefficients together, on the final latent.
+"""All gaps together, on the final latent.
 
-The closed loop fits one step after the other, each to its own target. Where a run has so few steps
-that every coefficient can be moved on its own, Gauss-Newton on true accelerated runs sees how the
-steps' errors add up or cancel, and what the model itself makes of them at later full steps.
+The closed loop fits one step after the other, each to its own target. Gauss-Newton on true
+accelerated runs sees how the steps' errors add up or cancel, and what the model itself makes of
+them at later full steps.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import FixedLane, Lane, quality
 
-LONGEST = 8  # steps of a run that is polished: it takes an accelerated run per coefficient
 MOVE = 0.02  # of a coefficient, for its derivative
-DAMPING = 1e-3  # relative to the mean of the normal matrix's diagonal
-TOGETHER = 8  # lanes in one call
-STEPS = (1.0, 0.5, 0.25)  # shares of a Gauss-Newton step that race
+TOGETHER = 16  # lanes in one call
+PROMPTS = 8  # that a round takes its derivatives on
+RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of the step
 
 Place = tuple[str, int, int]  # branch, step, column
 
@@ -30,34 +29,39 @@ def polish(job: Job, lane: Lane, num_steps: int, rounds: int = 2) -> Lane:
     """A lane whose final latents are nearer to the base run's, or the same lane.
 
     Minimises sum_p log |x_T - x_T^base|^2 over pictures, that is their mean dB: Gauss-Newton with
-    each picture weighted by the inverse of its own squared error. What races is then judged like
-    all lanes, by mean and worst decile.
+    each picture weighted by the inverse of its own squared error. The derivatives of each round
+    are taken on another part of the prompts, so that a round costs no more with many of them; what
+    races is judged like all lanes, on all prompts, by mean and worst decile.
     """
     best = FixedLane.of(lane)
     places = _places(best)
-    if not places:
+    if not places or not rounds:
         return lane
-    _run(job, [best], num_steps)
-    for _ in range(rounds):
-        moved = [_moved(best, {place: MOVE}) for place in places]
-        _run(job, moved, num_steps)
-        step = _step(best, moved)
-        tried = [_moved(best, dict(zip(places, (t * step).tolist(), strict=True))) for t in STEPS]
-        _run(job, tried, num_steps)
-        leader = max([best, *tried], key=quality)
-        if leader is best:
-            break
-        best = leader
+    base = run_lanes(job, [best], None, num_steps)
+    parts = -(-len(job.prompts) // PROMPTS)
+    for turn in range(rounds):
+        some = range(turn % parts, len(job.prompts), parts)
+        error, slopes = _slopes(job, best, places, num_steps, base, some)
+        moves = [share * _step(error, slopes, damping) for damping, share in RACE]
+        tried = [_moved(best, dict(zip(places, move.tolist(), strict=True))) for move in moves]
+        run_lanes(job, tried, None, num_steps, base=base)
+        best = max([best, *tried], key=quality)
     return best if lane.score is None or quality(best) > quality(lane) else lane
 
 
 def _places(lane: FixedLane) -> list[Place]:
-    """Every coefficient that a skipped step may have."""
-    found = []
+    """The coefficients of the last skipped step in each gap.
+
+    What a gap hands to the next full step is a sum of the cached features and of the latent at its
+    beginning: the last row reaches all of them, earlier rows reach no more.
+    """
+    schedule, found = lane.schedule, []
     for branch, rows in lane.rows.items():
         latent = [rows.shape[1] - 1] if lane.uses_latent else []
-        for step in lane.schedule.skipped_steps:
-            held = len(lane.schedule.cached_before(step, lane.history))
+        for step in schedule.skipped_steps:
+            if step + 1 in schedule.skipped_steps:
+                continue
+            held = len(schedule.cached_before(step, lane.history))
             found += [(branch, step, column) for column in [*range(held), *latent]]
     return found
 
@@ -69,20 +73,35 @@ def _moved(lane: FixedLane, moves: dict[Place, float]) -> FixedLane:
     return replace(lane, rows=rows)
 
 
-def _run(job: Job, lanes: Sequence[FixedLane], num_steps: int) -> None:
-    for start in range(0, len(lanes), TOGETHER):
-        run_lanes(job, lanes[start : start + TOGETHER], None, num_steps)
+def _slopes(
+    job: Job,
+    lane: FixedLane,
+    places: Sequence[Place],
+    num_steps: int,
+    base: Tensor,
+    prompts: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """Error ``[pictures, elements]`` on some prompts, and for each place its derivative by the
+    coefficient, ``[places, pictures, elements]``."""
+    here, found = replace(lane), []
+    target = base.unflatten(0, (len(job.prompts), -1))[list(prompts)].flatten(0, 1)
+    for start in range(0, len(places), TOGETHER):
+        near = [
+            replace(_moved(lane, {place: MOVE}), leaves=place[1])
+            for place in places[start : start + TOGETHER]
+        ]
+        run_lanes(job, [here, *near], None, num_steps, base=target, prompts=prompts)
+        found += [(_error(other) - _error(here)) / MOVE for other in near]
+    return _error(here), torch.stack(found)
 
 
-def _step(here: FixedLane, moved: Sequence[FixedLane]) -> Tensor:
-    """Gauss-Newton's step from the errors of the final latents, ``[pictures, elements]`` each."""
-    error = _error(here)
+def _step(error: Tensor, slopes: Tensor, damping: float) -> Tensor:
+    """Gauss-Newton's step; damping is relative to the mean of the normal matrix's diagonal."""
     weights = 1 / error.square().sum(1, keepdim=True).clamp(min=1e-20)
-    slopes = torch.stack([(_error(lane) - error) / MOVE for lane in moved])  # [n, pictures, D]
     scaled = (slopes * weights).flatten(1)
     matrix, onto = scaled @ slopes.flatten(1).T, scaled @ error.flatten()
-    damping = DAMPING * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
-    return -torch.linalg.solve(matrix + damping, onto)
+    pull = damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    return -torch.linalg.solve(matrix + pull, onto)
 
 
 def _error(lane: Lane) -> Tensor:

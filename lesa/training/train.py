@@ -30,6 +30,7 @@ def train(
     tap: str = "output",
     schedule: Schedule | None = None,
     refine: int = 2,
+    polish: int = 2,
     batch_size: int = 8,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
@@ -50,6 +51,7 @@ def train(
         tap: "output" (the returned velocity) or "hidden" (before the last norm).
         schedule: calibrate this step list (bound or a rule) instead of searching one per count.
         refine: rounds of search by true accelerated runs after the search on statistics.
+        polish: rounds of fitting all gaps together on the final latents, after all else.
         batch_size: prompts that the denoiser computes at once.
         seed: prompt i is generated from noise seed + i (picture n of N: seed + i N + n).
         call: further arguments of ``pipe(...)``.
@@ -93,7 +95,7 @@ def train(
             lanes = calibrator.fit([schedule.bind(statistics.num_steps)])
         else:
             lanes = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
-        calibrator.store(calibrator.polish(lanes))
+        calibrator.store(calibrator.polish(lanes, polish))
     return forecaster
 
 

@@ -77,7 +77,8 @@ class DBCache:
 DBCACHES: dict[str, Peer] = {
     "dbcache": DBCache(),
     "dbcache-taylor": DBCache(order=1),
-    "dbcache-scm": DBCache(order=1, masked=True),
+    "dbcache-scm": DBCache(masked=True),
+    "dbcache-scm-taylor": DBCache(order=1, masked=True),
 }
 
 
