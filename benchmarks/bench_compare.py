@@ -19,8 +19,9 @@ from _environment import RESULTS, environment, write
 import lesa
 from lesa.contest import left_out, prepare
 from lesa.demo import FULL_STEPS
-from lesa.evaluation.compare import Comparison, compare
+from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
+from lesa.evaluation.limit import add_limits
 from lesa.evaluation.method import Bench
 from lesa.evaluation.report import write_report
 from lesa.testbed import PIPELINES, load, prompts, settings
@@ -42,12 +43,26 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
         "seconds": time.perf_counter() - started,
         "log": log.lines,
     }
+    print(f"{name}: trained in {training['seconds']:.0f} s", flush=True)
     bench = Bench(steps, pipe, call, seen, forecaster)
     contenders = prepare(methods, COUNTS[steps], bench, searched=True)
-    texts = prompts(name, unseen, seed=1, split="test")
+    print(f"{name}: {len(contenders)} rows prepared", flush=True)
+
+    def advance(label: str) -> None:
+        if label == PLAIN:  # the first of each batch
+            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
+
     result = compare(
-        pipe, texts, contenders, call, seed=1000, batch_size=batch_size, judges=[attributes]
+        pipe,
+        prompts(name, unseen, seed=1, split="test"),
+        contenders,
+        call,
+        seed=1000,
+        batch_size=batch_size,
+        judges=[attributes],
+        advance=advance,
     )
+    add_limits(pipe, result, contenders)
     result.notes += left_out(methods, bench)
     return result, training
 

@@ -213,6 +213,9 @@ def compare(
         list[str] | None,
         typer.Option(help="attributes (embedded), image-reward, clip=FOLDER; repeatable."),
     ] = None,
+    limit: Annotated[
+        bool, typer.Option("--limit", help="Also fit on every prompt itself, as a bound.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None,
     guidance_scale: Guidance = None,
     height: Size = None,
@@ -257,6 +260,7 @@ def compare(
         calibration=calibration,
         searched=searched,
         judges=judge or [],
+        limit=limit,
         report=report,
         seed=seed,
         batch_size=batch_size,

@@ -32,6 +32,7 @@ def run_compare(
     calibration: Path | None,
     searched: bool,
     judges: Sequence[str],
+    limit: bool,
     report: Path | None,
     seed: int,
     batch_size: int,
@@ -47,6 +48,7 @@ def run_compare(
     """
     from lesa.evaluation import compare
     from lesa.evaluation.judges import named
+    from lesa.evaluation.limit import add_limits
     from lesa.evaluation.method import Bench
     from lesa.evaluation.report import rich_table, write_report
     from lesa.inputs import (
@@ -83,6 +85,10 @@ def run_compare(
             judges=asked,
             advance=advance,
         )
+    if limit:
+        rows = sum(method.name == "lesa" for method in contenders)
+        with progress("limit", rows * len(texts)) as advance:
+            add_limits(pipe, result, contenders, advance)
     result.notes += left_out(methods, bench)
     console.print(rich_table(result.rows, result.plain_seconds, steps))
     for note in result.notes:
