@@ -7,14 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
+from lesa.forecasters.paper import PaperForm
 from lesa.prompts import count_prompts
 from lesa.schedule import Schedule
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect, probe_sampler
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job, call_arguments
+from lesa.training.on_policy import visited_gram
 from lesa.training.progress import Progress
 from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
@@ -123,10 +127,14 @@ def _train_paper(
     schedule: Schedule | None,
     wanted: list[int],
 ) -> LesaForecaster:
-    """The paper's own form: tied to one step list, both phases from the statistics."""
+    """The paper's own form: tied to one step list, in the paper's two phases."""
     plan = search_schedule(statistics, wanted[0]) if schedule is None else schedule
     plan = plan.bind(statistics.num_steps)
-    fit_paper(forecaster, statistics, plan, progress=job.progress)
+
+    def visits(net: PaperForm) -> dict[str, Tensor]:
+        return visited_gram(job, net, plan, statistics.sigmas, statistics.branches)
+
+    fit_paper(forecaster, statistics, plan, visits, progress=job.progress)
     forecaster.recommend(plan, statistics.sigmas)
     return forecaster
 

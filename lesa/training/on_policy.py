@@ -1,0 +1,70 @@
+"""The paper's closed loop: what a run that follows its own forecasts finds at its full steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lesa.forecasters.paper import PaperForm
+from lesa.schedule import Schedule
+from lesa.training.closed_loop import run_lanes
+from lesa.training.job import Job
+from lesa.training.lane import Lane, Tail, Visit, mixed
+
+PROMPTS = 4  # of the calibration prompts
+
+
+@dataclass
+class _Recorder(Lane):
+    """Keeps the features of its full steps, and where there are ``rows`` forecasts the others from
+    the last steps, real or forecast."""
+
+    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # coefficients, bias
+    windows: dict[str, list[Tensor]] = field(default_factory=dict)
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def push(self, branch: str, feature: Tensor) -> None:
+        self._enter(branch, feature.clone())
+        self.seen.setdefault(branch, []).append(feature.float().flatten())
+
+    def forecast(
+        self,
+        at: Visit,
+        latent: Tensor,
+        base_latent: Tensor,
+        base: Tensor,
+        tail: Tail | None = None,
+    ) -> Tensor:
+        window, (weights, bias) = self.windows[at.branch], self.rows[at.branch]
+        feature = mixed(weights[at.step, : len(window)].tolist(), window) + float(bias[at.step])
+        feature = feature.to(window[0].dtype)
+        self._enter(at.branch, feature)
+        return feature if tail is None else tail(feature)
+
+    def _enter(self, branch: str, feature: Tensor) -> None:
+        window = self.windows.setdefault(branch, [])
+        window.insert(0, feature)
+        del window[self.history :]
+
+
+def visited_gram(
+    job: Job, net: PaperForm, schedule: Schedule, sigmas: Sequence[float], branches: Sequence[str]
+) -> dict[str, Tensor]:
+    """Branch -> inner products, float64, of the base run's features at all steps, the features that
+    the accelerated run has at its full steps, and the constant one, in this order."""
+    with torch.no_grad():
+        rows = {branch: net.rows(schedule, sigmas, branch) for branch in branches}
+    every = Schedule.explicit(range(schedule.steps), schedule.steps)
+    base = _Recorder(every, net.history)
+    fast = _Recorder(schedule, net.history, rows=rows)
+    prompts = range(min(PROMPTS, len(job.prompts)))
+    run_lanes(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
+    found = {}
+    for branch in branches:
+        vectors = torch.stack([*base.seen[branch], *fast.seen[branch]])
+        vectors = torch.cat([vectors, torch.ones_like(vectors[:1])])
+        found[branch] = (vectors @ vectors.T).double()
+    return found
