@@ -52,16 +52,15 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
         if label == PLAIN:  # the first of each batch
             print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
 
-    result = compare(
-        pipe,
-        prompts(name, unseen, seed=1, split="test"),
-        contenders,
-        call,
-        seed=1000,
-        batch_size=batch_size,
-        judges=[attributes],
-        advance=advance,
-    )
+    texts = prompts(name, unseen, seed=1, split="test")
+    options = dict(seed=1000, batch_size=batch_size)
+    result = compare(pipe, texts, contenders, call, advance=advance, **options)
+    ours = [method for method in contenders if method.name == "lesa"]
+    judged = compare(pipe, texts, ours, call, judges=[attributes], **options)  # it is slow
+    result.plain_more |= judged.plain_more
+    scores = {row["label"]: row["scores"] for row in judged.rows}
+    for row in result.rows:
+        row |= {"scores": scores[row["label"]]} if row["label"] in scores else {}
     add_limits(pipe, result, contenders)
     result.notes += left_out(methods, bench)
     return result, training
