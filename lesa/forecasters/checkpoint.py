@@ -17,6 +17,7 @@ from torch import Tensor
 
 import lesa
 from lesa.errors import LesaError
+from lesa.files import write_atomically
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.schedule import Schedule
@@ -41,8 +42,8 @@ def save(forecaster: LesaForecaster, folder: str | os.PathLike[str]) -> None:
     config = lists.sub(lambda found: " ".join(found[0].split()), config)
     try:
         target.mkdir(parents=True, exist_ok=True)
-        _write(target / WEIGHTS, weights)
-        _write(target / CONFIG, (config + "\n").encode())
+        write_atomically(target / WEIGHTS, weights)
+        write_atomically(target / CONFIG, config + "\n")
     except OSError as error:
         raise LesaError(
             f"folder {str(target)!r} cannot be written ({error.strerror}); choose another one"
@@ -155,12 +156,3 @@ def _read(path: Path) -> bytes:
         raise LesaError(
             f"{path} cannot be read ({error.strerror}); give the folder that save_pretrained wrote"
         ) from None
-
-
-def _write(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

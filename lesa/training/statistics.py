@@ -13,10 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.files import write_atomically
 from lesa.training.sampler import Sampler, identify
 
 FORMAT = 2
@@ -148,8 +149,7 @@ class Statistics:
         return range(before, before + self.rows[branch])
 
     def save(self, path: Path) -> int:
-        """Write upper triangles to a safetensors file (temporary name first); returns its
-        bytes."""
+        """Write upper triangles to a safetensors file; returns its bytes."""
         rows, columns = torch.triu_indices(self.joint_size, self.joint_size)
         tensors = {"gram": self.joint[:, rows, columns].contiguous()}
         meta = {
@@ -161,10 +161,9 @@ class Statistics:
             "prompts": self.prompts,
             "setting": self.setting,
         }
-        partial = path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"lesa": json.dumps(meta)})
-        partial.replace(path)
-        return path.stat().st_size
+        content = tensors_to_bytes(tensors, metadata={"lesa": json.dumps(meta)})
+        write_atomically(path, content)
+        return len(content)
 
     @classmethod
     def load(cls, path: Path) -> Statistics:
