@@ -1,7 +1,8 @@
 """Write docs/results.md from the committed measurements: `python benchmarks/make_results.py`.
 
 Reads benchmarks/results/main_job.json, pipelines.json and compare/*.json (a comparison's own JSON
-with its environment). Nothing is measured here, and every number comes from these files.
+with its environment), and where they are ablations.json and transfer.json. Nothing is measured
+here, and every number comes from these files.
 """
 
 from __future__ import annotations
@@ -55,9 +56,11 @@ own list, no lower a minimum, and 3 dB in the mean over peers on searched steps.
 
 def make(results: Path = RESULTS) -> str:
     """The whole page."""
-    return "\n".join(
-        [HEAD, *(line for title, part in sources(results) for line in section(title, part))]
-    )
+    lines = [HEAD, *(line for title, part in sources(results) for line in section(title, part))]
+    for file, told in (("ablations.json", ablations), ("transfer.json", transfer)):
+        if (results / file).exists():
+            lines += told(json.loads((results / file).read_text()))
+    return "\n".join(lines)
 
 
 def sources(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -85,11 +88,8 @@ def section(title: str, part: dict[str, Any]) -> Iterator[str]:
     short = list(shortfalls(rows))
     yield "\nFell short:\n" if short else "\nNothing fell short of what is aimed at.\n"
     yield from short
+    yield from limits(rows)
     yield from attributes(part)
-    if "ablations" in part:
-        columns = list(part["ablations"][0])
-        yield "\nAblations:\n"
-        yield from table(columns, ([_cell(row[c]) for c in columns] for row in part["ablations"]))
     yield "\n<details><summary>All rows</summary>\n"
     head = ("method", "full steps", "mean", "worst decile", "minimum", "SSIM", "seconds", "TFLOP")
     yield from table((*head, "full steps are"), every(rows))
@@ -151,6 +151,72 @@ def shortfalls(rows: Sequence[Row]) -> Iterator[str]:
                     f"- {wanted(row)} full steps, {METRICS[key]}, peers on {LISTS[lists]}:"
                     f" {found:+.1f} dB over {_label(peer)}, {target - found:.1f} dB short."
                 )
+
+
+def limits(rows: Sequence[Row]) -> Iterator[str]:
+    """The least-squares bound beside what lesa reaches, where it was measured."""
+    found = [
+        f"{wanted(row)} full steps {row['limit']:.1f} dB (lesa {decibels(row['psnr_mean']):.1f})"
+        for row in ours(rows)
+        if "limit" in row
+    ]
+    if found:
+        yield (
+            "\nThe limit of the mean, a table fitted step by step on every measured prompt itself:"
+            f" {', '.join(found)}.\n"
+        )
+
+
+def ablations(report: dict[str, Any]) -> Iterator[str]:
+    """A section per pipeline: every variant against the reference, in dB of the final latent."""
+    for pipeline, part in report.items():
+        yield f"## Ablations, {pipeline} (`ablations.json`)\n"
+        yield provenance(part) + "\n"
+        yield (
+            f"In dB of the final latent over {part['unseen_prompts']} unseen prompts, trained on"
+            f" {part['calibration_prompts']}; the difference is paired by prompt.\n"
+        )
+        head = ("full steps", "variant", "mean", "worst decile", "minimum", "difference")
+        yield from table(head, (_ablation(row) for row in part["rows"]))
+        yield ""
+
+
+def _ablation(row: dict[str, Any]) -> list[str]:
+    change = row["difference"]
+    return [
+        f"{row['full_steps']}",
+        row["variant"],
+        *(f"{row[key]:.2f}" for key in ("mean", "p10", "min")),
+        f"{change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+    ]
+
+
+def transfer(report: dict[str, Any]) -> Iterator[str]:
+    """One checkpoint elsewhere: lesa and the best of a few peers in each place."""
+    full = ", ".join(map(str, report["trained"]["full_steps"]))
+    yield "## One checkpoint in other places (`transfer.json`)\n"
+    yield provenance(report) + "\n"
+    yield (
+        f"Trained on {report['trained']['prompts']} prompts at 50 steps with {full} in full;"
+        f" {report['unseen_prompts']} unseen prompts in each place.\n"
+    )
+    yield from table(
+        ("place", "lesa, mean", "worst decile", "best peer", "lesa better by"),
+        map(_place, report["places"]),
+    )
+    yield ""
+
+
+def _place(place: dict[str, Any]) -> list[str]:
+    *peers, lesa = place["rows"]
+    peer, by = max(peers, key=lambda row: decibels(row["psnr_mean"])), place["gain"]
+    return [
+        place["place"],
+        _decibels(lesa["psnr_mean"]),
+        _decibels(lesa["psnr_p10"]),
+        f"{_label(peer)}: {_decibels(peer['psnr_mean'])}",
+        f"{by['value']:+.1f} ({by['low']:+.1f} to {by['high']:+.1f})",
+    ]
 
 
 def attributes(part: dict[str, Any]) -> Iterator[str]:
@@ -216,10 +282,6 @@ def _label(row: Row) -> str:
 
 def _decibels(number: float | None) -> str:
     return f"{number:.1f}" if isfinite(decibels(number)) else "identical"
-
-
-def _cell(content: Any) -> str:
-    return f"{content:.3g}" if isinstance(content, float) else str(content)
 
 
 def _peer_columns() -> list[str]:
