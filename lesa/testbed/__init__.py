@@ -61,7 +61,7 @@ _ROWS = {
         moving=True,
     ),
 }
-PIPELINES = tuple(name for name in _ROWS if (_HERE / name).exists())
+PIPELINES = tuple(_ROWS)
 
 
 def load(name: str = "flux") -> Any:
