@@ -125,15 +125,16 @@ def duels_png(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> bytes:
         panel.axvline(0, color="#111111", lw=1)
         panel.grid(alpha=0.25)
         panel.set(title=f"{group.rsplit('@', 1)[1]} full steps", xlabel="dB")
-        panel.margins(y=0.01)
     panels[0][0].set_yticks(range(len(order)), order, fontsize=8)
-    panels[0][0].invert_yaxis()
+    panels[0][0].set_ylim(len(order) - 0.5, -0.5)  # the strongest at the top
     figure.subplots_adjust(wspace=0.06)
     return figure_png(figure)
 
 
 def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> bytes:
     """Error of the latent after each step, logarithmic: a panel per number of full steps."""
+    from matplotlib.ticker import MaxNLocator
+
     counts = [wanted(row) for row in ours(rows)] or sorted({wanted(row) for row in rows})[::-1]
     columns = min(2, len(counts))
     lines = -(-len(counts) // columns)
@@ -148,11 +149,13 @@ def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> by
         for row in [*reversed(opponents(rows, number)), *mine]:
             _draw_error(panel, curves.get(row["label"], ()), row, drawn)
         panel.set(yscale="log", title=f"{number} full steps")
+        panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         panel.grid(alpha=0.25)
     for panel in list(panels.flat)[len(counts) :]:
         panel.set_visible(False)
     figure.supxlabel("step", y=0.0, fontsize=10)
-    figure.supylabel("relative error of the latent", x=0.06, fontsize=10)
+    for first in panels[:, 0]:
+        first.set_ylabel("relative error of the latent")
     _legend(figure, drawn, [], any(is_borrowed(row) for row in rows))
     figure.subplots_adjust(wspace=0.05, hspace=0.18)
     return figure_png(figure)
