@@ -81,6 +81,8 @@ def test_the_checker_sees_moving_scenes_move():
     right = checker.accuracy(videos, captions)
     assert right == {"shape": 1.0, "colour": 1.0, "place": 1.0, "motion": 1.0}
     assert checker.accuracy(videos[:, ::-1], captions)["motion"] == 0
+    with np.errstate(all="raise"):
+        assert not checker.drifts(np.zeros_like(videos[0]), captions[0])
 
 
 def test_the_checker_notices_another_caption():

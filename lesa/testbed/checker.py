@@ -142,7 +142,10 @@ def drifts(video: Array, caption: str) -> bool:
     ends = []
     for picture in (video[0], video[-1]):
         named = [mask for name, mask in _hue_masks(picture).items() if name in colours]
-        ends.append(np.argwhere(np.logical_or.reduce(named)).mean(0)[::-1] / len(picture))
+        places = np.argwhere(np.logical_or.reduce(named))
+        if not len(places):
+            return False  # nothing of these colours is there
+        ends.append(places.mean(0)[::-1] / len(picture))
     travelled = ends[1] - ends[0]
     along = float(travelled @ direction)
     return along > 0.05 and along > np.abs(travelled @ direction[::-1])
