@@ -47,10 +47,10 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 
 def command(arguments: list[str]) -> list[str]:
-    """Script and options; not where the result goes, which is a matter of the machine."""
+    """Script and options; not where results go, which is a matter of the machine."""
     script, *rest = arguments
-    if "--out" in rest:
-        at = rest.index("--out")
+    for option in {"--out", "--report"}.intersection(rest):
+        at = rest.index(option)
         del rest[at : at + 2]
     return [Path(script).name, *rest]
 

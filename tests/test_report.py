@@ -23,7 +23,7 @@ from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.report import _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
-from lesa.evaluation.standing import best_peer, duels, paired
+from lesa.evaluation.standing import best_peer, duels, opponents, paired
 from lesa.files import read_prompts, to_json, write_atomically
 
 STEPS = 8
@@ -248,6 +248,17 @@ def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
         (d["a"], d["b"]) for d in duels(contest.rows)
     ]
     assert {"low", "high", "value"} <= set(facts["rows"][0]["scores"]["shape"]["difference"])
+
+
+def test_who_does_not_come_down_to_the_count_is_no_opponent():
+    """PAB runs all blocks at every step, whatever number it is asked for."""
+    rows = [
+        {"method": "pab", "label": "pab @10", "schedule": "own: 10 steps", "full_steps": 50.0},
+        {"method": "fora", "label": "fora @10", "schedule": "own: 0", "full_steps": 10},
+        {"method": "speca", "label": "speca @10", "schedule": "own: 10 steps", "full_steps": 11.3},
+    ]
+    rows = [{**row, "psnr_mean": 40.0 - n} for n, row in enumerate(rows)]
+    assert [row["method"] for row in opponents(rows, 10)] == ["fora", "speca"]
 
 
 def test_a_bound_is_drawn_as_a_line_of_its_own(contest):
