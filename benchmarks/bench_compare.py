@@ -96,10 +96,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     for name in options.pipelines.split(","):
+        begun = environment()  # its commit is what runs
         result, training = measure(name, options.methods, options.unseen, options.batch_size)
         if options.report:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
-        found = {"environment": environment(), "training": training, "attributes": shares(result)}
+        found = {"environment": begun, "training": training, "attributes": shares(result)}
         write(options.out / "compare" / f"{name}.json", rounded(result.to_dict() | found))
 
 
