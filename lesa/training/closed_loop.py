@@ -42,13 +42,13 @@ class LockStep:
         job: Job,
         lanes: Sequence[Lane],
         prior: Prior | None,
-        statistics: Statistics | None = None,
-        prompts: int | None = None,
-        with_base: bool = True,
+        statistics: Statistics | None,
+        prompts: int,
+        with_base: bool,
     ) -> None:
         self.job, self.lanes, self.prior, self.with_base = job, lanes, prior, with_base
         self.statistics = statistics
-        self.pictures = (len(job.prompts) if prompts is None else prompts) * job.pictures
+        self.pictures = prompts * job.pictures
         self.last: dict[tuple[str, int], tuple[type, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
