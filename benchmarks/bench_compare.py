@@ -1,8 +1,9 @@
 """Every method on the embedded pipelines: `python benchmarks/bench_compare.py --pipelines flux`.
 
 Trains one forecaster per pipeline on 16 prompts at 13, 10, 8 and 6 full steps (few-step pipelines:
-the paper's counts), then runs all peers that can run there, each on its own published schedule and
-on the list that was searched for lesa, on the same unseen prompts and seeds. Writes
+the paper's counts; a U-Net also those of DeepCache), then runs all peers that can run there, each
+on its own published schedule and on the list that was searched for lesa, on the same unseen prompts
+and seeds; on a U-Net also lesa with a second forecaster for the hidden tap (`lesa-hidden`). Writes
 benchmarks/results/compare/<pipeline>.json, and with `--report FOLDER` also the HTML report.
 """
 
@@ -15,15 +16,16 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
+from rich.console import Console
 
 import lesa
 from lesa.contest import left_out, prepare
-from lesa.demo import FULL_STEPS
+from lesa.demo import FULL_STEPS, UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
-from lesa.evaluation.limit import add_limits
-from lesa.evaluation.method import Bench
-from lesa.evaluation.report import write_report
+from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.report import rich_table, write_report
+from lesa.evaluation.standing import OTHER_TAP
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.progress import Progress
 
@@ -31,13 +33,27 @@ COUNTS = FULL_STEPS | {50: (13, 10, 8, 6)}  # by steps of the sampler
 CALIBRATION = 16
 
 
+def full_steps(pipe: Any, steps: int) -> tuple[int, ...]:
+    """The numbers of full steps that are measured, most first."""
+    unet = UNET_FULL_STEPS if hasattr(pipe, "unet") else ()
+    return tuple(sorted({*COUNTS[steps], *unet}, reverse=True))
+
+
+def hidden(pipe: Any, seen: list[str], count: int, call: dict[str, Any]) -> Method:
+    """lesa on the hidden tap, a method of its own name."""
+    steps = call["num_inference_steps"]
+    forecaster = lesa.train(pipe, seen, steps, [count], tap="hidden", call=call, progress=False)
+    full = forecaster.schedule_for(count, steps)
+    return Method(OTHER_TAP, steps, forecaster, full, "searched")
+
+
 def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comparison, Any]:
     """Training, comparison, and what was logged of the training."""
     pipe, call = load(name), settings(name)
     steps = call["num_inference_steps"]
-    log, started = Progress(quiet=True), time.perf_counter()
+    counts, log, started = full_steps(pipe, steps), Progress(quiet=True), time.perf_counter()
     seen = prompts(name, CALIBRATION, seed=0, split="train")
-    forecaster = lesa.train(pipe, seen, steps, COUNTS[steps], call=call, progress=log)
+    forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=log)
     training = {
         "prompts": CALIBRATION,
         "seconds": time.perf_counter() - started,
@@ -45,7 +61,9 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     }
     print(f"{name}: trained in {training['seconds']:.0f} s", flush=True)
     bench = Bench(steps, pipe, call, seen, forecaster)
-    contenders = prepare(methods, COUNTS[steps], bench, searched=True)
+    contenders = prepare(methods, counts, bench, searched=True)
+    if hasattr(pipe, "unet"):
+        contenders.append(hidden(pipe, seen, counts[-1], call))
     print(f"{name}: {len(contenders)} rows prepared", flush=True)
 
     def advance(label: str) -> None:
@@ -61,7 +79,6 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     scores = {row["label"]: row["scores"] for row in judged.rows}
     for row in result.rows:
         row |= {"scores": scores[row["label"]]} if row["label"] in scores else {}
-    add_limits(pipe, result, contenders)
     result.notes += left_out(methods, bench)
     return result, training
 
@@ -98,6 +115,8 @@ def main() -> None:
     for name in options.pipelines.split(","):
         begun = environment()  # its commit is what runs
         result, training = measure(name, options.methods, options.unseen, options.batch_size)
+        steps = result.settings["num_inference_steps"]
+        Console().print(rich_table(result.rows, result.plain_seconds, steps))
         if options.report:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
         found = {"environment": begun, "training": training, "attributes": shares(result)}
