@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from math import isfinite
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,16 +157,18 @@ def shortfalls(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def limits(rows: Sequence[Row]) -> Iterator[str]:
-    """The least-squares bound beside what lesa reaches, where it was measured."""
+    """The least-squares bound beside what lesa reaches on the same prompts, where it is known."""
     found = [
-        f"{wanted(row)} full steps {row['limit']:.1f} dB (lesa {decibels(row['psnr_mean']):.1f})"
+        (row["limit_psnr"], row["psnr"][: len(row["limit_psnr"])], wanted(row))
         for row in ours(rows)
         if "limit" in row
     ]
     if found:
+        prompts = len(found[0][0])
+        told = (f"{n} full steps {fmean(a):.1f} dB (lesa {fmean(b):.1f})" for a, b, n in found)
         yield (
-            "\nThe limit of the mean, a table fitted step by step on every measured prompt itself:"
-            f" {', '.join(found)}.\n"
+            "\nThe limit of the mean, a table fitted step by step on every prompt itself, on the"
+            f" first {prompts} prompts: {', '.join(told)}.\n"
         )
 
 
