@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -47,8 +47,9 @@ def enable(
     """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
 
     The pipeline is called as before. A second `enable` replaces the first. See `LesaConfig` for
-    the options and their defaults. A pipeline with two transformers has both accelerated, each
-    with a ring of its own. Warns where the forecaster was trained on other weights.
+    the options and their defaults. A pipeline with two transformers has both accelerated: outputs
+    of one serve the other's forecasts, hidden features do not, since each has a tail of its own.
+    Warns where the forecaster was trained on other weights.
 
     Raises:
         LesaError: an option is invalid, the denoiser is of an unknown class, the forecaster was
@@ -59,8 +60,9 @@ def enable(
     models = find_denoisers(pipe)
     for model in models:
         _check_model(model, config)
-    for model in models:
-        _install(model, config, pipe)
+    config = _with_tap_of(models[0], config)
+    for group in [models] if config.resolved_tap == "output" else [[model] for model in models]:
+        _install(group, config, pipe)
 
 
 def disable(pipe: Any) -> None:
@@ -77,7 +79,8 @@ def stats(pipe: Any) -> Stats:
     """
     models = find_denoisers(pipe)
     accelerated = [model for model in models if attached(model)] or models[:1]
-    return Stats.joined([_controller(model).stats() for model in accelerated])
+    controllers = dict.fromkeys(_controller(model) for model in accelerated)
+    return Stats.joined([controller.stats() for controller in controllers])
 
 
 @contextmanager
@@ -102,7 +105,7 @@ def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
     if not isinstance(config, LesaConfig):
         raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
     _check_model(model, config)
-    _install(model, config)
+    _install([model], _with_tap_of(model, config))
 
 
 def remove_lesa_cache(model: nn.Module) -> None:
@@ -148,18 +151,19 @@ def find_denoisers(pipe: Any) -> list[nn.Module]:
     )
 
 
-def _install(model: nn.Module, config: LesaConfig, pipe: Any = None) -> None:
-    config = _with_tap_of(model, config)
-    clock = _clock(config)
-    before = attached(model)
-    if before is not None:
-        _controller(model)
-        for known in before.clock.pipes:
-            clock.add_pipe(known)
-        detach(model)
-    if pipe is not None and pipe is not model:
+def _install(models: Sequence[nn.Module], config: LesaConfig, pipe: Any = None) -> None:
+    """One clock and one controller for these models."""
+    clock, controller = _clock(config), CacheController(config)
+    for model in models:
+        before = attached(model)
+        if before is not None:
+            for known in before.clock.pipes:
+                clock.add_pipe(known)
+            detach(model)
+    if pipe is not None and pipe not in models:
         clock.add_pipe(pipe)
-    attach(model, CacheController(config), clock=clock, config=config)
+    for model in models:
+        attach(model, controller, clock=clock, config=config)
 
 
 def _with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
@@ -213,7 +217,7 @@ def _difference(model: nn.Module, trained: str | None) -> str | None:
     from lesa.training.job import weights_hash
 
     found = weights_hash(model)
-    if found == trained:
+    if found in trained.split("+"):  # one of each transformer
         return None
     return f"model_hash={trained!r}, this {type(model).__name__} has {found!r}"
 

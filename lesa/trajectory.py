@@ -39,7 +39,7 @@ class Trajectory:
         self._tail: PreparedTail | None = None
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
-        self._state = call.denoiser.state
+        self._states = {call.denoiser: call.denoiser.state}
         self._kinds = _kinds(call)
         self._conditioning = [(_held(value), _version(value)) for _, value in _conditioning(call)]
 
@@ -55,7 +55,8 @@ class Trajectory:
             return "latent changed in shape, dtype or device"
         if call.argument("return_dict") is not self._return_dict:
             return "return_dict changed"
-        if call.denoiser.state != self._state:
+        state = call.denoiser.state
+        if self._states.setdefault(call.denoiser, state) != state:  # a pipeline may have two
             return "adapters, attention processors or the ControlNet's scale changed"
         if _kinds(call) != self._kinds:
             return "an argument appeared or vanished"

@@ -17,7 +17,9 @@ from lesa.training.on_policy import visited_gram
 def outputs(job, steps):
     """What the pipeline's model answers at each call of its own."""
     seen = []
-    hook = job.model.register_forward_hook(lambda _, __, out: seen.append(read_sample(out).clone()))
+    hook = job.models[0].register_forward_hook(
+        lambda _, __, out: seen.append(read_sample(out).clone())
+    )
     job.run(range(len(job.prompts)), steps)
     hook.remove()
     return seen

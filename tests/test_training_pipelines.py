@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import build
+from tiny_pipelines import build, wan_22
 
 import lesa
 from lesa.denoiser import read_sample
@@ -26,7 +26,7 @@ TWO_CALLS, BATCHED = ("qwen", "hunyuan-video", "chroma"), ("sdxl", "sd3")
 
 def make(name, prompts=2, **more):
     """A pipeline and a call of it with embeddings that differ from prompt to prompt."""
-    pipe, call = build(name)
+    pipe, call = wan_22() if name == "wan-2.2" else build(name)
     arguments = call(prompts)
     for key in ("num_inference_steps", "generator", "output_type"):
         del arguments[key]
@@ -34,7 +34,8 @@ def make(name, prompts=2, **more):
     for key, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             arguments[key] = value + 0.5 * torch.randn(value.shape, generator=draw)
-    scale = "guidance_scale" if name in (*BATCHED, "chroma", "sana") else "true_cfg_scale"
+    plain = name in (*BATCHED, "chroma", "sana", "wan-2.2")
+    scale = "guidance_scale" if plain else "true_cfg_scale"
     return pipe, {**arguments, scale: GUIDANCE, **more}
 
 
@@ -61,7 +62,7 @@ def test_joint_gram_holds_the_products_of_a_picture_own_rows():
     """Batched guidance, two pictures per prompt: against features recorded from outside."""
     job = make_job("sdxl", num_images_per_prompt=2)
     seen = []
-    hook = job.model.register_forward_hook(
+    hook = job.models[0].register_forward_hook(
         lambda _, args, __, output: seen.append((args[0].clone(), read_sample(output).clone())),
         with_kwargs=True,
     )
@@ -209,7 +210,7 @@ def test_lanes_are_what_the_engine_does(name):
     torch.testing.assert_close(decibels(plain, fast), lanes[0].score, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("name", ["qwen", "hunyuan-video", "sdxl", "chroma", "sana"])
+@pytest.mark.parametrize("name", ["qwen", "hunyuan-video", "sdxl", "chroma", "sana", "wan-2.2"])
 def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
     pipe, call = make(name)
     job = Job(pipe, ["a", "b"], call)
@@ -272,6 +273,12 @@ def test_other_pipelines_train_and_run(name):
         Job(pipe, ["a", "b"], call).run(range(2), STEPS)
         counted = lesa.stats(pipe)
     assert counted.skipped == 3 * len(forecaster.branches) and not counted.fallbacks
+
+
+def test_two_transformers_have_no_hidden_tap_in_common():
+    pipe, call = make("wan-2.2")
+    with pytest.raises(LesaError, match="WanPipeline has 2 transformers.*tap='output'"):
+        lesa.train(pipe, None, STEPS, 3, tap="hidden", call=call, progress=False)
 
 
 def test_a_model_without_one_output_tensor_is_told():

@@ -8,7 +8,8 @@ import threading
 import diffusers
 import pytest
 import torch
-from tiny_pipelines import build, run
+from model_checks import executions
+from tiny_pipelines import build, run, wan_22
 from user_checks import at_step, check_nothing_stale, fresh, new_fallbacks
 
 import lesa
@@ -196,42 +197,24 @@ def test_a_cache_put_past_enable_cache_is_refused_before_the_first_step():
     assert torch.equal(run(pipe, call()), first)
 
 
-def wan_22(boundary=0.5):
-    """Wan 2.2: one transformer for high noise, another for low."""
-    pipe, call = build("wan")
-    second = build("wan")[0].transformer
-    with torch.no_grad():
-        for parameter in second.parameters():
-            parameter.mul_(1.1)
-    parts = {**pipe.components, "transformer_2": second}
-    pipe = diffusers.WanPipeline(**parts, boundary_ratio=boundary)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, call
-
-
 def test_both_transformers_of_wan_22_are_accelerated():
     pipe, call = wan_22()
     steps = {"num_inference_steps": 10}
     expected = run(pipe, call(**steps))
     lesa.enable(pipe, Taylor(1), schedule=Schedule.every(1))
     assert torch.equal(run(pipe, call(**steps)), expected)
-    lesa.enable(pipe, Taylor(1), schedule=Schedule.fora(4))  # 0, 4, 8
-    times = pipe.scheduler.timesteps
-    early = int((times >= 500).sum())
-    late = 10 - early
-    assert 1 < early < 9
+    lesa.enable(pipe, Taylor(1), schedule=THIRD)  # 0, 3, 6, 9
+    early = int((pipe.scheduler.timesteps >= 500).sum())
+    assert 1 < early < 9 and early % 3  # the second begins with a forecast from the first
+    blocks = [executions(model) for model in (pipe.transformer, pipe.transformer_2)]
     first = run(pipe, call(**steps))
-    for model, count in ((pipe.transformer, early), (pipe.transformer_2, late)):
-        own = lesa.stats(model)
-        assert own.full + own.skipped == 2 * count and own.skipped > 0
-    late_full = {early, *[step for step in (4, 8) if step > early]}
-    assert lesa.stats(pipe.transformer_2).full == 2 * len(late_full)
+    own = [step < early for step in (0, 3, 6, 9)]
+    full = [own.count(True), own.count(False)]
+    assert [max(counts.values()) for counts in blocks] == [2 * n for n in full]  # two branches
     found = lesa.stats(pipe)
-    parts = [lesa.stats(model) for model in (pipe.transformer, pipe.transformer_2)]
-    assert found.skipped == sum(part.skipped for part in parts)
-    assert found.ring_bytes == sum(part.ring_bytes for part in parts)
-    assert (found.generations, found.num_steps) == (1, 10)
-    assert found.fallbacks == {"no history at a later step": 2}
+    assert (found.generations, found.num_steps, found.full, found.skipped) == (1, 10, 8, 12)
+    assert found == lesa.stats(pipe.transformer) == lesa.stats(pipe.transformer_2)
+    assert found.fallbacks == {}
     assert torch.equal(run(pipe, call(**steps)), first)
     lesa.disable(pipe)
     assert not attached(pipe.transformer) and not attached(pipe.transformer_2)

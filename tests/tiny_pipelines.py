@@ -419,6 +419,19 @@ def _vae(channels: int) -> Any:
     )
 
 
+def wan_22(boundary: float = 0.5) -> tuple[Any, Callable[..., dict[str, Any]]]:
+    """Wan 2.2: one transformer for high noise, another for low."""
+    pipe, call = build("wan")
+    second = build("wan")[0].transformer
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.mul_(1.1)
+    parts = {**pipe.components, "transformer_2": second}
+    pipe = diffusers.WanPipeline(**parts, boundary_ratio=boundary)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, call
+
+
 def draw(*shape: int, seed: int = 3) -> torch.Tensor:
     """A random tensor: the same one for the same shape and seed."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

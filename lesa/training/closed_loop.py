@@ -20,7 +20,6 @@ from torch import Tensor
 
 from lesa.clock import Step
 from lesa.denoiser import Denoiser, make_output, read_sample
-from lesa.hooks import attach, detach
 from lesa.schedule import Schedule
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.lane import Lane, Visit
@@ -187,11 +186,8 @@ def run_lanes(
     for lane in lanes:
         lane.begin()
     step = LockStep(job, lanes, prior, statistics, len(rows), with_base=base is None)
-    attach(job.model, step, job.pipe)
-    try:
+    with job.controlled(step):
         final = job.run(rows * copies, num_inference_steps)
-    finally:
-        detach(job.model)
     runs = final.double().reshape(copies, len(rows) * job.pictures, -1)
     base = runs[0] if base is None else base
     for lane, run in zip(lanes, runs[1:], strict=True):

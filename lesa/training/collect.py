@@ -10,7 +10,6 @@ from torch import Tensor
 
 from lesa.denoiser import Denoiser, read_sample
 from lesa.errors import LesaError
-from lesa.hooks import attach, detach
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, gram
@@ -99,26 +98,22 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
     setting = job.fingerprint(num_inference_steps)
     found = _resumed(path, list(job.prompts), setting)
     collector, done = Collector(job.tap), 0 if found is None else len(found.prompts)
-    attach(job.model, collector, job.pipe)
-    try:
-        with job.progress.bar(
-            f"collect {num_inference_steps} steps", len(job.prompts), done
-        ) as bar:
-            while done < len(job.prompts):
-                batch = range(done, min(done + job.batch_size, len(job.prompts)))
-                collector.pictures = len(batch) * job.pictures
-                final = job.run(batch, num_inference_steps)
-                rows, num_latents, joint = collector.reduce(final)
-                if found is None:
-                    found = Statistics(collector.sigmas, job.tap, num_latents, rows)
-                    found.setting = setting
-                found.extend(joint, [job.prompts[i] for i in batch])
-                if path is not None:
-                    found.save(path)
-                done += len(batch)
-                bar(len(batch))
-    finally:
-        detach(job.model)
+    total = len(job.prompts)
+    progress = job.progress.bar(f"collect {num_inference_steps} steps", total, done)
+    with job.controlled(collector), progress as bar:
+        while done < total:
+            batch = range(done, min(done + job.batch_size, total))
+            collector.pictures = len(batch) * job.pictures
+            final = job.run(batch, num_inference_steps)
+            rows, num_latents, joint = collector.reduce(final)
+            if found is None:
+                found = Statistics(collector.sigmas, job.tap, num_latents, rows)
+                found.setting = setting
+            found.extend(joint, [job.prompts[i] for i in batch])
+            if path is not None:
+                found.save(path)
+            done += len(batch)
+            bar(len(batch))
     assert found is not None
     size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
     job.progress.line(
@@ -132,11 +127,8 @@ def probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
     """How outputs move the latent, from one more run: hidden features do not tell it."""
     collector = Collector("output")
     collector.pictures = job.pictures
-    attach(job.model, collector, job.pipe)
-    try:
+    with job.controlled(collector):
         rows, num_latents, joint = collector.reduce(job.run([0], num_inference_steps))
-    finally:
-        detach(job.model)
     return Statistics(collector.sigmas, "output", num_latents, rows, joint).sampler
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lesa.api import find_denoiser
-from lesa.clock import Step
-from lesa.denoiser import Denoiser
+from lesa.api import find_denoisers
+from lesa.clock import Step, StepClock
+from lesa.denoiser import Controller, Denoiser
 from lesa.errors import LesaError
+from lesa.hooks import attach, detach
 from lesa.prompts import pictures_per_prompt, prompt_arguments
 from lesa.training.progress import Progress
 
@@ -39,9 +41,9 @@ class Job:
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
 
     @property
-    def model(self) -> torch.nn.Module:
-        """The module that the pipeline denoises with."""
-        return find_denoiser(self.pipe)
+    def models(self) -> list[torch.nn.Module]:
+        """The modules that the pipeline denoises with: one, or one after the other."""
+        return find_denoisers(self.pipe)
 
     @property
     def pictures(self) -> int:
@@ -59,19 +61,32 @@ class Job:
         with torch.no_grad():
             return self.pipe(generator=noise, **call)[0]
 
+    @contextmanager
+    def controlled(self, controller: Controller) -> Iterator[None]:
+        """Let ``controller`` decide every call of the denoisers; they are as before afterwards."""
+        clock = StepClock(self.pipe)
+        with ExitStack() as stack:
+            for model in self.models:
+                attach(model, controller, clock=clock)
+                stack.callback(detach, model)
+            yield
+
     def fingerprint(self, num_inference_steps: int) -> str:
         """Short hash of everything but the prompts that statistics depend on."""
         fields = {**self.call, "steps": num_inference_steps, "tap": self.tap, "seed": self.seed}
-        fields["weights"] = weights_hash(self.model)
+        fields["weights"] = self._weights()
         text = json.dumps(fields, sort_keys=True, default=_digest)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _weights(self) -> str:
+        return "+".join(map(weights_hash, self.models))
 
     def metadata(self) -> dict[str, Any]:
         """What a trained forecaster records of its origin."""
         return {
-            "model_class": type(self.model).__name__,
+            "model_class": type(self.models[0]).__name__,
             "model_id": str(getattr(self.pipe, "name_or_path", "") or ""),
-            "model_hash": weights_hash(self.model),
+            "model_hash": self._weights(),
             "scheduler": type(self.pipe.scheduler).__name__,
             "prompts": len(self.prompts),
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),

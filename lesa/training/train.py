@@ -83,6 +83,11 @@ def train(
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
     calibration = _checked_prompts(prompts, taken)
     job = Job(pipe, calibration, taken, tap, seed, batch_size, _folder(folder), report)
+    if tap == "hidden" and len(job.models) > 1:
+        raise LesaError(
+            f"tap='hidden': {type(pipe).__name__} has {len(job.models)} transformers, each with a "
+            "tail of its own; train with tap='output'"
+        )
     started = time.perf_counter()
     collected = [collect(job, count) for count in counts]
     for statistics in collected if tap == "hidden" else ():
