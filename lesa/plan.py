@@ -42,11 +42,12 @@ class Plan:
     """A table, unpacked.
 
     `rows[s]` is None at a full step; `pushes[s]` says whether step s's feature enters the ring and
-    `expected[s]` how many have entered before it. Features that no later step needs do not enter.
+    `expected[s]` how many have entered before it. Features that no later step needs do not enter,
+    and `history` is no more than any row reaches back.
     """
 
     def __init__(self, table: Table) -> None:
-        schedule = table.schedule
+        table, schedule = table.trimmed(), table.schedule
         self.history = table.history
         self.uses_latent = table.uses_latent
         self.autoregressive = table.autoregressive

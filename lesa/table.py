@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,6 +77,13 @@ class Table:
     def history(self) -> int:
         """K, the number of features that the ring must hold."""
         return self.coefficients.shape[-1] - self.uses_latent
+
+    def trimmed(self) -> Table:
+        """The same without the last columns if no row uses them: the ring need not hold those."""
+        features, latent = self.coefficients.split([self.history, int(self.uses_latent)], dim=1)
+        used = features.any(0).nonzero().flatten().tolist()
+        width = 1 + max(used, default=0)
+        return replace(self, coefficients=torch.cat([features[:, :width], latent], dim=1))
 
     def available(self, step: int) -> int:
         """How many of the K features the ring holds when `step` begins."""

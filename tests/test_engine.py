@@ -125,6 +125,15 @@ def test_both_taps_agree_where_the_tail_has_no_time(tiny_flux, inputs):
     torch.testing.assert_close(images["output"], images["hidden"], rtol=1e-6, atol=1e-6)
 
 
+def test_the_ring_holds_no_more_than_any_step_reaches_back_to(tiny_flux, inputs):
+    """TaylorSeer of second order with one full step, and with two."""
+    for full in ([0], [0, 5]):
+        lesa.enable(tiny_flux, Taylor(2), schedule=Schedule.explicit(full))
+        tiny_flux(**inputs(size=64))
+        assert lesa.stats(tiny_flux).ring_bytes == len(full) * 1024 * 4 * 4
+        assert not lesa.stats(tiny_flux).fallbacks
+
+
 @pytest.mark.parametrize("tap, width, order", [("output", 4, 2), ("hidden", 32, 1)])
 def test_the_ring_is_k_features_and_nothing_else_is_kept(tiny_flux, inputs, tap, width, order):
     lesa.enable(tiny_flux, Taylor(order), schedule=FULL, tap=tap)

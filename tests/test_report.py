@@ -21,7 +21,7 @@ from lesa.evaluation.charts import quality_png
 from lesa.evaluation.compare import PLAIN
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
-from lesa.evaluation.report import _limit, readable_bytes, rich_table, write_report
+from lesa.evaluation.report import _in_grid, _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
 from lesa.evaluation.standing import best_peer, duels, opponents, paired
 from lesa.files import read_prompts, to_json, write_atomically
@@ -248,6 +248,26 @@ def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
         (d["a"], d["b"]) for d in duels(contest.rows)
     ]
     assert {"low", "high", "value"} <= set(facts["rows"][0]["scores"]["shape"]["difference"])
+
+
+def test_a_grid_of_many_methods_shows_lesa_and_the_best_peers(monkeypatch):
+    monkeypatch.setattr("lesa.evaluation.report.GRID_ROWS", 4)
+    methods = (
+        ("lesa", "searched", 50.0), ("fora", "own", 30.0), ("hicache", "own", 40.0),
+        ("fora", "searched", 35.0), ("hicache", "searched", 34.0),
+    )  # fmt: skip
+    rows = [
+        {"method": method, "schedule": f"{lists}: 0", "full_steps": count, "psnr_mean": psnr}
+        | {"label": f"{method} {lists} @{count}"}
+        for count in (10, 8)
+        for method, lists, psnr in methods
+    ]
+    best = ["lesa searched @{}", "hicache own @{}", "fora searched @{}"]
+    assert _in_grid(rows, None) == [text.format(count) for count in (10, 8) for text in best]
+    assert len(_in_grid(rows[:4], None)) == 4
+    assert _in_grid(rows, ("fora",)) == [r["label"] for r in rows if r["method"] == "fora"]
+    peers = [row for row in rows if row["method"] != "lesa"]
+    assert len(_in_grid(peers, None)) == 8
 
 
 def test_who_does_not_come_down_to_the_count_is_no_opponent():

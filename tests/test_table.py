@@ -89,6 +89,21 @@ def test_from_rows_pads_to_the_history():
     assert not table.coefficients[[0, 1, 4]].any()
 
 
+@pytest.mark.parametrize("uses_latent", [False, True])
+def test_trimmed_tables_drop_columns_that_no_row_uses(uses_latent):
+    table = Table(SCHEDULE, valid_rows(SCHEDULE, 3, uses_latent), uses_latent)
+    assert torch.equal(table.trimmed().coefficients, table.coefficients)
+    one = Schedule.explicit([0], 4)
+    rows = torch.zeros(4, 3 + uses_latent)
+    rows[1:, 0] = 2.0
+    rows[1:, -1] += uses_latent
+    short = Table(one, rows, uses_latent).trimmed()
+    assert (short.history, short.uses_latent) == (1, uses_latent)
+    ring, latent = torch.randn(3, 5), torch.randn(5) if uses_latent else None
+    exact = Table(one, rows, uses_latent).apply(ring, 2, latent)
+    assert torch.equal(short.apply(ring[:1], 2, latent), exact)
+
+
 def broken(step, column, value):
     rows = valid_rows(SCHEDULE, 3)
     rows[step, column] = value

@@ -29,7 +29,7 @@ from lesa.evaluation.standing import (
 from lesa.files import require_writable, to_json, write_atomically
 from lesa.versions import versions
 
-GRID_COLUMNS = 8
+GRID_COLUMNS, GRID_ROWS = 8, 16
 
 
 def write_report(
@@ -44,9 +44,10 @@ def write_report(
     full steps, seconds and TFLOP, error per step, a grid of pictures, and of lesa's rows the paired
     differences and the worst prompts.
 
-    `shown` names the methods in the grid, the plain run comes first; all of them by default.
-    `extra` goes into report.json. Rows may carry `limit`, a bound of the mean in dB: it is drawn as
-    a line of its own. Returns the files by name.
+    `shown` names the methods in the grid, the plain run comes first; by default all of them, or of
+    more than a screenful lesa and the best peers at each number of full steps. `extra` goes into
+    report.json. Rows may carry `limit`, a bound of the mean in dB: it is drawn as a line of its
+    own. Returns the files by name.
 
     Raises: LesaError if the folder cannot be written or an extra is not installed.
     """
@@ -66,8 +67,7 @@ def _figures(
     comparison: Comparison, found: Sequence[dict[str, Any]], shown: Sequence[str] | None
 ) -> dict[str, bytes]:
     rows = comparison.rows
-    labels = [PLAIN, *(r["label"] for r in rows if shown is None or r["method"] in shown)]
-    grid = {label: comparison.pictures[label] for label in labels}
+    grid = {label: comparison.pictures[label] for label in (PLAIN, *_in_grid(rows, shown))}
     figures = {
         f"quality-{x.replace('_', '-')}.png": quality_png(rows, x, _limit(rows, x))
         for x in X_LABELS
@@ -79,6 +79,18 @@ def _figures(
         figures[_worst_file(part)] = sheet_png(part.pictures, part.prompts, part.decibels)
     figures["grid.png"] = grid_png(grid, comparison.titles[:GRID_COLUMNS])
     return figures
+
+
+def _in_grid(rows: Sequence[Row], shown: Sequence[str] | None) -> list[str]:
+    if shown is not None:
+        return [row["label"] for row in rows if row["method"] in shown]
+    if len(rows) <= GRID_ROWS or not ours(rows):
+        return [row["label"] for row in rows]
+    found: list[str] = []
+    for row in ours(rows):
+        best = [best_peer(rows, wanted(row), lists) for lists in ("own", "searched")]
+        found += [row["label"], *(peer["label"] for peer in best if peer)]
+    return list(dict.fromkeys(found))
 
 
 def _worst_file(part: Worst) -> str:
