@@ -24,13 +24,6 @@ def contest(pipe: Any, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]
     return counts, ("fewer-steps", "taylorseer-1", "lesa")
 
 
-def attributes(pictures: Any, captions: list[str]) -> dict[str, float]:
-    """Share of what the captions say that pictures [N, 3, H, W] or videos [N, F, 3, H, W] show."""
-    from lesa.testbed.checker import accuracy
-
-    return accuracy(pictures.movedim(-3, -1).numpy(), captions)
-
-
 def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> dict[str, Any]:
     """Write the report of a fresh forecaster into `out`, print what was gained, return the facts.
 
@@ -40,7 +33,8 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     Raises: LesaError for an unknown pipeline or an unwritable folder.
     """
     import lesa
-    from lesa.evaluation.compare import compare
+    from lesa.evaluation.compare import PLAIN, compare
+    from lesa.evaluation.judges import attributes
     from lesa.evaluation.method import Bench
     from lesa.evaluation.methods import build_all
     from lesa.evaluation.report import rich_table, write_report
@@ -76,9 +70,14 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
             seed=1000,
             batch_size=batch,
             keep_pictures=UNSEEN,
+            judges=[attributes],
             advance=advance,
         )
-    right = {label: attributes(part, unseen) for label, part in result.pictures.items()}
+    judged = {PLAIN: result.plain_more["scores"], **{r["label"]: r["scores"] for r in result.rows}}
+    right = {
+        label: {name: found["value"] for name, found in scores.items()}
+        for label, scores in judged.items()
+    }
     seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
     facts = {**seconds, "attributes": right}
     shown = ("deepcache" if "deepcache" in names else "taylorseer-1", "lesa")

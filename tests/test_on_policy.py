@@ -44,7 +44,7 @@ def test_it_holds_what_the_engine_visits():
     torch.testing.assert_close(gram, (vectors @ vectors.T).double(), rtol=1e-4, atol=1e-3)
 
 
-def test_both_phases_use_it_and_the_run_ends_nearer():
+def test_both_phases_use_it_and_lose_nothing():
     job = make_job("qwen")
     plan = Schedule.explicit((0, 1, 4), STEPS)
     statistics = collect(job, STEPS)

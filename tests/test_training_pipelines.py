@@ -14,7 +14,7 @@ from lesa.errors import LesaError
 from lesa.prompts import count_prompts, prompt_arguments
 from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
-from lesa.training.collect import collect, probe_sampler
+from lesa.training.collect import collect
 from lesa.training.job import Job, parts_of
 from lesa.training.lane import Lane, Visit
 from lesa.training.statistics import Statistics
@@ -176,7 +176,7 @@ def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
 
 def test_hidden_features_learn_the_sampler_from_one_more_run():
     job = replace(make_job("sdxl"), tap="hidden")
-    told, own = probe_sampler(job, STEPS), collect(replace(job, tap="output"), STEPS).sampler
+    told, own = (collect(each, STEPS).sampler for each in (job, replace(job, tap="output")))
     assert told.misfit < 1e-3
     assert torch.allclose(told.rates, own.rates, atol=1e-3)
 

@@ -14,7 +14,7 @@ from lesa.evaluation.tally import Tally
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.prompts import pictures_per_prompt
 from lesa.training.calibrate import Calibrator
-from lesa.training.collect import collect, probe_sampler
+from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 
 
@@ -71,8 +71,6 @@ def _fitted(
     call.pop("num_inference_steps", None)
     job = Job(pipe, prompts, call, made.tap, seed)
     statistics = collect(job, method.num_steps)
-    if job.tap == "hidden":
-        statistics.probed = probe_sampler(job, method.num_steps)
     table = LesaForecaster(
         "table",
         tap=made.tap,

@@ -115,6 +115,8 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
             done += len(batch)
             bar(len(batch))
     assert found is not None
+    if job.tap == "hidden":
+        found.probed = _probe_sampler(job, num_inference_steps)
     size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
     job.progress.line(
         f"collect: {done} prompts x {num_inference_steps} steps, "
@@ -123,7 +125,7 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
     return found
 
 
-def probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
+def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
     """How outputs move the latent, from one more run: hidden features do not tell it."""
     collector = Collector("output")
     collector.pictures = job.pictures

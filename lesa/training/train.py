@@ -15,7 +15,7 @@ from lesa.forecasters.paper import PaperForm
 from lesa.prompts import count_prompts
 from lesa.schedule import Schedule
 from lesa.training.calibrate import Calibrator
-from lesa.training.collect import collect, probe_sampler
+from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job, call_arguments
 from lesa.training.on_policy import visited_gram
@@ -90,8 +90,6 @@ def train(
         )
     started = time.perf_counter()
     collected = [collect(job, count) for count in counts]
-    for statistics in collected if tap == "hidden" else ():
-        statistics.probed = probe_sampler(job, statistics.num_steps)
     job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")
     forecaster = _untrained(job, collected[0], form, fields)
     if form == "paper":

@@ -16,6 +16,7 @@ from lesa.denoiser import Denoiser, core_of
 from lesa.errors import RunError
 from lesa.evaluation.method import Use
 from lesa.evaluation.peers.layouts import Layout, known_layout
+from lesa.evaluation.peers.metering import held_bytes
 from lesa.hooks import attach, detach
 from lesa.models import ModelSpec, model_spec
 
@@ -58,7 +59,7 @@ class StepCache(ABC, Generic[S]):
         self._branches.add(step.branch)
         state = self._states.setdefault(step.branch, self.begin())
         output = self.step(denoiser, step, state, args, kwargs)
-        held = sum(bytes_of(vars(state).values()) for state in self._states.values())
+        held = held_bytes([vars(state) for state in self._states.values()])
         self.cache_bytes = max(self.cache_bytes, held)
         return output
 
@@ -111,14 +112,3 @@ def controlled(pipe: Any, make: Callable[[nn.Module], StepCache[Any]]) -> Iterat
         yield Use(lambda: controller.cache_bytes, lambda: controller.full_steps)
     finally:
         detach(model)
-
-
-def bytes_of(values: Any) -> int:
-    """Bytes of the tensors in nested lists and tuples."""
-    found = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            found += value.nbytes
-        elif isinstance(value, (list, tuple)):
-            found += bytes_of(value)
-    return found

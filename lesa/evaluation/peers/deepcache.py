@@ -9,9 +9,8 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
-
 from lesa.evaluation.method import Bench, Method, Use
+from lesa.evaluation.peers.metering import held_bytes
 from lesa.schedule import Schedule
 
 
@@ -60,20 +59,6 @@ def deepcache(pipe: Any, interval: int) -> Iterator[Use]:
     finally:
         helper.disable()
         _forget_forwards(pipe.unet)
-
-
-def held_bytes(value: Any) -> int:
-    """Bytes of the tensors in nested tuples and dicts, each storage once."""
-    stack, found = [value], {}
-    while stack:
-        item = stack.pop()
-        if isinstance(item, Tensor):
-            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
-        elif isinstance(item, dict):
-            stack += item.values()
-        elif isinstance(item, (tuple, list)):
-            stack += item
-    return sum(found.values())
 
 
 def _forget_forwards(unet: Any) -> None:

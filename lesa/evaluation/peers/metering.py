@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lesa.evaluation.method import Use
-from lesa.evaluation.peers.deepcache import held_bytes
 
 
 @contextmanager
@@ -55,6 +54,20 @@ def metered(model: Any, states: Callable[[], Any], num_steps: int) -> Iterator[U
     finally:
         for handle in handles:
             handle.remove()
+
+
+def held_bytes(value: Any) -> int:
+    """Bytes of the tensors in nested tuples and dicts, each storage once."""
+    stack, found = [value], {}
+    while stack:
+        item = stack.pop()
+        if isinstance(item, Tensor):
+            found[item.untyped_storage().data_ptr()] = item.untyped_storage().nbytes()
+        elif isinstance(item, dict):
+            stack += item.values()
+        elif isinstance(item, (tuple, list)):
+            stack += item
+    return sum(found.values())
 
 
 def blocks_of(model: Any) -> list[nn.Module]:
