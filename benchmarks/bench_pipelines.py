@@ -21,11 +21,12 @@ from _environment import RESULTS, environment, write
 from _verdict import judge, show
 
 import lesa
-from lesa.demo import UNET_FULL_STEPS, attributes
+from lesa.demo import UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, compare
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import build_all
 from lesa.testbed import PIPELINES, load, prompts, settings
+from lesa.testbed.checker import accuracy
 from lesa.training.progress import Progress
 
 COUNTS = {50: (13, 10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps, as in the paper
@@ -70,8 +71,8 @@ def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
         "plain": {"seconds": result.plain_seconds, "tflops": result.plain_tflops},
         "rows": result.rows,
         "verdicts": verdicts,
-        "attributes": {
-            label: attributes(part, texts)  # the checker takes a while: not for every peer
+        "attributes": {  # the checker takes a while: not for every peer
+            label: accuracy(part.movedim(-3, -1).numpy(), texts)
             for label, part in result.pictures.items()
             if label.split(" @")[0] in (PLAIN, "lesa")
         },
