@@ -279,6 +279,10 @@ def test_who_does_not_come_down_to_the_count_is_no_opponent():
     ]
     rows = [{**row, "psnr_mean": 40.0 - n} for n, row in enumerate(rows)]
     assert [row["method"] for row in opponents(rows, 10)] == ["fora", "speca"]
+    (row,) = rows[1:2]
+    few = [{**row, "label": f"fora @{n}", "full_steps": n} for n in (4, 3, 2)]
+    assert [r["full_steps"] for n in (4, 3, 2, 1) for r in opponents(few, n)] == [4, 3, 2]
+    assert opponents(few[:2], 2) == []  # three full steps are half as much work again
 
 
 def test_a_bound_is_drawn_as_a_line_of_its_own(contest):
