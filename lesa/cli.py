@@ -89,6 +89,9 @@ def train(
     full_steps: Counts = "13,10,8",
     form: Annotated[str, typer.Option(help="continuous, paper or table.")] = "continuous",
     tap: Annotated[str | None, typer.Option(help="hidden or output.")] = None,
+    polish: Annotated[
+        int, typer.Option(min=0, help="Rounds of the last fit, the longest part; 0 leaves it out.")
+    ] = 2,
     guidance_scale: Guidance = None,
     height: Size = None,
     width: Size = None,
@@ -122,6 +125,7 @@ def train(
         num_inference_steps=steps,
         full_steps=counts,
         form=form,
+        polish=polish,
         batch_size=batch_size,
         call=settings,
         seed=seed,

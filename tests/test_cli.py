@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from lesa import testbed
 from lesa.cli import app
+from lesa.errors import LesaError
 from lesa.evaluation import methods
 from lesa.evaluation.method import Bench, Method
 
@@ -93,6 +94,16 @@ def test_train_writes_a_folder_that_inspect_reads(trained, tmp_path):
     facts = json.loads(run("inspect", trained, "--json"))
     (entry,) = facts["calibrated"]
     assert len(entry["full_steps"]) == 3 and len(entry["tables"]["cond"]) == 8
+
+
+def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):
+    def stop(*_, **given):
+        raise LesaError(f"{given['polish']} {given['form']} {given['full_steps']}")
+
+    monkeypatch.setattr("lesa.train", stop)
+    options = ("--prompts", prompts, *STEPS, "--full-steps", "3", "--form", "table")
+    told = refused("train", "testbed", *options, "--polish", "0", "--out", tmp_path)
+    assert told == "lesa: 0 table (3,)"
 
 
 @pytest.mark.parametrize(
