@@ -47,14 +47,16 @@ def measure(pipeline: str, report: dict[str, Any], prompts: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipelines", required=True, help="a comma list")
+    parser.add_argument("--pipelines", help="a comma list; all that were compared by default")
     parser.add_argument("--prompts", type=int, default=16, help="of the unseen prompts the first")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of compare/")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    for name in options.pipelines.split(","):
-        path = options.out / "compare" / f"{name}.json"
+    folder = options.out / "compare"
+    found = sorted(path.stem for path in folder.glob("*.json"))
+    for name in options.pipelines.split(",") if options.pipelines else found:
+        path = folder / f"{name}.json"
         report = json.loads(path.read_text())
         measure(name, report, options.prompts)
         write(path, report | {"limit_environment": environment()})
