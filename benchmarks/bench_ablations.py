@@ -80,6 +80,7 @@ class Study:
             REFERENCE: lambda: leader,
             "and all gaps together: the default": lambda: self.calibrator.polish([leader], 2)[0],
             "no drift correction": lambda: self._fitted(replace(leader, drift=0.0)),
+            "no caution at high noise": lambda: self._fitted(replace(leader, caution=0.0)),
             "no current latent": lambda: self._with(plan, uses_latent=False),
             "no search: evenly spread": lambda: fit(
                 [Schedule.fora(-(-self.steps // count), self.steps)]

@@ -15,6 +15,8 @@ from lesa.training.closed_loop import run_lanes
 from lesa.training.lane import FixedLane, Lane, quality
 from lesa.training.polish import polish
 
+LATE = tuple(0.8 * (1 - step / STEPS) for step in range(STEPS + 1))  # no step at high noise
+
 
 def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
     """Errors that are linear in two coefficients: one step, float64 closed form."""
@@ -29,7 +31,7 @@ def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
         return lane
 
     here = at(0.3, -0.2)
-    places = polishing._places(here)
+    places = polishing._places(here, LATE)
     assert places == [("cond", 1, 0), ("cond", 3, 0)]
     step = polishing._step(here.error, slopes, damping=0.0)
     weights = 1 / here.error.norm(dim=1)
@@ -46,7 +48,7 @@ def test_a_polished_lane_ends_nearer_to_the_base_run(name, gain):
     job = make_job(name)
     lane = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
     run_lanes(job, [lane], reuse(4), STEPS)
-    better = polish(job, lane, STEPS)
+    better = polish(job, lane, LATE)
     assert quality(better) > quality(lane) + gain
     again = FixedLane.of(better)
     run_lanes(job, [again], None, STEPS)  # what is stored gives the same run
@@ -76,14 +78,17 @@ def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
     job = make_job("sdxl", prompts=3)
     lane = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
     run_lanes(job, [lane], reuse(4), STEPS)
-    assert quality(polish(job, lane, STEPS, rounds=3)) >= quality(lane)
+    assert quality(polish(job, lane, LATE, rounds=3)) >= quality(lane)
     assert seen == [[0, 2], [1], [0, 2]]
 
 
-def test_only_the_last_row_of_a_gap_is_moved():
+def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
     rows = {"cond": torch.zeros(8, 3)}
     lane = FixedLane(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows)
-    assert polishing._places(lane) == [("cond", s, c) for s in (4, 7) for c in (0, 1, 2)]
+    late = [("cond", 7, c) for c in (0, 1, 2)]
+    sigmas = [1.0, 0.97, 0.95, 0.92, 0.85, 0.8, 0.5, 0.2, 0.0]
+    assert polishing._places(lane, sigmas) == [("cond", 4, c) for c in (0, 1, 2)] + late
+    assert polishing._places(lane, [*sigmas[:4], 0.86, *sigmas[5:]]) == late
 
 
 @pytest.mark.parametrize("name", ["sdxl", "qwen"])
@@ -117,4 +122,4 @@ def test_what_cannot_be_bettered_is_returned_as_it_was():
     job = make_job("sdxl")
     lane = Lane(Schedule.explicit(range(STEPS), STEPS), 3)
     run_lanes(job, [lane], reuse(4), STEPS)
-    assert polish(job, lane, STEPS) is lane
+    assert polish(job, lane, LATE) is lane

@@ -137,6 +137,31 @@ def test_rows_with_guidance_are_fitted_to_their_guided_sum():
     torch.testing.assert_close(forecast.double(), mixed, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("full", "line"), [((0,), [1.0]), ((0, 2), [1.5, -0.5]), ((1, 2), [2, -1])]
+)
+def test_early_rows_are_drawn_to_a_line_and_later_ones_are_not(full, line):
+    """The line through the features of steps 0 and 2 at step 3, and of 1 and 2 at step 4, where it
+    goes no farther than their distance; 0.4 of it and 0.6 of the least squares."""
+    step, size = (4 if full == (1, 2) else 3), len(full)
+    torch.manual_seed(0)
+    ring, base = torch.randn(size, 1, 3, 40), torch.randn(1, 3, 40)
+    schedule = Schedule.explicit(sorted({0, *full}), 5)
+    found = {}
+    for sigma in (0.9, 0.85):
+        lane = Lane(schedule, size, uses_latent=False, ridge=0.0, caution=0.4)
+        lane.coefficients["cond"] = torch.zeros(5, size, dtype=torch.float64)
+        for feature in ring:
+            lane.push("cond", feature)
+        lane.forecast(Visit(step, "cond", sigma=sigma), base, base, base)
+        found[sigma] = lane.coefficients["cond"][step]
+    matrix = ring.flip(0).double().flatten(1).T
+    exact = torch.linalg.lstsq(matrix, base.double().flatten()[:, None]).solution[:, 0]
+    torch.testing.assert_close(found[0.85], exact, rtol=1e-6, atol=1e-8)
+    drawn = 0.6 * exact + 0.4 * torch.tensor(line, dtype=torch.float64)
+    torch.testing.assert_close(found[0.9], drawn, rtol=1e-6, atol=1e-8)
+
+
 def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
     """Gauss-Newton through a tail that drops half of the feature: the best row by float64 search
     over the outputs, not the best row of the features."""

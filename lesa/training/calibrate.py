@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -18,8 +19,9 @@ from lesa.training.polish import polish
 from lesa.training.search import OpenLoop, evenly, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
-DRIFTS = (0.3, 0.6, 1.0)  # values of beta that compete: which is best depends on the step list
-CAUTIOUS = (0.0, 0.3, 0.6)  # where the sampler is known in part, steering may do harm
+DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
+GENTLE = (0.0, 0.5)  # where the sampler is known in part, steering may do harm
+CAUTIONS = (0.0, 0.4)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
 
@@ -38,18 +40,18 @@ class Calibrator:
         self._say("schedule search", started, f"{len(plans)} counts on the statistics")
         return plans
 
-    def fit(self, plans: Sequence[Schedule]) -> list[Lane]:
-        """The best lane of each step list over the strengths of drift correction."""
+    def fit(self, plans: Sequence[Schedule], cautions: Sequence[float] = CAUTIONS) -> list[Lane]:
+        """The best lane of each step list over the strengths of drift correction and caution."""
         started = time.perf_counter()
         learned = self.forecaster
-        drifts = self._drifts()
+        pairs = list(product(self._drifts(), cautions))
         lanes = [
-            Lane(plan, learned.settings.history, learned.uses_latent, drift)
+            Lane(plan, learned.settings.history, learned.uses_latent, drift, caution=caution)
             for plan in plans
-            for drift in drifts
+            for drift, caution in pairs
         ]
         self._run(lanes)
-        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(drifts)} betas")
+        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(pairs)} settings")
         return [max((x for x in lanes if x.schedule == plan), key=quality) for plan in plans]
 
     def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
@@ -78,8 +80,8 @@ class Calibrator:
 
     def polish(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
         """All gaps of each lane fitted together, on the final latents."""
-        started, steps = time.perf_counter(), self.statistics.num_steps
-        lanes = [polish(self.job, leader, steps, rounds) for leader in leaders]
+        started = time.perf_counter()
+        lanes = [polish(self.job, leader, self.statistics.sigmas, rounds) for leader in leaders]
         if rounds:
             self._say("fit on final latents", started, f"{len(lanes)} step lists, {rounds} rounds")
         return lanes
@@ -93,7 +95,7 @@ class Calibrator:
             self.job.progress.line(
                 f"fitted: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
                 f"latent {lane.score.mean():.1f} dB mean, {lane.score.quantile(0.1):.1f} dB worst "
-                f"decile, beta {lane.drift}"
+                f"decile, beta {lane.drift}, caution {lane.caution}"
             )
 
     def _run(self, lanes: Sequence[Lane]) -> None:
@@ -106,7 +108,7 @@ class Calibrator:
         sampler = self.statistics.sampler
         if sampler is None or not sampler.trusted:
             return (0.0,)
-        return DRIFTS if sampler.misfit < EXACT else CAUTIOUS
+        return DRIFTS if sampler.misfit < EXACT else GENTLE
 
     def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
         with torch.no_grad():

@@ -98,14 +98,14 @@ class LockStep:
 
     def _visit(self, step: Step, steers: bool) -> Visit:
         """What is known of the sampler at this step."""
-        known = self.statistics
+        known, sigma = self.statistics, step.sigmas[step.index]
         if known is None or known.sampler is None or not steers:
-            return Visit(step.index, step.branch)
+            return Visit(step.index, step.branch, sigma=sigma)
         sampler = known.sampler
         rates = sampler.rates[step.index]
         pull = float(sampler.keep[step.index] / rates.sum()) if sampler.trusted else 0.0
         rate = float(rates[known.places(step.branch)].sum())
-        return Visit(step.index, step.branch, known.weights(step.branch), rate, pull)
+        return Visit(step.index, step.branch, known.weights(step.branch), rate, pull, sigma)
 
 
 @dataclass

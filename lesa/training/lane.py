@@ -12,6 +12,7 @@ from torch import Tensor
 from lesa.schedule import Schedule
 from lesa.training.search import balanced
 
+EARLY = 0.85  # noise level above which a row is fitted with caution
 GAUSS_NEWTON = 2  # rounds of linearising the tail
 MOVE = 0.05  # of a coefficient, for its derivative: features cancel below, the tail bends above
 
@@ -23,7 +24,7 @@ class Visit(NamedTuple):
 
     ``shares`` are the guidance weights of the branch's rows, None where unknown. ``rate`` is the
     branch's d x_{s+1} / d v_s, ``pull`` the correction of v_s in every branch that takes one unit
-    of error out of x_{s+1}; both are 0 where the sampler is unknown.
+    of error out of x_{s+1}; both are 0 where the sampler is unknown. ``sigma`` is the noise level.
     """
 
     step: int
@@ -31,6 +32,7 @@ class Visit(NamedTuple):
     shares: Tensor | None = None
     rate: float = 0.0
     pull: float = 0.0
+    sigma: float = 0.0
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Lane:
     ``drift`` is beta of the target v* = v_base - beta pull (x - x_base), which also steers the
     latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
     mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
+
+    At high noise the picture is decided on, and what most calibration prompts do there is wrong for
+    the odd one: of early rows a share, ``caution``, is the straight line through the two newest
+    features, which knows no prompt.
 
     The rows of a picture in one call share their coefficients, so the fit sees their sum with
     guidance weights, which is what the sampler gets. Branches that are called one after the other
@@ -59,6 +65,7 @@ class Lane:
     uses_latent: bool = True
     drift: float = 0.5
     ridge: float = 1e-5
+    caution: float = 0.0
     frozen: bool = False
     leaves: int = 0
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -97,6 +104,8 @@ class Lane:
         if not self.frozen:
             target = self._target(at, guided(base, at.shares), latent, base_latent)
             fitted = self._fit(at, target, regressors, rows[at.step, columns], tail)
+            if at.sigma > EARLY:
+                fitted += self.caution * (self._line(at.step, len(columns)) - fitted)
             rows[at.step] = 0
             rows[at.step, columns] = fitted
         output = mixed(rows[at.step, columns].tolist(), regressors).to(ring[0].dtype)
@@ -129,6 +138,16 @@ class Lane:
             row = ridge_fit(slopes, rest, prior, self.ridge)
         return row
 
+    def _line(self, step: int, columns: int) -> Tensor:
+        """The row of a line through two features, followed no farther than they are apart."""
+        row = torch.zeros(columns, dtype=torch.float64)
+        newest, *older = self.schedule.cached_before(step, min(2, self.history))
+        row[0] = 1
+        if older:
+            ahead = min(1.0, (step - newest) / (newest - older[0]))
+            row[:2] = torch.tensor([1 + ahead, -ahead])
+        return row
+
     def _target(self, at: Visit, truth: Tensor, latent: Tensor, base_latent: Tensor) -> Tensor:
         """v_base, what steers back, and what an earlier branch of this step still owes."""
         target = truth
@@ -150,7 +169,9 @@ class FixedLane(Lane):
     def of(cls, lane: Lane) -> FixedLane:
         """A fitted lane's rows."""
         rows = {branch: rows.clone() for branch, rows in lane.coefficients.items()}
-        return cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
+        made = cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
+        made.caution = lane.caution
+        return made
 
     def begin(self) -> None:
         super().begin()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
-from lesa.training.lane import FixedLane, Lane, quality
+from lesa.training.lane import EARLY, FixedLane, Lane, quality
 
 MOVE = 0.02  # of a coefficient, for its derivative
 TOGETHER = 16  # lanes in one call
@@ -25,16 +25,17 @@ RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of
 Place = tuple[str, int, int]  # branch, step, column
 
 
-def polish(job: Job, lane: Lane, num_steps: int, rounds: int = 2) -> Lane:
+def polish(job: Job, lane: Lane, sigmas: Sequence[float], rounds: int = 2) -> Lane:
     """A lane whose final latents are nearer to the base run's, or the same lane.
 
     Minimises sum_p log |x_T - x_T^base|^2 over pictures, that is their mean dB: Gauss-Newton with
     each picture weighted by the inverse of its own squared error. The derivatives of each round
     are taken on another part of the prompts, so that a round costs no more with many of them; what
-    races is judged like all lanes, on all prompts, by mean and worst decile.
+    races is judged like all lanes, on all prompts, by mean and worst decile. Early rows keep their
+    caution: what the final latents of a few prompts would make of them fails the odd one.
     """
-    best = FixedLane.of(lane)
-    places = _places(best)
+    best, num_steps = FixedLane.of(lane), len(sigmas) - 1
+    places = _places(best, sigmas)
     if not places or not rounds:
         return lane
     base = run_lanes(job, [best], None, num_steps)
@@ -49,8 +50,8 @@ def polish(job: Job, lane: Lane, num_steps: int, rounds: int = 2) -> Lane:
     return best if lane.score is None or quality(best) > quality(lane) else lane
 
 
-def _places(lane: FixedLane) -> list[Place]:
-    """The coefficients of the last skipped step in each gap.
+def _places(lane: FixedLane, sigmas: Sequence[float]) -> list[Place]:
+    """The coefficients of the last skipped step in each gap that does not end early.
 
     What a gap hands to the next full step is a sum of the cached features and of the latent at its
     beginning: the last row reaches all of them, earlier rows reach no more.
@@ -59,7 +60,7 @@ def _places(lane: FixedLane) -> list[Place]:
     for branch, rows in lane.rows.items():
         latent = [rows.shape[1] - 1] if lane.uses_latent else []
         for step in schedule.skipped_steps:
-            if step + 1 in schedule.skipped_steps:
+            if step + 1 in schedule.skipped_steps or sigmas[step] > EARLY:
                 continue
             held = len(schedule.cached_before(step, lane.history))
             found += [(branch, step, column) for column in [*range(held), *latent]]
