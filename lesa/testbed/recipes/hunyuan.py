@@ -44,7 +44,7 @@ class Plan:
     vae_lr: float = 2e-3
     clips: int = 8_000
     order_steps: int = 400
-    base_steps: tuple[int, ...] = (2_000, 4_000)
+    base_steps: tuple[int, ...] = (2_000, 4_000, 4_000)
     base_batch: int = 16
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
