@@ -4,12 +4,14 @@ Trains one forecaster per pipeline on 16 prompts at 13, 10, 8 and 6 full steps (
 the paper's counts; a U-Net also those of DeepCache), then runs all peers that can run there, each
 on its own published schedule and on the list that was searched for lesa, on the same unseen prompts
 and seeds; on a U-Net also lesa with a second forecaster for the hidden tap (`lesa-hidden`). Writes
-benchmarks/results/compare/<pipeline>.json, and with `--report FOLDER` also the HTML report.
+benchmarks/results/compare/<pipeline>.json, and with `--report FOLDER` also the HTML report. With
+`--methods lesa,foca` rows of other methods stay in the file where they ran on the same prompts.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.report import rich_table, write_report
-from lesa.evaluation.standing import OTHER_TAP
+from lesa.evaluation.standing import OTHER_TAP, OURS, origin, ours
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.progress import Progress
 
@@ -90,6 +92,31 @@ def shares(result: Comparison) -> dict[str, dict[str, float]]:
     return {label: {key: s["value"] for key, s in scores.items()} for label, scores in runs}
 
 
+def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """What was found, and of an earlier file the rows of methods that did not run this time; those
+    on step lists that are no longer lesa's are dropped."""
+    if any(known[key] != found[key] for key in ("prompts", "seed", "settings")):
+        return found
+    new = {row["label"] for row in found["rows"]}
+    lists = {row["schedule"] for row in ours(found["rows"])}
+    old = [
+        row
+        for row in known["rows"]
+        if row["label"] not in new
+        and row["method"] != OURS
+        and (origin(row) == "own" or row["schedule"] in lists)
+    ]
+    labels = {row["label"] for row in old}
+    curves = {k: v for k, v in known["error_per_step"].items() if k in labels}
+    at = known["environment"]["commit"]
+    notes = [f"{len(old)} rows of other methods are kept from commit {at}."] if old else []
+    return found | {
+        "rows": [*old, *found["rows"]],
+        "error_per_step": {**curves, **found["error_per_step"]},
+        "notes": [*found["notes"], *notes],
+    }
+
+
 def rounded(value: Any) -> Any:
     """The same with six significant digits, so that the files stay small."""
     if isinstance(value, float):
@@ -119,8 +146,9 @@ def main() -> None:
         Console().print(rich_table(result.rows, result.plain_seconds, steps))
         if options.report:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
-        found = {"environment": begun, "training": training, "attributes": shares(result)}
-        write(options.out / "compare" / f"{name}.json", rounded(result.to_dict() | found))
+        facts = {"environment": begun, "training": training, "attributes": shares(result)}
+        found, path = rounded(result.to_dict() | facts), options.out / "compare" / f"{name}.json"
+        write(path, kept(json.loads(path.read_text()), found) if path.exists() else found)
 
 
 if __name__ == "__main__":

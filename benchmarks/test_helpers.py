@@ -23,6 +23,7 @@ from _contenders import (
 )
 from _environment import command, environment, slug, write
 from _timing import interleaved, ratios, repeats, rotation, summary, wall_timer
+from bench_compare import kept
 
 
 @pytest.fixture
@@ -120,3 +121,29 @@ def test_results_are_strict_json(tmp_path):
         "3",
     ]
     assert slug("NVIDIA H200 80GB (x)") == "nvidia-h200-80gb-x"
+
+
+def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
+    def row(method, count, schedule):
+        return {
+            "method": method,
+            "label": f"{method} {schedule[:3]} @{count}",
+            "schedule": schedule,
+        }
+
+    def report(rows, **more):
+        curves = {each["label"]: [0.1] for each in rows}
+        known = {"prompts": ["a"], "seed": 1, "settings": {}, "notes": []}
+        return {**known, "rows": rows, "error_per_step": curves, **more}
+
+    own, there = row("fora", 10, "own: 0,5"), row("hicache", 10, "searched: 0,3")
+    gone, mine = row("foca", 10, "searched: 0,2"), row("lesa", 10, "searched: 0,2")
+    old = report([own, there, gone, mine], environment={"commit": "abc"})
+    new = report([row("lesa", 10, "searched: 0,3"), row("fora", 8, "own: 0,7")])
+    found = kept(old, new)
+    assert [each["label"] for each in found["rows"]] == [
+        "fora own @10", "hicache sea @10", "lesa sea @10", "fora own @8",
+    ]  # fmt: skip
+    assert set(found["error_per_step"]) == {each["label"] for each in found["rows"]}
+    assert found["notes"] == ["2 rows of other methods are kept from commit abc."]
+    assert kept(old, {**new, "prompts": ["b"]})["rows"] == new["rows"]
