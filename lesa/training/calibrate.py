@@ -16,7 +16,7 @@ from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane, quality
 from lesa.training.polish import polish
-from lesa.training.search import OpenLoop, evenly, neighbours, search_schedule
+from lesa.training.search import OpenLoop, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
@@ -56,7 +56,7 @@ class Calibrator:
 
     def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
         """Local search by true accelerated runs: the likeliest neighbours race their leader, and
-        at first the evenly spread list, since statistics say little of very long gaps."""
+        at first even lists: statistics say little of long gaps, and of two guidance branches."""
         best, started = list(leaders), time.perf_counter()
         tried = {leader.schedule.full_steps for leader in leaders}
         for turn in range(rounds):
@@ -66,7 +66,8 @@ class Calibrator:
                 fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
                 chosen = fresh[-CANDIDATES:]
                 if turn == 0:
-                    chosen.append(evenly(len(leader.schedule.full_steps), leader.schedule.steps))
+                    chosen += even(len(leader.schedule.full_steps), leader.schedule.steps)
+                    chosen = [steps for steps in dict.fromkeys(chosen) if steps not in tried]
                 tried.update(chosen)
                 lanes.append([replace(leader, schedule=self._plan(s)) for s in chosen])
             self._run([lane for group in lanes for lane in group])

@@ -121,17 +121,18 @@ def climb(
         score, best = found
 
 
-def evenly(count: int, num_steps: int) -> Steps:
-    """Full steps at equal distances."""
-    return spread([num_steps * place / count for place in range(count)], num_steps)
+def even(count: int, num_steps: int) -> list[Steps]:
+    """Full steps at equal distances, and a little or much denser towards both ends."""
+    places = np.arange(count) / count
+    bend = np.sin(2 * np.pi * places) / (2 * np.pi)
+    return [spread(num_steps * (places - dense * bend), num_steps) for dense in (0.0, 0.3, 0.6)]
 
 
 def starts(count: int, num_steps: int) -> list[Steps]:
-    """Evenly spread step lists, and lists that grow denser towards either end."""
-    return [
-        spread([num_steps * (place / count) ** power for place in range(count)], num_steps)
-        for power in (1.0, 0.6, 1.6)
-    ]
+    """Even step lists, and lists that grow denser towards either end."""
+    places = np.arange(count) / count
+    lists = [spread(num_steps * places**power, num_steps) for power in (0.6, 1.6)]
+    return [*even(count, num_steps), *lists]
 
 
 def search_schedule(

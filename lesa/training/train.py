@@ -33,7 +33,7 @@ def train(
     form: str = "continuous",
     tap: str = "output",
     schedule: Schedule | None = None,
-    refine: int = 2,
+    refine: int = 3,
     polish: int = 2,
     batch_size: int = 8,
     seed: int = 0,
