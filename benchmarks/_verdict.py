@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from lesa.evaluation.compare import Comparison
+from lesa.evaluation.standing import OTHER_TAP, OURS
 
-OURS = ("lesa", "lesa-hidden")  # on the default tap, and on the other one
+LESA = (OURS, OTHER_TAP)
 FEW = 8  # steps of the sampler up to which one full step more is no small thing
 
 
@@ -47,7 +48,7 @@ def show(title: str, result: Comparison, verdicts: list[dict[str, Any]]) -> None
 
 def _ours(rows: list[dict[str, Any]], count: int) -> dict[str, Any]:
     """Of the taps that were tried the one with the best mean."""
-    found = [r for r in rows if r["method"] in OURS and r["full_steps"] == count]
+    found = [r for r in rows if r["method"] in LESA and r["full_steps"] == count]
     return max(found, key=lambda r: r["psnr_mean"])
 
 
@@ -58,7 +59,7 @@ def _gain(
     peers = [
         row
         for row in rows
-        if row["method"] not in OURS
+        if row["method"] not in LESA
         and row["schedule"].startswith(origin)
         and count <= row["full_steps"] <= count + slack
     ]

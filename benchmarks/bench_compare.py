@@ -75,8 +75,8 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     texts = prompts(name, unseen, seed=1, split="test")
     options = dict(seed=1000, batch_size=batch_size)
     result = compare(pipe, texts, contenders, call, advance=advance, **options)
-    ours = [method for method in contenders if method.name == "lesa"]
-    judged = compare(pipe, texts, ours, call, judges=[attributes], **options)  # it is slow
+    mine = [method for method in contenders if method.name == OURS]
+    judged = compare(pipe, texts, mine, call, judges=[attributes], **options)  # it is slow
     result.plain_more |= judged.plain_more
     scores = {row["label"]: row["scores"] for row in judged.rows}
     for row in result.rows:
@@ -87,9 +87,9 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
 
 def shares(result: Comparison) -> dict[str, dict[str, float]]:
     """What the checker found in the plain run's and lesa's pictures."""
-    runs = [("plain run", result.plain_more["scores"])]
-    runs += [(row["label"], row["scores"]) for row in result.rows if row["method"] == "lesa"]
-    return {label: {key: s["value"] for key, s in scores.items()} for label, scores in runs}
+    found = result.scores()
+    mine = {row["label"]: found[row["label"]] for row in ours(result.rows)}
+    return {"plain run": found[PLAIN], **mine}
 
 
 def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

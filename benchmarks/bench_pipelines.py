@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from _environment import RESULTS, environment, write
 from _verdict import judge, show
+from bench_compare import hidden
 
 import lesa
 from lesa.demo import UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, compare
-from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.method import Bench
 from lesa.evaluation.methods import build_all
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.testbed.checker import accuracy
@@ -34,16 +35,6 @@ OTHERS = tuple(name for name in PIPELINES if name != "flux")
 
 
 PEERS = ("fewer-steps", "fora", "taylorseer-1", "hicache", "foca", "spectrum")
-
-
-def hidden(
-    pipe: Any, seen: list[str], counts: tuple[int, ...], call: dict[str, Any]
-) -> list[Method]:
-    """lesa on the hidden tap, a method of its own name."""
-    steps = call["num_inference_steps"]
-    forecaster = lesa.train(pipe, seen, steps, counts, tap="hidden", call=call, progress=False)
-    lists = [forecaster.schedule_for(count, steps) for count in counts]
-    return [Method("lesa-hidden", steps, forecaster, full, "searched") for full in lists]
 
 
 def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
@@ -59,7 +50,7 @@ def measure(name: str, calibration: int, unseen: int) -> dict[str, Any]:
     bench = Bench(steps, pipe, call, seen, forecaster)
     names = (*PEERS, *(("deepcache",) if has_unet else ()), "lesa")
     methods = build_all(names, counts, bench, searched=True)
-    methods += hidden(pipe, seen, counts[-1:], call) if has_unet else []
+    methods += [hidden(pipe, seen, counts[-1], call)] if has_unet else []
     texts = prompts(name, unseen, seed=1, split="test")
     result = compare(pipe, texts, methods, call, seed=1000, batch_size=16, keep_pictures=len(texts))
     verdicts = judge(result.rows, counts, steps)

@@ -33,7 +33,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     Raises: LesaError for an unknown pipeline or an unwritable folder.
     """
     import lesa
-    from lesa.evaluation.compare import PLAIN, compare
+    from lesa.evaluation.compare import compare
     from lesa.evaluation.judges import attributes
     from lesa.evaluation.method import Bench
     from lesa.evaluation.methods import build_all
@@ -73,11 +73,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
             judges=[attributes],
             advance=advance,
         )
-    judged = {PLAIN: result.plain_more["scores"], **{r["label"]: r["scores"] for r in result.rows}}
-    right = {
-        label: {name: found["value"] for name, found in scores.items()}
-        for label, scores in judged.items()
-    }
+    right = result.scores()
     seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
     facts = {**seconds, "attributes": right}
     shown = ("deepcache" if "deepcache" in names else "taylorseer-1", "lesa")

@@ -8,7 +8,8 @@ undoes all of it.
 from __future__ import annotations
 
 import warnings
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +30,7 @@ from lesa.swap import (
     swap,
 )
 
-__all__ = ["attach", "attached", "detach", "refuse_other_cache"]
+__all__ = ["attach", "attached", "controlled", "detach", "refuse_other_cache"]
 
 
 _COMPILED_LATE = (
@@ -101,6 +102,17 @@ def detach(model: nn.Module) -> None:
     denoiser.unwatch()
     _clean(core, denoiser.spec)
     restore(model)
+
+
+@contextmanager
+def controlled(models: Iterable[nn.Module], controller: Controller, pipe: Any) -> Iterator[None]:
+    """`attach` one controller and one clock to the denoisers of a pipeline for a while."""
+    clock = StepClock(pipe)
+    with ExitStack() as stack:
+        for model in models:
+            attach(model, controller, clock=clock)
+            stack.callback(detach, model)
+        yield
 
 
 def attached(model: nn.Module) -> Denoiser | None:

@@ -286,9 +286,9 @@ def test_who_does_not_come_down_to_the_count_is_no_opponent():
 
 
 def test_a_bound_is_drawn_as_a_line_of_its_own(contest):
-    rows = [{**contest.rows[0], "limit": 95.0}, {**contest.rows[0], "limit": 90.0, "seconds": 0.1}]
+    rows = [{**contest.rows[0], "limit": dB, "seconds": s} for dB, s in ((95.0, 2.0), (90.0, 1.0))]
     (bound,) = _limit(rows, "seconds").values()
-    assert bound == [(0.1, 90.0), (contest.rows[0]["seconds"], 95.0)]
+    assert bound == [(1.0, 90.0), (2.0, 95.0)]
     assert _limit(contest.rows, "seconds") == {}
     drawn = []
     with mock.patch("lesa.evaluation.charts.figure_png", drawn.append):

@@ -69,6 +69,15 @@ class Comparison:
     plain_tflops: float = 0.0
     plain_more: dict[str, Any] = field(default_factory=dict)  # peak_bytes, scores
 
+    def scores(self) -> dict[str, dict[str, float]]:
+        """Label (and "plain") -> name -> mean of what a judge said, where one was asked."""
+        judged = {PLAIN: self.plain_more, **{row["label"]: row for row in self.rows}}
+        return {
+            label: {name: found["value"] for name, found in part["scores"].items()}
+            for label, part in judged.items()
+            if "scores" in part
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures."""
         return {

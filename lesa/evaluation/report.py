@@ -88,9 +88,14 @@ def _in_grid(rows: Sequence[Row], shown: Sequence[str] | None) -> list[str]:
         return [row["label"] for row in rows]
     found: list[str] = []
     for row in ours(rows):
-        best = [best_peer(rows, wanted(row), lists) for lists in ("own", "searched")]
-        found += [row["label"], *(peer["label"] for peer in best if peer)]
+        found += [row["label"], *_best_peers(rows, row)]
     return list(dict.fromkeys(found))
+
+
+def _best_peers(rows: Sequence[Row], row: Row) -> list[str]:
+    """Labels of the best peer on its own list, and of the best on searched steps."""
+    best = (best_peer(rows, wanted(row), lists) for lists in ("own", "searched"))
+    return [peer["label"] for peer in best if peer]
 
 
 def _worst_file(part: Worst) -> str:
@@ -131,9 +136,8 @@ def _headlines(rows: Sequence[Row], found: Sequence[dict[str, Any]]) -> list[dic
     """Each of lesa's rows against the best peer on its own list, and on searched steps."""
     lines = []
     for row in ours(rows):
-        best = [best_peer(rows, wanted(row), lists) for lists in ("own", "searched")]
         pairs = {duel["b"]: duel for duel in found if duel["a"] == row["label"]}
-        mine = [pairs[peer["label"]] for peer in best if peer]
+        mine = [pairs[label] for label in _best_peers(rows, row)]
         lines.append({"count": wanted(row), "row": row, "duels": mine})
     return lines
 

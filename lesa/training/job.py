@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from lesa.api import find_denoisers
-from lesa.clock import Step, StepClock
+from lesa.clock import Step
 from lesa.denoiser import Controller, Denoiser
 from lesa.errors import LesaError
-from lesa.hooks import attach, detach
+from lesa.hooks import controlled
 from lesa.prompts import pictures_per_prompt, prompt_arguments
 from lesa.training.progress import Progress
 
@@ -61,15 +61,9 @@ class Job:
         with torch.no_grad():
             return self.pipe(generator=noise, **call)[0]
 
-    @contextmanager
-    def controlled(self, controller: Controller) -> Iterator[None]:
+    def controlled(self, controller: Controller) -> AbstractContextManager[None]:
         """Let ``controller`` decide every call of the denoisers; they are as before afterwards."""
-        clock = StepClock(self.pipe)
-        with ExitStack() as stack:
-            for model in self.models:
-                attach(model, controller, clock=clock)
-                stack.callback(detach, model)
-            yield
+        return controlled(self.models, controller, self.pipe)
 
     def fingerprint(self, num_inference_steps: int) -> str:
         """Short hash of everything but the prompts that statistics depend on."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.forecasters.taylor import lagrange
 from lesa.schedule import Schedule
 from lesa.training.search import balanced
 
@@ -140,13 +141,10 @@ class Lane:
 
     def _line(self, step: int, columns: int) -> Tensor:
         """The row of a line through two features, followed no farther than they are apart."""
-        row = torch.zeros(columns, dtype=torch.float64)
-        newest, *older = self.schedule.cached_before(step, min(2, self.history))
-        row[0] = 1
-        if older:
-            ahead = min(1.0, (step - newest) / (newest - older[0]))
-            row[:2] = torch.tensor([1 + ahead, -ahead])
-        return row
+        cached = self.schedule.cached_before(step, min(2, self.history))
+        farthest = 2 * cached[0] - cached[-1]
+        weights = lagrange(min(step, farthest), cached)
+        return torch.tensor(weights + [0.0] * (columns - len(weights)), dtype=torch.float64)
 
     def _target(self, at: Visit, truth: Tensor, latent: Tensor, base_latent: Tensor) -> Tensor:
         """v_base, what steers back, and what an earlier branch of this step still owes."""

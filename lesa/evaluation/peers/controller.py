@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lesa import hooks
 from lesa.api import find_denoiser
 from lesa.clock import Step
 from lesa.denoiser import Denoiser, core_of
@@ -17,7 +18,6 @@ from lesa.errors import RunError
 from lesa.evaluation.method import Use
 from lesa.evaluation.peers.layouts import Layout, known_layout
 from lesa.evaluation.peers.metering import held_bytes
-from lesa.hooks import attach, detach
 from lesa.models import ModelSpec, model_spec
 
 S = TypeVar("S")
@@ -107,8 +107,5 @@ def controlled(pipe: Any, make: Callable[[nn.Module], StepCache[Any]]) -> Iterat
     """A controller on a pipeline's denoiser for a while; the model is as before afterwards."""
     model = find_denoiser(pipe)
     controller = make(model)
-    attach(model, controller, pipe)
-    try:
+    with hooks.controlled([model], controller, pipe):
         yield Use(lambda: controller.cache_bytes, lambda: controller.full_steps)
-    finally:
-        detach(model)

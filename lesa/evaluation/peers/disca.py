@@ -19,7 +19,7 @@ from lesa.denoiser import Denoiser, core_of
 from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.runs import generate
-from lesa.hooks import attach, detach
+from lesa.hooks import controlled
 from lesa.models import model_spec
 from lesa.prompts import pictures_per_prompt, settings_of
 from lesa.schedule import Schedule
@@ -114,7 +114,7 @@ def disca(pipe: Any, predictor: Predictor, schedule: Schedule) -> Iterator[Use]:
     [B, L, C] per guidance branch.
     """
     controller = _Controller(predictor, schedule)
-    with _attached(pipe, controller):
+    with controlled([find_denoiser(pipe)], controller, pipe):
         yield Use(lambda: sum(feature.nbytes for feature in controller.cached.values()))
 
 
@@ -211,7 +211,7 @@ def _collect(bench: Bench, teacher: _Teacher, stage: int) -> list[_Sample]:
     settings = {**bench.settings, "num_inference_steps": bench.num_steps, "output_type": "latent"}
     each = pictures_per_prompt(settings)
     seed = bench.seed + stage * each * len(prompts)
-    with _attached(bench.pipe, teacher):
+    with controlled([find_denoiser(bench.pipe)], teacher, bench.pipe):
         for start in range(0, len(prompts), BATCH):
             rows = range(start, min(start + BATCH, len(prompts)))
             own = settings_of(settings, rows, len(bench.calibration))
@@ -226,16 +226,6 @@ def _learn(predictor: Predictor, optimizer: torch.optim.Optimizer, sample: _Samp
     optimizer.zero_grad()
     mse_loss(forecast, sample.target).backward()
     optimizer.step()
-
-
-@contextmanager
-def _attached(pipe: Any, controller: _Controller) -> Iterator[None]:
-    model = find_denoiser(pipe)
-    attach(model, controller, pipe)
-    try:
-        yield
-    finally:
-        detach(model)
 
 
 @contextmanager

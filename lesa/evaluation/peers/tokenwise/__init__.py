@@ -18,7 +18,7 @@ from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.tokenwise.blocks import Rotary, run_double, run_single
 from lesa.evaluation.peers.tokenwise.memory import Cell, Moment, Rule
 from lesa.evaluation.peers.tokenwise.rules import ClusCa, DuCa, ToCa
-from lesa.hooks import attach, detach
+from lesa.hooks import controlled
 from lesa.schedule import Schedule
 
 __all__ = ["TOKENWISE", "ClusCa", "DuCa", "ToCa", "Tokenwise", "tokenwise"]
@@ -81,17 +81,16 @@ def tokenwise(pipe: Any, rule: Rule, schedule: Schedule) -> Iterator[Use]:
     core: Any = core_of(model)
     doubles, singles = core.transformer_blocks, core.single_transformer_blocks
     cache = _Cache(rule, schedule, len(doubles), len(singles))
-    attach(model, cache, pipe)
-    for i, block in enumerate(doubles):
-        block.forward = partial(cache.run_block, run_double, block, i)
-    for i, block in enumerate(singles, len(doubles)):
-        block.forward = partial(cache.run_block, run_single, block, i)
-    try:
-        yield Use(cache.nbytes)
-    finally:
-        for block in (*doubles, *singles):
-            del block.forward
-        detach(model)
+    with controlled([model], cache, pipe):
+        for i, block in enumerate(doubles):
+            block.forward = partial(cache.run_block, run_double, block, i)
+        for i, block in enumerate(singles, len(doubles)):
+            block.forward = partial(cache.run_block, run_single, block, i)
+        try:
+            yield Use(cache.nbytes)
+        finally:
+            for block in (*doubles, *singles):
+                del block.forward
 
 
 class _Cache:
