@@ -1,4 +1,5 @@
-"""Lanes with more coefficients than lesa has, to measure whether they would pay."""
+"""Lanes with more than lesa's have, to measure whether it would pay: coefficients per group, an eye
+on the forecast error."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from math import pi, sqrt
 import torch
 from torch import Tensor
 
-from lesa.training.lane import Lane, Tail, Visit, guided, ridge_fit
+from lesa.forecasters.taylor import lagrange
+from lesa.training.lane import FixedLane, Lane, Tail, Visit, guided, mixed, ridge_fit
 
 
 @dataclass
@@ -72,6 +74,34 @@ class GroupedLane(Lane):
             return mixed
         plane = dct(mixed.shape[-2]).T @ mixed @ dct(mixed.shape[-1])
         return packed(plane).reshape(like.shape)
+
+
+@dataclass
+class WatchedLane(FixedLane):
+    """A fitted lane that notes, at every full step, how far a line through the two features before
+    it is from the feature that the model gives: all that a guard can see without a run more."""
+
+    seen: dict[str, list[Tensor]] = field(default_factory=dict)  # branch -> [pictures] a full step
+
+    def begin(self) -> None:
+        super().begin()
+        self.seen = {}
+
+    def push(self, branch: str, feature: Tensor) -> None:
+        ring, seen = self.rings.get(branch, []), self.seen.setdefault(branch, [])
+        error = feature.new_zeros(feature.shape[1])
+        if len(ring) > 1:
+            step, newest, older = reversed(self.schedule.full_steps[len(seen) - 2 : len(seen) + 1])
+            line = mixed(lagrange(step, (newest, older)), ring[:2])
+            away, size = (line - feature).movedim(1, 0), feature.movedim(1, 0)
+            error = away.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1)
+        seen.append(error)
+        super().push(branch, feature)
+
+    def surprise(self) -> Tensor:
+        """Mean relative error over the first half of the full steps, [pictures]."""
+        half = -(-len(self.schedule.full_steps) // 2)
+        return torch.stack([error for seen in self.seen.values() for error in seen[:half]]).mean(0)
 
 
 def dct(size: int) -> Tensor:

@@ -4,8 +4,9 @@ Every variant is trained on the same calibration prompts and then runs the same 
 one call of the pipeline, beside the plain run. Measured in dB of the final latent (its mean square
 over the mean squared error), prompt by prompt, and as a paired difference, with its bootstrap
 interval, from the coefficients that `lesa.train` has before it fits all gaps together: the other
-variants have not had that last fit either. benchmarks/results/ablations.json keeps the pipelines
-that are not asked for.
+variants have not had that last fit either. At 10 full steps also numbers of calibration prompts and
+the hidden tap; below the largest count also a guard, which gives some prompts the next larger
+count. benchmarks/results/ablations.json keeps the pipelines that are not asked for.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
-from _richer import GroupedLane
+from _richer import GroupedLane, WatchedLane
 from torch import Tensor
 
 from lesa.evaluation.intervals import bootstrap, mean
@@ -40,29 +42,37 @@ REFERENCE = "step by step in closed loop"  # what every other row is compared wi
 COUNTS = (13, 10, 8, 6)
 PROMPTS = (1, 5, 10, 50, 100)  # calibration prompts that are tried
 CALIBRATION = 16
+EDGES = (
+    (0.95, 0.7),
+    (0.9, 0.4),
+    (0.8, 0.5),
+    (0.7, 0.3),
+    (0.6,),
+)  # of the stages, beside (0.9, 0.5)
+GUARDED = 8  # one prompt in so many gets more full steps
 
 
 def frozen(lane: Lane) -> Lane:
     """A fitted lane, to be run as it is on other prompts."""
     if isinstance(lane, GroupedLane):
         return replace(lane, frozen=True)
-    return FixedLane.of(lane) if not isinstance(lane, FixedLane) else lane
+    return lane if isinstance(lane, FixedLane) else WatchedLane.of(lane)
 
 
 class Study:
     """The default training of one pipeline, and variants of it."""
 
-    def __init__(self, name: str, calibration: int) -> None:
+    def __init__(self, name: str, calibration: int, tap: str = "output") -> None:
         self.pipe, call = load(name), settings(name)
         self.steps = call.pop("num_inference_steps")
-        self.name, self.call = name, call
-        self.job = Job(self.pipe, prompts(name, calibration, seed=0, split="train"), call)
+        self.name = name
+        self.job = Job(self.pipe, prompts(name, calibration, seed=0, split="train"), call, tap)
         self.statistics = collect(self.job, self.steps)
         self.calibrator = self.calibrate(self.job, self.statistics)
 
     def calibrate(self, job: Job, statistics: Statistics, **fields: Any) -> Calibrator:
         """A calibrator whose forecaster has its continuous coefficients fitted already."""
-        known = dict(branches=statistics.branches, num_steps=statistics.num_steps)
+        known = dict(branches=statistics.branches, num_steps=statistics.num_steps, tap=job.tap)
         learned = LesaForecaster(**{**known, "uses_latent": statistics.has_latent, **fields})
         if learned.form == "continuous":
             fit_continuous(learned, [statistics])
@@ -93,8 +103,9 @@ class Study:
             "continuous KAN alone, 5 stages": lambda: self._form(
                 self._net(stages=(0.95, 0.85, 0.6, 0.3)), plan
             ),
+            "continuous KAN alone, edges searched": lambda: self._edges(plan),
             "nothing learned: a line in sigma": lambda: self._form(self._net(form="table"), plan),
-            "closed loop fitted twice": lambda: self._again(leader),
+            "closed loop repeated until it stops helping": lambda: self._again(leader),
         }
         known |= {f"history of {k}": lambda k=k: self._with(plan, history=k) for k in (1, 2, 4, 5)}
         if self.name in ("flux", "qwen"):
@@ -111,18 +122,14 @@ class Study:
         calibrator = self.calibrate(job, collect(job, self.steps))
         return calibrator.refine(calibrator.fit(calibrator.search([count])), 2)[0]
 
-    def judge(self, lanes: Sequence[Lane], unseen: int) -> list[Tensor]:
-        """dB of the final latent of each unseen prompt, for each lane."""
+    def judge(self, lanes: Sequence[Lane], unseen: int) -> list[Lane]:
+        """The lanes after a run on unseen prompts, which gives each its scores: dB of the final
+        latents."""
         texts = prompts(self.name, unseen, seed=1, split="test")
         ready = [frozen(lane) for lane in lanes]
-        run_lanes(
-            Job(self.pipe, texts, self.call, seed=1000),
-            ready,
-            self.calibrator._prior,
-            self.steps,
-            self.statistics,
-        )
-        return [lane.score for lane in ready if lane.score is not None]
+        job = replace(self.job, prompts=texts, seed=1000)
+        run_lanes(job, ready, self.calibrator._prior, self.steps, self.statistics)
+        return ready
 
     def _fitted(self, lane: Lane) -> Lane:
         run_lanes(self.job, [lane], self.calibrator._prior, self.steps, self.statistics)
@@ -131,24 +138,32 @@ class Study:
     def _with(self, plan: Schedule, **fields: Any) -> Lane:
         return self.calibrate(self.job, self.statistics, **fields).fit([plan])[0]
 
+    @cache  # noqa: B019 - one study per pipeline
     def _net(self, **fields: Any) -> Calibrator:
         return self.calibrate(self.job, self.statistics, **fields)
 
-    def _form(self, calibrator: Calibrator, plan: Schedule) -> Lane:
+    def _form(self, calibrator: Calibrator, plan: Schedule) -> FixedLane:
         sigmas = self.statistics.sigmas
         rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
         return FixedLane(plan, 3, True, rows=rows)
 
+    def _edges(self, plan: Schedule) -> Lane:
+        lanes = [self._form(self._net(stages=edges), plan) for edges in EDGES]
+        run_lanes(self.job, lanes, None, self.steps, self.statistics)
+        return max(lanes, key=quality)
+
     def _open_loop(self, plan: Schedule) -> Lane:
         judge, rows = self.calibrator.judge, {}
+        has_latent = self.statistics.has_latent
         for branch in self.statistics.branches:
-            rows[branch] = torch.zeros(self.steps, 4, dtype=torch.float64)
+            rows[branch] = torch.zeros(self.steps, 3 + has_latent, dtype=torch.float64)
             for step in plan.skipped_steps:
                 cached = plan.cached_before(step, 3)
                 _, weights = judge.coefficients(branch, step, cached)
                 rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
-                rows[branch][step, -1] = weights[-1]
-        return FixedLane(plan, 3, True, rows=rows)
+                if has_latent:
+                    rows[branch][step, -1] = weights[-1]
+        return FixedLane(plan, 3, has_latent, rows=rows)
 
     def _mean_only(self, count: int) -> Lane:
         share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0
@@ -158,12 +173,13 @@ class Study:
             search.TAIL_SHARE = share
 
     def _again(self, leader: Lane) -> Lane:
-        rows = dict(leader.coefficients)
-        lane = replace(leader, ridge=1e-3)
-        run_lanes(
-            self.job, [lane], lambda _plan, _sigmas, b: rows[b].clone(), self.steps, self.statistics
-        )
-        return lane
+        rows, lane = dict(leader.coefficients), replace(leader, ridge=1e-3)
+
+        def known(_plan: Schedule, _sigmas: Sequence[float], branch: str) -> Tensor:
+            return rows[branch].clone()
+
+        run_lanes(self.job, [lane], known, self.steps, self.statistics)
+        return self._again(lane) if quality(lane) > quality(leader) else leader
 
     def _grouped(self, leader: Lane, groups: str, edges: tuple[float, ...] = ()) -> Lane:
         lanes = [
@@ -174,8 +190,10 @@ class Study:
         return max(lanes, key=quality)
 
 
-def row(name: str, count: int, scores: Tensor, reference: Tensor, seconds: float) -> dict[str, Any]:
-    """A variant against the reference, prompt by prompt."""
+def row(
+    name: str, count: int, scores: Tensor, reference: Tensor, seconds: float | None
+) -> dict[str, Any]:
+    """A variant against the reference, prompt by prompt; `seconds` of its training alone."""
     gain = bootstrap(mean, scores - reference)
     found = {
         "variant": name,
@@ -194,11 +212,37 @@ def row(name: str, count: int, scores: Tensor, reference: Tensor, seconds: float
     return found
 
 
+def guards(count: int, more: int, watched: Lane, richer: Tensor) -> dict[str, Tensor]:
+    """Name -> scores where one prompt in eight runs with the next larger number of full steps:
+    those with the largest forecast errors in the first half of the run, or, as a bound, those that
+    end worst."""
+    assert isinstance(watched, WatchedLane) and watched.score is not None
+    found = {}
+    signals = {"largest early forecast error": watched.surprise(), "worst end": -watched.score}
+    for name, signal in signals.items():
+        chosen = signal.argsort(descending=True)[: len(signal) // GUARDED]
+        scores = watched.score.clone()
+        scores[chosen] = richer[chosen]
+        found[f"{more} full steps for the eighth with the {name}"] = scores
+    return found
+
+
+def hidden(name: str, plan: Schedule, unseen: int) -> dict[str, Tensor]:
+    """Name -> scores of the hidden tap on a step list, by what its rows are fitted to."""
+    study = Study(name, CALIBRATION, tap="hidden")
+    lanes = {
+        "hidden tap, rows fitted to the outputs behind it": study.calibrator.fit([plan])[0],
+        "hidden tap, least squares on its features": study._open_loop(plan),
+    }
+    judged = study.judge(list(lanes.values()), unseen)
+    return dict(zip(lanes, (lane.score for lane in judged), strict=True))
+
+
 def measure(
     name: str, counts: Sequence[int], unseen: int, numbers: Sequence[int]
 ) -> dict[str, Any]:
     """All rows of one pipeline."""
-    study, rows = Study(name, CALIBRATION), []
+    study, rows, larger = Study(name, CALIBRATION), [], None
     for leader in study.leaders(counts):
         count, trained, seconds = len(leader.schedule.full_steps), {}, {}
         variants = study.variants(leader)
@@ -210,9 +254,15 @@ def measure(
             started = time.perf_counter()
             trained[variant] = train()
             seconds[variant] = time.perf_counter() - started
-        scores = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
+        judged = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
+        scores = {variant: lane.score for variant, lane in judged.items()}
+        reference = scores[REFERENCE]
+        scores |= hidden(name, leader.schedule, unseen) if count == 10 else {}
+        if larger is not None:
+            scores |= guards(count, larger[0], judged[REFERENCE], larger[1])
+        larger = count, reference
         rows += [
-            row(variant, count, score, scores[REFERENCE], seconds[variant])
+            row(variant, count, score, reference, seconds.get(variant))
             for variant, score in scores.items()
         ]
     return {
