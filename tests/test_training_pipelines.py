@@ -162,6 +162,28 @@ def test_early_rows_are_drawn_to_a_line_and_later_ones_are_not(full, line):
     torch.testing.assert_close(found[0.9], drawn, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_behind_a_norm_the_fit_is_no_worse_than_where_it_began(seed):
+    """A norm hides the scale of a feature: an undamped Gauss-Newton step ended anywhere, 40 dB
+    below the row that it began with."""
+    torch.manual_seed(seed)
+    still, slope, bend = (torch.randn(1, 2, 40) for _ in range(3))
+    path = [still + 0.05 * t * slope + 0.01 * t * t * bend for t in range(4)]
+
+    def tail(feature):
+        return torch.nn.functional.layer_norm(feature, (40,))
+
+    truth = tail(path[3]) + 0.05 * torch.randn(1, 2, 40)
+    prior = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
+    lane = Lane(Schedule.explicit((0, 1, 2), 4), 3, uses_latent=False)
+    for feature in path[:3]:
+        lane.push("cond", feature)
+    lane.coefficients["cond"] = torch.stack([torch.zeros_like(prior)] * 3 + [prior])
+    output = lane.forecast(Visit(3, "cond"), truth, truth, truth, tail)
+    began = tail(2 * path[2] - path[1])
+    assert (output - truth).norm() <= (began - truth).norm()
+
+
 def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
     """Gauss-Newton through a tail that drops half of the feature: the best row by float64 search
     over the outputs, not the best row of the features."""

@@ -15,6 +15,7 @@ from lesa.training.search import balanced
 
 EARLY = 0.85  # noise level above which a row is fitted with caution
 GAUSS_NEWTON = 2  # rounds of linearising the tail
+DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)  # of a round, relative to the slopes' mean energy
 MOVE = 0.05  # of a coefficient, for its derivative: features cancel below, the tail bends above
 
 Tail = Callable[[Tensor], Tensor]  # feature [rows, pictures, ...] -> output
@@ -121,7 +122,9 @@ class Lane:
         """The row whose output comes nearest to the target.
 
         Behind a ``tail`` only what it lets through matters: Gauss-Newton on its outputs, with
-        differences of the row's entries as derivatives.
+        differences of the row's entries as derivatives. Of several dampings the one counts whose
+        true output is nearest: a norm hides the scale of a feature, so that an undamped step may
+        end anywhere.
         """
         if tail is None:
             return ridge_fit([guided(p, at.shares) for p in regressors], target, prior, self.ridge)
@@ -136,7 +139,9 @@ class Lane:
             moves = MOVE * torch.eye(len(row), dtype=row.dtype)
             slopes = [(output(row + move) - here) / MOVE for move in moves]
             rest = target - here + mixed(row.tolist(), slopes)
-            row = ridge_fit(slopes, rest, prior, self.ridge)
+            near = [row, *(ridge_fit(slopes, rest, row, damping) for damping in DAMPINGS)]
+            misfits = [float((output(r) - target).square().sum()) for r in near]
+            row = near[misfits.index(min(misfits))]
         return row
 
     def _line(self, step: int, columns: int) -> Tensor:
