@@ -32,6 +32,7 @@ class Calibrator:
     def __init__(self, job: Job, forecaster: LesaForecaster, statistics: Statistics) -> None:
         self.job, self.forecaster, self.statistics = job, forecaster, statistics
         self.judge = OpenLoop(statistics, forecaster.settings.history)
+        self.base: Tensor | None = None  # final latents of the plain run, once lanes have run
 
     def search(self, counts: Sequence[int]) -> list[Schedule]:
         """The best step list on the statistics for each number of full steps."""
@@ -82,7 +83,8 @@ class Calibrator:
     def polish(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
         """All gaps of each lane fitted together, on the final latents."""
         started = time.perf_counter()
-        lanes = [polish(self.job, leader, self.statistics.sigmas, rounds) for leader in leaders]
+        sigmas = self.statistics.sigmas
+        lanes = [polish(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
         if rounds:
             self._say("fit on final latents", started, f"{len(lanes)} step lists, {rounds} rounds")
         return lanes
@@ -102,7 +104,7 @@ class Calibrator:
     def _run(self, lanes: Sequence[Lane]) -> None:
         if lanes:
             steps = self.statistics.num_steps
-            run_lanes(self.job, lanes, self._prior, steps, self.statistics)
+            self.base = run_lanes(self.job, lanes, self._prior, steps, self.statistics)
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""

@@ -25,20 +25,23 @@ RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of
 Place = tuple[str, int, int]  # branch, step, column
 
 
-def polish(job: Job, lane: Lane, sigmas: Sequence[float], rounds: int = 2) -> Lane:
+def polish(
+    job: Job, lane: Lane, sigmas: Sequence[float], rounds: int = 2, base: Tensor | None = None
+) -> Lane:
     """A lane whose final latents are nearer to the base run's, or the same lane.
 
     Minimises sum_p log |x_T - x_T^base|^2 over pictures, that is their mean dB: Gauss-Newton with
     each picture weighted by the inverse of its own squared error. The derivatives of each round
     are taken on another part of the prompts, so that a round costs no more with many of them; what
     races is judged like all lanes, on all prompts, by mean and worst decile. Early rows keep their
-    caution: what the final latents of a few prompts would make of them fails the odd one.
+    caution: what the final latents of a few prompts would make of them fails the odd one. ``base``
+    are the final latents of the plain run, where they are known.
     """
     best, num_steps = FixedLane.of(lane), len(sigmas) - 1
     places = _places(best, sigmas)
     if not places or not rounds:
         return lane
-    base = run_lanes(job, [best], None, num_steps)
+    base = run_lanes(job, [best], None, num_steps, base=base)
     parts = -(-len(job.prompts) // PROMPTS)
     for turn in range(rounds):
         some = range(turn % parts, len(job.prompts), parts)
