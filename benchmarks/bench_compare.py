@@ -26,6 +26,7 @@ from lesa.demo import FULL_STEPS, UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.methods import parse
 from lesa.evaluation.report import rich_table, write_report
 from lesa.evaluation.standing import OTHER_TAP, OURS, origin, ours
 from lesa.testbed import PIPELINES, load, prompts, settings
@@ -55,6 +56,8 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     steps = call["num_inference_steps"]
     counts, log, started = full_steps(pipe, steps), Progress(quiet=True), time.perf_counter()
     seen = prompts(name, CALIBRATION, seed=0, split="train")
+    peers = [method for method in methods.split(",") if method != OURS]
+    parse(peers, Bench(steps, pipe, call, seen))  # before the training, which takes a while
     forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=log)
     training = {
         "prompts": CALIBRATION,

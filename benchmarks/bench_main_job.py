@@ -1,14 +1,15 @@
-"""The main job in numbers: `python benchmarks/bench_main_job.py`; about 20 minutes on 2 CPU cores.
+"""Time and the taps: `python benchmarks/bench_main_job.py`; about 20 minutes on 2 CPU cores.
 
-Trains one default forecaster on the embedded pipeline, compares it on unseen prompts with every
-training-free method (each on its own published full steps, and on ours), times the training and
-the accelerated loop, and compares the taps. benchmarks/results/main_job.json is written anew after
-each part.
+Times the training of one forecaster of the embedded FLUX pipeline for one number of full steps, as
+`lesa train` does it, and of one for two step counts and three numbers; then the accelerated loop.
+Compares the latter at 28 steps with the training-free methods (bench_compare.py does so at 50), and
+the taps. benchmarks/results/main_job.json is written anew after each part.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 import time
 from pathlib import Path
@@ -17,23 +18,40 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
-from _verdict import judge, show
+from rich.console import Console
 
 import lesa
 from lesa.evaluation.compare import compare
 from lesa.evaluation.method import Bench, Method
-from lesa.evaluation.methods import build_all, parse
+from lesa.evaluation.methods import build_all
+from lesa.evaluation.report import rich_table
 from lesa.evaluation.runs import generate
 from lesa.testbed import captions, load, settings
 from lesa.training.progress import Progress
 
 COUNTS = (13, 10, 8)
-FEWER = {28: (10, 8)}  # full steps that are compared at another step count
+FEWER = 28, (10, 8)  # steps and full steps that are compared
+COLLECTED = r"^collect: ([\d.]+) s$"  # the line of the log that tells it
+METHODS = (
+    "fewer-steps", "fewer-steps-dpm++", "fewer-steps-unipc", "fora", "taylorseer-1", "hicache",
+    "spectrum", "foca", "lesa",
+)  # fmt: skip
 
 
-def train(pipe: Any, prompts: int, call: dict[str, Any]) -> tuple[lesa.LesaForecaster, dict]:
+def train_one(pipe: Any, calibration: list[str], call: dict[str, Any]) -> dict[str, Any]:
+    """What training takes for 10 of 50 steps: in all, and without collecting."""
+    started, report = time.perf_counter(), Progress(quiet=True)
+    lesa.train(pipe, calibration, 50, 10, call=call, progress=report)
+    seconds = time.perf_counter() - started
+    collected = next(float(s) for line in report.lines for s in re.findall(COLLECTED, line))
+    return {"prompts": len(calibration), "seconds": seconds, "without_collect": seconds - collected}
+
+
+def train(
+    pipe: Any, calibration: list[str], call: dict[str, Any]
+) -> tuple[lesa.LesaForecaster, dict]:
     """The forecaster for 50 and 28 steps, and what its training took."""
-    calibration = captions(prompts, seed=0, split="train")
+    prompts = len(calibration)
     plain = {**call, "output_type": "latent"}
     started = time.perf_counter()
     for steps in (50, 28):
@@ -95,9 +113,11 @@ def loop(
     return rows
 
 
-def taps(pipe: Any, prompts: int, unseen: list[str], call: dict[str, Any]) -> list[dict[str, Any]]:
+def taps(
+    pipe: Any, calibration: list[str], unseen: list[str], call: dict[str, Any]
+) -> list[dict[str, Any]]:
     """One forecaster per tap, fitted and judged alike at 10 full steps; decides `DEFAULT_TAP`."""
-    rows, calibration = [], captions(prompts, seed=0, split="train")
+    rows = []
     for tap in ("output", "hidden"):
         report = Progress(quiet=True)
         forecaster = lesa.train(
@@ -134,23 +154,22 @@ def main() -> None:
         report[name] = part
         write(options.out / "main_job.json", report)
 
-    forecaster, training = train(pipe, options.prompts, call)
+    calibration = captions(options.prompts, seed=0, split="train")
+    keep("training of one count", train_one(pipe, calibration, call))
+    forecaster, training = train(pipe, calibration, call)
     keep("training", training)
     unseen = captions(options.unseen, seed=1, split="test")
     keep("hardness", hardness(pipe, unseen, call))
-    for steps, counts in {50: COUNTS, **FEWER}.items():
-        own = {**call, "num_inference_steps": steps}
-        seen = captions(options.prompts, seed=0, split="train")
-        bench = Bench(steps, pipe, own, seen, forecaster)
-        methods = build_all(parse("all", bench), counts, bench, searched=True)
-        result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
-        verdicts = judge(result.rows, counts, steps)
-        show(f"{steps} steps, {len(unseen)} unseen prompts", result, verdicts)
-        keep(f"{steps} steps", {"rows": result.rows, "verdicts": verdicts})
+    steps, counts = FEWER
+    own = {**call, "num_inference_steps": steps}
+    methods = build_all(METHODS, counts, Bench(steps, pipe, own, [], forecaster), searched=True)
+    result = compare(pipe, unseen, methods, own, seed=1000, batch_size=16)
+    Console().print(rich_table(result.rows, result.plain_seconds, steps))
+    keep(f"{steps} steps", {"rows": result.rows})
     keep("loop", loop(pipe, forecaster, call, rounds=5))
     for row in report["loop"]:
         print({key: round(value, 4) for key, value in row.items()})
-    keep("taps", taps(pipe, options.prompts, unseen[:32], call))
+    keep("taps", taps(pipe, calibration, unseen[:32], call))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Write docs/results.md from the committed measurements: `python benchmarks/make_results.py`.
 
-Reads benchmarks/results/main_job.json, pipelines.json and compare/*.json (a comparison's own JSON
-with its environment), and where they are ablations.json and transfer.json. Nothing is measured
-here, and every number comes from these files.
+Reads benchmarks/results/compare/*.json (a comparison's own JSON with its environment),
+main_job.json, and where they are ablations.json and transfer.json. Nothing is measured here, and
+every number comes from these files.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from lesa.files import write_atomically  # noqa: E402
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 SEED = 1000  # of the unseen prompts, in all scripts
 METRICS = {"psnr_mean": "mean", "psnr_p10": "worst decile", "psnr_min": "minimum"}
+OF_VIDEOS = {"psnr_frame_min": "worst frame", "temporal_psnr": "change from frame to frame"}
 TARGETS = {  # dB by which lesa must be better than the best peer
     ("own", "psnr_mean"): 8.0,
     ("own", "psnr_p10"): 5.0,
@@ -68,18 +69,13 @@ def make(results: Path = RESULTS) -> str:
 
 def sources(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Titles and what was measured: {"rows", "environment", ...} of every comparison."""
-    main = json.loads((results / "main_job.json").read_text())
-    for steps in (50, 28):
-        shared = {key: main[key] for key in ("environment", "training")}
-        yield f"FLUX, {steps} steps (`main_job.json`)", {**shared, **main[f"{steps} steps"]}
-    for pipeline, part in json.loads((results / "pipelines.json").read_text()).items():
-        if pipeline != "environment":
-            steps = part["settings"]["num_inference_steps"]
-            yield f"{pipeline}, {steps} steps (`pipelines.json`)", part
     for path in sorted((results / "compare").glob("*.json")):
         part = json.loads(path.read_text())
         steps = part["settings"]["num_inference_steps"]
         yield f"{path.stem}, {steps} steps (`compare/{path.name}`)", part
+    main = json.loads((results / "main_job.json").read_text())
+    shared = {key: main[key] for key in ("environment", "training")}
+    yield "flux, 28 steps (`main_job.json`)", {**shared, **main["28 steps"]}
 
 
 def section(title: str, part: dict[str, Any]) -> Iterator[str]:
@@ -126,7 +122,8 @@ def provenance(part: dict[str, Any]) -> str:
 def against(rows: Sequence[Row]) -> Iterator[list[str]]:
     """A line per number of full steps and metric: lesa, the best peer on either kind of list."""
     for row in ours(rows):
-        for key, words in METRICS.items():
+        videos = {key: words for key, words in OF_VIDEOS.items() if key in row}
+        for key, words in {**METRICS, **videos}.items():
             cells = [f"{wanted(row)}" if key == "psnr_mean" else "", words, value(row, key)]
             for lists in LISTS:
                 peer = best(rows, wanted(row), lists, key)
