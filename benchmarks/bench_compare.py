@@ -57,7 +57,7 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     counts, log, started = full_steps(pipe, steps), Progress(quiet=True), time.perf_counter()
     seen = prompts(name, CALIBRATION, seed=0, split="train")
     peers = [method for method in methods.split(",") if method != OURS]
-    parse(peers, Bench(steps, pipe, call, seen))  # before the training, which takes a while
+    parse(peers or "all", Bench(steps, pipe, call, seen))  # before the long training
     forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=log)
     training = {
         "prompts": CALIBRATION,

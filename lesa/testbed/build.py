@@ -220,7 +220,7 @@ def hunyuan_autoencoder() -> AutoencoderKLHunyuanVideo:
         latent_channels=16,
         down_block_types=("HunyuanVideoDownBlock3D",) * 3,
         up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        block_out_channels=(8, 16, 32),
+        block_out_channels=(16, 32, 32),
         layers_per_block=1,
         norm_num_groups=4,
         spatial_compression_ratio=4,

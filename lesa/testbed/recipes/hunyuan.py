@@ -1,8 +1,8 @@
 """Train the embedded HunyuanVideo pipeline from nothing: ``python -m lesa.testbed.train hunyuan``.
 
-Four stages: the causal autoencoder on moving scenes of 9 frames; word order for the text encoder;
-the denoiser by flow matching; guidance distillation, since HunyuanVideo takes its guidance scale
-as an input.
+Four stages: the causal autoencoder on single frames and on moving scenes of 9; word order for the
+text encoder; the denoiser by flow matching; guidance distillation, since HunyuanVideo takes its
+guidance scale as an input.
 """
 
 from __future__ import annotations
@@ -39,35 +39,49 @@ class Plan:
 
     seed: int = 0
     vae_clips: int = 800
-    vae_steps: int = 1_500
-    vae_batch: int = 3
+    vae_steps: tuple[int, int] = (1_000, 2_000)  # on single frames, on clips
+    vae_batch: tuple[int, int] = (8, 4)
     vae_lr: float = 2e-3
     clips: int = 8_000
     order_steps: int = 400
-    base_steps: tuple[int, ...] = (2_000, 4_000, 4_000)
+    base_steps: tuple[int, ...] = (2_000, 4_000, 4_000, 2_600)
     base_batch: int = 16
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.998
-    distill_steps: int = 400
+    distill_steps: int = 250
     distill_lr: float = 2e-4
     guidance: tuple[float, float] = (1.0, 7.0)
     train_shift: float = 3.0
 
 
 def train_vae(run: Run, pipe: HunyuanVideoPipeline) -> None:
-    """Squared error, sharp edges and true motion, and a light KL term, on crowded clips."""
+    """Squared error, sharp edges and true motion, and a light KL term, on crowded clips: first on
+    single frames, a ninth of the work, then on quarters of the picture, a fourth of it; the last
+    fifth of the steps sees whole clips."""
     plan, vae = run.plan, pipe.vae
-    crowded = clips(plan.vae_clips, plan.seed, crowd=4)
-    pool = torch.cat([render_clips(part).half() for part in batches(crowded, 100)])
+    drawn = [clip for crowd in (1, 4) for clip in clips(plan.vae_clips, plan.seed, crowd=crowd)]
+    pool = torch.cat([render_clips(part).half() for part in batches(drawn, 100)])
+    frames, side = pool.shape[2], pool.shape[-1]
+
+    stills, moving = plan.vae_steps
 
     def loss_at(step: int) -> Tensor:
         generator = run.generator("vae", step)
-        videos = pool[torch.randint(0, len(pool), (plan.vae_batch,), generator=generator)].float()
+        count, times, size = plan.vae_batch[1], frames, side // 2
+        if step < stills:
+            count, times, size = plan.vae_batch[0], 1, side
+        elif step >= stills + 0.8 * moving:
+            count, size = count // 2, side
+        rows = torch.randint(0, len(pool), (count,), generator=generator)
+        t = torch.randint(0, frames - times + 1, (1,), generator=generator).item()
+        y, x = torch.randint(0, side - size + 1, (2,), generator=generator).tolist()
+        videos = pool[rows, :, t : t + times, y : y + size, x : x + size].float()
         posterior = vae.encode(videos).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         output = vae.decode(posterior.mean + posterior.std * noise).sample
-        changes = sum(F.l1_loss(output.diff(dim=d), videos.diff(dim=d)) for d in (-1, -2, -3))
+        wide = [d for d in (-1, -2, -3) if videos.shape[d] > 1]
+        changes = sum(F.l1_loss(output.diff(dim=d), videos.diff(dim=d)) for d in wide)
         divergence = posterior.kl().mean() / videos[0].numel()
         return 4 * F.mse_loss(output, videos) + 0.5 * changes + 1e-4 * divergence
 
@@ -83,8 +97,9 @@ class VideoPool(Pool):
         drawn = clips(run.plan.clips, run.plan.seed)
         if (state := run.load("pool")) is None:
             encode = pipe.vae.encode
-            parts = [encode(render_clips(part)).latent_dist.mean for part in batches(drawn, 16)]
-            latents = torch.cat(parts)
+            with torch.autocast("cpu", torch.bfloat16):  # 2.5 times as fast
+                parts = [encode(render_clips(part)).latent_dist.mean for part in batches(drawn, 4)]
+            latents = torch.cat(parts).float()
             scale = 1 / latents.std()
             state = {"latents": (latents * scale).half(), "scale": scale}
             run.save("pool", state)
@@ -116,14 +131,14 @@ def velocity(
 
 
 def export(pipe: HunyuanVideoPipeline, modules: Any, folder: Path) -> None:
-    """Write a ``from_pretrained`` folder, denoiser and autoencoder in half precision."""
+    """Write a ``from_pretrained`` folder in half precision."""
     HunyuanVideoPipeline(
-        text_encoder=modules["text_encoder"],
+        text_encoder=copy.deepcopy(modules["text_encoder"]).half(),
         tokenizer=pipe.tokenizer,
         transformer=copy.deepcopy(modules["transformer"]).half(),
         vae=copy.deepcopy(pipe.vae).half(),
         scheduler=pipe.scheduler,
-        text_encoder_2=modules["text_encoder_2"],
+        text_encoder_2=copy.deepcopy(modules["text_encoder_2"]).half(),
         tokenizer_2=pipe.tokenizer_2,
     ).save_pretrained(folder)
 
