@@ -66,6 +66,7 @@ PIPELINES = tuple(_ROWS)
 
 def load(name: str = "flux") -> Any:
     """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off."""
+    import torch
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     row = _ROWS.get(name)
@@ -80,7 +81,7 @@ def load(name: str = "flux") -> Any:
     shared = {}
     if row is not None and row.vae is not None:
         shared["vae"] = AutoencoderKL.from_pretrained(_HERE / row.vae / "vae")
-    pipe = DiffusionPipeline.from_pretrained(folder, **shared)
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **shared)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
     return pipe
