@@ -63,7 +63,6 @@ def train_vae(run: Run, pipe: HunyuanVideoPipeline) -> None:
     drawn = [clip for crowd in (1, 4) for clip in clips(plan.vae_clips, plan.seed, crowd=crowd)]
     pool = torch.cat([render_clips(part).half() for part in batches(drawn, 100)])
     frames, side = pool.shape[2], pool.shape[-1]
-
     stills, moving = plan.vae_steps
 
     def loss_at(step: int) -> Tensor:
