@@ -107,7 +107,7 @@ def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         for row in known["rows"]
         if row["label"] not in new
         and row["method"] != OURS
-        and (origin(row) == "own" or row["schedule"] in lists)
+        and (origin(row) == "own" or row["schedule"].split(";")[0] in lists)  # a note follows
     ]
     labels = {row["label"] for row in old}
     curves = {k: v for k, v in known["error_per_step"].items() if k in labels}

@@ -136,13 +136,13 @@ def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
         known = {"prompts": ["a"], "seed": 1, "settings": {}, "notes": []}
         return {**known, "rows": rows, "error_per_step": curves, **more}
 
-    own, there = row("fora", 10, "own: 0,5"), row("hicache", 10, "searched: 0,3")
+    own, there = row("fora", 10, "own: 0,5"), row("disca", 10, "searched: 0,3; 2 blocks")
     gone, mine = row("foca", 10, "searched: 0,2"), row("lesa", 10, "searched: 0,2")
     old = report([own, there, gone, mine], environment={"commit": "abc"})
     new = report([row("lesa", 10, "searched: 0,3"), row("fora", 8, "own: 0,7")])
     found = kept(old, new)
     assert [each["label"] for each in found["rows"]] == [
-        "fora own @10", "hicache sea @10", "lesa sea @10", "fora own @8",
+        "fora own @10", "disca sea @10", "lesa sea @10", "fora own @8",
     ]  # fmt: skip
     assert set(found["error_per_step"]) == {each["label"] for each in found["rows"]}
     assert found["notes"] == ["2 rows of other methods are kept from commit abc."]
