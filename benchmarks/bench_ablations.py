@@ -42,13 +42,7 @@ REFERENCE = "step by step in closed loop"  # what every other row is compared wi
 COUNTS = (13, 10, 8, 6)
 PROMPTS = (1, 5, 10, 50, 100)  # calibration prompts that are tried
 CALIBRATION = 16
-EDGES = (
-    (0.95, 0.7),
-    (0.9, 0.4),
-    (0.8, 0.5),
-    (0.7, 0.3),
-    (0.6,),
-)  # of the stages, beside (0.9, 0.5)
+EDGES = ((0.95, 0.7), (0.9, 0.4), (0.8, 0.5), (0.7, 0.3), (0.6,))  # of stages, that compete
 GUARDED = 8  # one prompt in so many gets more full steps
 
 
@@ -212,7 +206,7 @@ def row(
     return found
 
 
-def guards(count: int, more: int, watched: Lane, richer: Tensor) -> dict[str, Tensor]:
+def guards(more: int, watched: Lane, richer: Tensor) -> dict[str, Tensor]:
     """Name -> scores where one prompt in eight runs with the next larger number of full steps:
     those with the largest forecast errors in the first half of the run, or, as a bound, those that
     end worst."""
@@ -259,7 +253,7 @@ def measure(
         reference = scores[REFERENCE]
         scores |= hidden(name, leader.schedule, unseen) if count == 10 else {}
         if larger is not None:
-            scores |= guards(count, larger[0], judged[REFERENCE], larger[1])
+            scores |= guards(larger[0], judged[REFERENCE], larger[1])
         larger = count, reference
         rows += [
             row(variant, count, score, reference, seconds.get(variant))
