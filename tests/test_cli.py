@@ -431,6 +431,8 @@ def interrupt(args, ready, tmp_path) -> subprocess.CompletedProcess:
             [sys.executable, "-m", "lesa", *map(str, args)],
             stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=Path(__file__).parents[1],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Tests that were started in the background would pass on that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         deadline = time.monotonic() + 300  # a busy machine needs a minute to import torch
         while not ready() and process.poll() is None and time.monotonic() < deadline:
