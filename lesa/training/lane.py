@@ -43,7 +43,8 @@ class Lane:
 
     ``drift`` is beta of the target v* = v_base - beta pull (x - x_base), which also steers the
     latent back to the base path. ``ridge`` ties the fit to the prior coefficients, relative to the
-    mean energy of the regressors. With ``frozen`` the prior is run as it is, without a fit.
+    mean energy of the regressors; behind a tail `DAMPINGS` tie each round to the one
+    before. With ``frozen`` the prior is run as it is, without a fit.
 
     At high noise the picture is decided on, and what most calibration prompts do there is wrong for
     the odd one: of early rows a share, ``caution``, is the straight line through the two newest
@@ -128,20 +129,19 @@ class Lane:
         """
         if tail is None:
             return ridge_fit([guided(p, at.shares) for p in regressors], target, prior, self.ridge)
-        row = prior
+
+        def output(moved: Tensor) -> Tensor:
+            feature = mixed(moved.tolist(), regressors).to(regressors[0].dtype)
+            return guided(tail(feature), at.shares)
+
+        row, here = prior, output(prior)
+        moves = MOVE * torch.eye(len(row), dtype=row.dtype)
         for _ in range(GAUSS_NEWTON):
-
-            def output(moved: Tensor) -> Tensor:
-                feature = mixed(moved.tolist(), regressors).to(regressors[0].dtype)
-                return guided(tail(feature), at.shares)
-
-            here = output(row)
-            moves = MOVE * torch.eye(len(row), dtype=row.dtype)
             slopes = [(output(row + move) - here) / MOVE for move in moves]
             rest = target - here + mixed(row.tolist(), slopes)
-            near = [row, *(ridge_fit(slopes, rest, row, damping) for damping in DAMPINGS)]
-            misfits = [float((output(r) - target).square().sum()) for r in near]
-            row = near[misfits.index(min(misfits))]
+            near = [ridge_fit(slopes, rest, row, damping) for damping in DAMPINGS]
+            reached = [(row, here), *((moved, output(moved)) for moved in near)]
+            row, here = min(reached, key=lambda pair: float((pair[1] - target).square().sum()))
         return row
 
     def _line(self, step: int, columns: int) -> Tensor:
