@@ -5,12 +5,14 @@ the paper's counts; a U-Net also those of DeepCache), then runs all peers that c
 on its own published schedule and on the list that was searched for lesa, on the same unseen prompts
 and seeds; on a U-Net also lesa with a second forecaster for the hidden tap (`lesa-hidden`). Writes
 benchmarks/results/compare/<pipeline>.json, and with `--report FOLDER` also the HTML report. With
-`--methods lesa,foca` rows of other methods stay in the file where they ran on the same prompts.
+`--methods lesa,foca` rows of other methods stay in the file where they ran on the same prompts and
+weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -50,8 +52,10 @@ def hidden(pipe: Any, seen: list[str], count: int, call: dict[str, Any]) -> Meth
     return Method(OTHER_TAP, steps, forecaster, full, "searched")
 
 
-def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comparison, Any]:
-    """Training, comparison, and what was logged of the training."""
+def measure(
+    name: str, methods: str, unseen: int, batch_size: int
+) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison, and what else is known of it: the pipeline's weights and the training."""
     pipe, call = load(name), settings(name)
     steps = call["num_inference_steps"]
     counts, log, started = full_steps(pipe, steps), Progress(quiet=True), time.perf_counter()
@@ -85,7 +89,17 @@ def measure(name: str, methods: str, unseen: int, batch_size: int) -> tuple[Comp
     for row in result.rows:
         row |= {"scores": scores[row["label"]]} if row["label"] in scores else {}
     result.notes += left_out(methods, bench)
-    return result, training
+    return result, {"weights": digest(pipe), "training": training}
+
+
+def digest(pipe: Any) -> str:
+    """sha256 of the weights of all components, as they are loaded."""
+    found = hashlib.sha256()
+    for name, module in sorted(pipe.components.items()):
+        if isinstance(module, torch.nn.Module):
+            for key, tensor in module.state_dict().items():
+                found.update(f"{name}.{key}".encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def shares(result: Comparison) -> dict[str, dict[str, float]]:
@@ -98,7 +112,7 @@ def shares(result: Comparison) -> dict[str, dict[str, float]]:
 def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """What was found, and of an earlier file the rows of methods that did not run this time; those
     on step lists that are no longer lesa's are dropped."""
-    if any(known[key] != found[key] for key in ("prompts", "seed", "settings")):
+    if any(known.get(key) != found[key] for key in ("prompts", "seed", "settings", "weights")):
         return found
     new = {row["label"] for row in found["rows"]}
     lists = {row["schedule"] for row in ours(found["rows"])}
@@ -144,12 +158,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name in options.pipelines.split(","):
         begun = environment()  # its commit is what runs
-        result, training = measure(name, options.methods, options.unseen, options.batch_size)
+        result, facts = measure(name, options.methods, options.unseen, options.batch_size)
         steps = result.settings["num_inference_steps"]
         Console().print(rich_table(result.rows, result.plain_seconds, steps))
         if options.report:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
-        facts = {"environment": begun, "training": training, "attributes": shares(result)}
+        facts |= {"environment": begun, "attributes": shares(result)}
         found, path = rounded(result.to_dict() | facts), options.out / "compare" / f"{name}.json"
         write(path, kept(json.loads(path.read_text()), found) if path.exists() else found)
 

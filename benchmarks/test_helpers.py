@@ -133,7 +133,7 @@ def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
 
     def report(rows, **more):
         curves = {each["label"]: [0.1] for each in rows}
-        known = {"prompts": ["a"], "seed": 1, "settings": {}, "notes": []}
+        known = {"prompts": ["a"], "seed": 1, "settings": {}, "weights": "0", "notes": []}
         return {**known, "rows": rows, "error_per_step": curves, **more}
 
     own, there = row("fora", 10, "own: 0,5"), row("disca", 10, "searched: 0,3; 2 blocks")
@@ -146,4 +146,5 @@ def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
     ]  # fmt: skip
     assert set(found["error_per_step"]) == {each["label"] for each in found["rows"]}
     assert found["notes"] == ["2 rows of other methods are kept from commit abc."]
-    assert kept(old, {**new, "prompts": ["b"]})["rows"] == new["rows"]
+    for changed in ({"prompts": ["b"]}, {"weights": "1"}):
+        assert kept(old, {**new, **changed})["rows"] == new["rows"]
