@@ -44,12 +44,12 @@ class Plan:
     vae_lr: float = 2e-3
     clips: int = 8_000
     order_steps: int = 400
-    base_steps: tuple[int, ...] = (2_000, 4_000, 4_000, 2_600)
+    base_steps: tuple[int, ...] = (2_000, 4_000, 4_000, 2_600, 5_000)
     base_batch: int = 16
     base_lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.998
-    distill_steps: int = 250
+    distill_steps: int = 400
     distill_lr: float = 2e-4
     guidance: tuple[float, float] = (1.0, 7.0)
     train_shift: float = 3.0

@@ -33,7 +33,7 @@ class Plan:
     seed: int = 0
     scenes: int = 20_000
     order_steps: int = 500
-    base_steps: int = 4_000
+    base_steps: tuple[int, ...] = (4_000, 8_000)
     base_batch: int = 32
     base_lr: float = 8e-4
     caption_dropout: float = 0.12
