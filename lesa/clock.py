@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lesa.loop import executed_steps, first_step, order_of, pipe_on_stack
+from lesa.loop import executed_steps, first_step, guidance_parts, order_of, pipe_on_stack
 from lesa.noise import noise_levels, own_noise_levels
 
 __all__ = ["Step", "StepClock"]
@@ -31,6 +31,7 @@ class Step:
 
     `sigmas` holds `num_steps + 1` noise levels in [0, 1], strictly decreasing. `fresh` is true on
     the first call of a generation. `problem` says why the position cannot be trusted, else None.
+    `parts` is how often a call holds every picture, if the pipeline batches its guidance.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Step:
     branch: str
     fresh: bool
     problem: str | None = None
+    parts: int = 1
 
 
 @dataclass
@@ -59,6 +61,7 @@ class _Generation:
     run: _Run | None = None
     first: int = 0
     num_steps: int = 0
+    parts: int = 1
     sigmas: tuple[float, ...] = ()
     problem: str | None = None
     counting: bool = True
@@ -194,12 +197,14 @@ class StepClock:
         branch = name or "default"
         if ordinal:
             branch = f"{branch}#{ordinal}"
-        return Step(index, run.num_steps, run.sigmas, branch, fresh, _problem(run, index, ordinal))
+        problem = _problem(run, index, ordinal)
+        return Step(index, run.num_steps, run.sigmas, branch, fresh, problem, run.parts)
 
     def _begin(self, pipe: Any, scheduler: Any, timesteps: Any) -> _Generation:
         """Read what stays the same during a generation: no device is read at later steps."""
         run = _Generation(timesteps, None if pipe is None else weakref.ref(pipe))
         self._thread.generation = run
+        run.parts = guidance_parts(pipe)
         given = self._thread.fields.get("num_inference_steps")
         if scheduler is not None and timesteps is not None:
             run.first = first_step(pipe, scheduler, timesteps)

@@ -9,7 +9,7 @@ import torch
 
 from lesa.errors import RunError
 
-__all__ = ["executed_steps", "first_step", "order_of", "pipe_on_stack"]
+__all__ = ["executed_steps", "first_step", "guidance_parts", "order_of", "pipe_on_stack"]
 
 
 def order_of(scheduler: Any) -> int:
@@ -49,6 +49,12 @@ def executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
     # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
     is_caller = _is_view(now, timesteps) or not hasattr(pipe, "_current_timestep")
     return told if told and is_caller and told <= count else count
+
+
+def guidance_parts(pipe: Any) -> int:
+    """How often a call of the denoiser holds every picture where guidance is batched."""
+    kinds = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
+    return 1 + sum(bool(getattr(pipe, kind, False)) for kind in kinds)
 
 
 def pipe_on_stack(known: list[Any]) -> Any:

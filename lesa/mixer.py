@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lesa import eager, native, ops, ranges
+from lesa.errors import LesaError
 from lesa.plan import Plan
 from lesa.ring import Ring
 
@@ -44,12 +45,16 @@ class Mixer:
         self.plan, self.ring = plan, ring
         feature, device = ring.features[0], ring.data.device
         self.table = table = plan.on(device)
+        self._band: int | None = None
         self._mix: Callable[..., Any] = ops.implementation("mix", feature, ring.history)
         self._modulate: Callable[..., Any] = ops.implementation(
             "mix_modulate", feature, ring.history, {"bias": table.bias}
         )
         # Functions, not bound methods: those would make a cycle that keeps the ring alive.
         self._write, self._write_modulated = Mixer._eager, Mixer._launch_modulated
+        if plan.parts > 1:
+            self._take_parts(plan.parts)
+            return
         if self._mix is eager.mix or feature.dtype == torch.float64:  # whose rows stay float64
             return
         self._write = Mixer._triton
@@ -85,6 +90,18 @@ class Mixer:
             self._write_modulated(self, index, modulation, eps, out, feature)
         return out
 
+    def _take_parts(self, parts: int) -> None:
+        """Forecast each guidance part of a batch by rows of its own: to a kernel they are bands."""
+        feature = self.ring.features[0]
+        if len(feature) % parts:
+            raise LesaError(f"a batch of {len(feature)} does not hold {parts} guidance parts.")
+        self._band = feature.numel() // parts
+        options = {"band_size": self._band}
+        self._mix = ops.implementation("mix", feature, self.ring.history, options)
+        self._parts = list(zip(*(f.chunk(parts) for f in self.ring.features), strict=True))
+        plain = self._mix is eager.mix or feature.dtype == torch.float64
+        self._write = Mixer._eager_parts if plain else Mixer._triton
+
     def _launch_modulated(
         self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
     ) -> None:
@@ -97,19 +114,27 @@ class Mixer:
     def _native_modulated(
         self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
     ) -> None:
-        ring, bias = self.ring, self.plan.row(index).bias
+        ring, bias = self.ring, self.plan.of(index)[0].bias
         scale, shift = modulation.rows[index]
         self._modulate(
             ring.data, ring.slots, self._rows[index], bias, scale, shift, eps, out, feature
         )
 
     def _eager(self, index: int, out: Tensor, latent: Tensor | None) -> None:
-        coefficients, own, bias = self.plan.row(index)
+        coefficients, own, bias = self.plan.of(index)[0]
         ring = self.ring
         eager.mix_row(ring.features, ring.order, coefficients, out, latent, own, bias)
 
+    def _eager_parts(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        rows = self.plan.of(index)
+        outs = out.chunk(len(rows))
+        latents = [None] * len(rows) if latent is None else latent.chunk(len(rows))
+        for row, features, part, own in zip(rows, self._parts, outs, latents, strict=True):
+            coefficients, weight, bias = row
+            eager.mix_row(features, self.ring.order, coefficients, part, own, weight, bias)
+
     def _native(self, index: int, out: Tensor, latent: Tensor | None) -> None:
-        _, own, bias = self.plan.row(index)
+        _, own, bias = self.plan.of(index)[0]
         ring = self.ring
         self._mix(ring.data, ring.slots, self._rows[index], latent, own, bias, out)
 
@@ -123,4 +148,5 @@ class Mixer:
             out,
             latent=latent,
             bias=table.bias,
+            band_size=self._band,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ class Row(NamedTuple):
 
 
 class DeviceTable(NamedTuple):
-    """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)], fp32 [S] or None, S step numbers.
+    """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)] and [S] or None, with a last
+    dimension more for several parts; S step numbers.
 
     A row of a full step is zero.
     """
@@ -41,22 +43,28 @@ class DeviceTable(NamedTuple):
 class Plan:
     """A table, unpacked.
 
-    `rows[s]` is None at a full step; `pushes[s]` says whether step s's feature enters the ring and
-    `expected[s]` how many have entered before it. Features that no later step needs do not enter,
-    and `history` is no more than any row reaches back.
+    `rows[s]` is None at a full step, else one row for each of the `parts` of a call: 1, or as many
+    guidance parts as the table has rows of their own for, where calls hold that many. `pushes[s]`
+    says whether step s's feature enters the ring and `expected[s]` how many have entered before it.
+    Features that no later step needs do not enter, and `history` is no more than any row reaches
+    back.
     """
 
-    def __init__(self, table: Table) -> None:
-        table, schedule = table.trimmed(), table.schedule
-        self.history = table.history
+    def __init__(self, table: Table, parts: int = 1) -> None:
+        self.parts = parts if parts == table.parts else 1
+        table = (table if self.parts > 1 else replace(table, split=None)).trimmed()
+        schedule, width = table.schedule, table.history
+        self.history = width
         self.uses_latent = table.uses_latent
         self.autoregressive = table.autoregressive
-        self.rows: list[Row | None] = [None] * schedule.steps
-        coefficients = table.coefficients.tolist()
+        self.rows: list[tuple[Row, ...] | None] = [None] * schedule.steps
+        tables = [table.part(p).coefficients.tolist() for p in range(self.parts)]
         biases = [0.0] * schedule.steps if table.bias is None else table.bias.tolist()
         for s in schedule.skipped_steps:
-            latent = coefficients[s][-1] if table.uses_latent else 0.0
-            self.rows[s] = Row(tuple(coefficients[s][: table.history]), latent, biases[s])
+            self.rows[s] = tuple(
+                Row(tuple(rows[s][:width]), rows[s][-1] if table.uses_latent else 0.0, biases[s])
+                for rows in tables
+            )
         last = max(schedule.skipped_steps, default=0)
         enters = [table.autoregressive or row is None for row in self.rows]
         self.pushes = [enter and s < last for s, enter in enumerate(enters)]
@@ -64,12 +72,12 @@ class Plan:
         self._table = table
         self._devices: dict[torch.device, DeviceTable] = {}
 
-    def row(self, index: int) -> Row:
-        """The coefficients of a skipped step."""
-        row = self.rows[index]
-        if row is None:
+    def of(self, index: int) -> tuple[Row, ...]:
+        """The coefficients of a skipped step, part by part."""
+        rows = self.rows[index]
+        if rows is None:
             raise LesaError(f"step {index} is full and has no forecast; ask for skipped steps only")
-        return row
+        return rows
 
     def on(self, device: torch.device) -> DeviceTable:
         """The rows on a device; copied there once."""
@@ -78,8 +86,11 @@ class Plan:
             table = self._table
             with torch.inference_mode(False):  # it outlives the generation that asked first
                 bias = None if table.bias is None else table.bias.float().to(device)
+                if bias is not None and self.parts > 1:
+                    bias = bias[:, None].repeat(1, self.parts)
                 steps = torch.arange(len(self.rows), dtype=torch.int32, device=device)
-                coefficients = table.coefficients.float().contiguous().to(device)
+                rows = table.coefficients if table.split is None else table.split
+                coefficients = rows.float().contiguous().to(device)
             found = DeviceTable(coefficients, bias, steps.unbind(0))
             self._devices[device] = found
         return found
@@ -98,7 +109,7 @@ class Planner:
 
     def plan(self, step: Step) -> Plan | str:
         """Plan for the steps from `step` on, as a run of their own, or why there is none."""
-        key = (step.num_steps, step.sigmas, step.branch, step.index)
+        key = (step.num_steps, step.sigmas, step.branch, step.index, step.parts)
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= _MAX_PLANS:
@@ -116,4 +127,4 @@ class Planner:
             table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
         except LesaError as error:
             return f"no table: {error}"
-        return Plan(table)
+        return Plan(table, step.parts)

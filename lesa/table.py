@@ -21,7 +21,9 @@ class Table:
     `coefficients` is [S, K + uses_latent], float64 on the CPU; column k multiplies the feature
     pushed k pushes ago, the latent's column comes last, rows of full steps are zero. `bias` is
     [S] or None. With `autoregressive` every step is pushed into the ring, forecasts included;
-    otherwise only full steps are. Raises LesaError for a wrong shape, a value that is not finite,
+    otherwise only full steps are. `split` [S, K + uses_latent, P] holds coefficients of their own
+    for each of the P guidance parts of a batched call; they are run where the pipeline tells that
+    its calls have so many. Raises LesaError for a wrong shape, a value that is not finite,
     a weight at a full step or on a feature that the ring does not hold yet.
     """
 
@@ -30,6 +32,7 @@ class Table:
     uses_latent: bool = False
     bias: Tensor | None = None
     autoregressive: bool = False
+    split: Tensor | None = None
 
     def __post_init__(self) -> None:
         steps = self.schedule.steps
@@ -44,14 +47,23 @@ class Table:
             object.__setattr__(self, "bias", _float64(self.bias))
             if self.bias.shape != (steps,):
                 raise LesaError(f"bias has shape {list(self.bias.shape)}; it must be [{steps}]")
-        self._check_rows()
+        self._check_rows(coefficients)
+        if self.split is not None:
+            object.__setattr__(self, "split", _float64(self.split))
+            if self.split.ndim != 3 or self.split.shape[:2] != coefficients.shape:
+                raise LesaError(
+                    f"split has shape {list(self.split.shape)}; beside coefficients "
+                    f"{list(coefficients.shape)} it must be [{steps}, {coefficients.shape[1]}, P]"
+                )
+            for part in self.split.unbind(-1):
+                self._check_rows(part)
 
-    def _check_rows(self) -> None:
-        rows = self.coefficients
+    def _check_rows(self, coefficients: Tensor) -> None:
+        rows = coefficients
         if self.bias is not None:
             rows = torch.cat([rows, self.bias[:, None]], dim=1)
         held = torch.tensor([self.available(step) for step in range(self.schedule.steps)])
-        features = self.coefficients[:, : self.history] != 0
+        features = coefficients[:, : self.history] != 0
         early = features & (torch.arange(self.history) >= held[:, None])
         full = list(self.schedule.full_steps)
         if (step := _first(~rows.isfinite())) is not None:
@@ -78,12 +90,26 @@ class Table:
         """K, the number of features that the ring must hold."""
         return self.coefficients.shape[-1] - self.uses_latent
 
+    @property
+    def parts(self) -> int:
+        """P, the guidance parts with coefficients of their own, 1 without `split`."""
+        return 1 if self.split is None else self.split.shape[-1]
+
+    def part(self, index: int) -> Table:
+        """The table of one guidance part."""
+        if self.split is None:
+            return self
+        return replace(self, coefficients=self.split[..., index], split=None)
+
     def trimmed(self) -> Table:
         """The same without the last columns if no row uses them: the ring need not hold those."""
-        features, latent = self.coefficients.split([self.history, int(self.uses_latent)], dim=1)
-        used = features.any(0).nonzero().flatten().tolist()
-        width = 1 + max(used, default=0)
-        return replace(self, coefficients=torch.cat([features[:, :width], latent], dim=1))
+        used = self.coefficients != 0
+        if self.split is not None:
+            used = used | self.split.any(-1)
+        width = 1 + max(used[:, : self.history].any(0).nonzero().flatten().tolist(), default=0)
+        kept = [*range(width), *range(self.history, used.shape[1])]
+        split = None if self.split is None else self.split[:, kept]
+        return replace(self, coefficients=self.coefficients[:, kept], split=split)
 
     def available(self, step: int) -> int:
         """How many of the K features the ring holds when `step` begins."""

@@ -379,7 +379,8 @@ def test_wrong_sigmas_and_rows_are_refused():
 @pytest.fixture
 def saved(tmp_path):
     forecaster = shaken(branches=("cond", "uncond"), metadata={"model_class": "M", "seed": 3})
-    forecaster.correct(PLAN, SIGMAS, "cond", random_rows(forecaster))
+    rows = random_rows(forecaster)
+    forecaster.correct(PLAN, SIGMAS, "cond", rows, split=torch.stack([rows, -rows], -1))
     forecaster.recommend(Schedule.every(4, 28), levels(28))
     forecaster.save_pretrained(tmp_path / "made" / "folder")
     return forecaster, tmp_path / "made" / "folder"
@@ -414,6 +415,8 @@ def test_roundtrip_keeps_rows_schedules_and_metadata(saved):
     for branch in ("cond", "uncond"):
         table, again = (f.table(PLAN, SIGMAS, branch) for f in (forecaster, back))
         assert torch.equal(table.coefficients, again.coefficients)
+        assert (table.parts, again.parts) == ((2, 2) if branch == "cond" else (1, 1))
+    assert torch.equal(back.table(PLAN, SIGMAS).split, forecaster.table(PLAN, SIGMAS).split)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 

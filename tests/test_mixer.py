@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lesa import Schedule, Table
+from lesa import Schedule, Table, ops
+from lesa.errors import LesaError
 from lesa.mixer import Mixer
 from lesa.plan import Plan
 from lesa.ring import Ring
@@ -46,6 +49,37 @@ def test_forecasts(name, dtype, uses_latent, bias, request, monkeypatch):
         exact = made.apply(newest_first, step, latent)
         eps = max(torch.finfo(dtype).eps, 1e-15)
         torch.testing.assert_close(out.double(), exact, rtol=eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_guidance_parts_have_rows_of_their_own(dtype):
+    shared, generator = table(True, True), torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, -0.5])
+    made = replace(shared, split=shared.coefficients[..., None] * scale)
+    feature, latent = (torch.randn(4, 33, generator=generator).to(dtype) for _ in range(2))
+    ring = Ring(3, feature)
+    for _ in range(3):
+        ring.push(torch.randn(4, 33, generator=generator).to(dtype))
+    newest_first = [ring.features[slot] for slot in ring.order]
+    exact = torch.cat(
+        [
+            made.part(p).apply([f.chunk(2)[p] for f in newest_first], 5, latent.chunk(2)[p])
+            for p in range(2)
+        ]
+    )
+    eps = max(torch.finfo(dtype).eps, 1e-15)
+    found = Mixer(Plan(made, 2), ring)(5, torch.empty_like(feature), latent)
+    torch.testing.assert_close(found.double(), exact, rtol=eps, atol=4 * eps)
+    # As the kernels get it: a part is a band as long as a part of the batch.
+    rows = Plan(made, 2).on(torch.device("cpu"))
+    given = ring.data, ring.slots, rows.coefficients, rows.steps[5], torch.empty_like(feature)
+    found = ops.mix(*given, latent=latent, bias=rows.bias, band_size=66)
+    torch.testing.assert_close(found.double(), exact, rtol=max(eps, 1e-6), atol=max(eps, 1e-6))
+    one = Mixer(Plan(made), ring)(5, torch.empty_like(feature), latent)  # parts not known
+    assert torch.equal(one, Mixer(Plan(shared), ring)(5, torch.empty_like(feature), latent))
+    with pytest.raises(LesaError, match="a batch of 4 does not hold 3"):
+        three = replace(shared, split=shared.coefficients[..., None].repeat(1, 1, 3))
+        Mixer(Plan(three, 3), ring)
 
 
 def test_rows_are_copied_to_a_device_once():

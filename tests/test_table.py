@@ -104,6 +104,23 @@ def test_trimmed_tables_drop_columns_that_no_row_uses(uses_latent):
     assert torch.equal(short.apply(ring[:1], 2, latent), exact)
 
 
+def split_table(split):
+    return Table(SCHEDULE, torch.zeros(8, 1), split=split)
+
+
+def test_parts_have_tables_of_their_own():
+    rows = [valid_rows(SCHEDULE, 3), 2 * valid_rows(SCHEDULE, 3)]
+    table = Table(SCHEDULE, valid_rows(SCHEDULE, 1), split=None)
+    assert table.parts == 1 and table.part(0) is table
+    rows[0][:, 2] = 0
+    table = Table(SCHEDULE, 0 * rows[0], split=torch.stack(rows, -1))
+    assert table.parts == 2 and table.trimmed().history == 3  # the second part reaches farther
+    assert torch.equal(table.part(1).coefficients, rows[1].double())
+    ring = torch.randn(3, 5)
+    exact = Table(SCHEDULE, rows[0]).apply(ring, 5)
+    assert torch.equal(table.part(0).apply(ring, 5), exact)
+
+
 def broken(step, column, value):
     rows = valid_rows(SCHEDULE, 3)
     rows[step, column] = value
@@ -121,6 +138,8 @@ def broken(step, column, value):
         (lambda: Table(SCHEDULE, broken(4, 0, 1.0)), "step 4 is full"),
         (lambda: Table(SCHEDULE, broken(3, 2, 1.0)), "step 3 weighs column 2"),
         (lambda: Table(SCHEDULE, torch.zeros(8, 1), bias=torch.ones(8)), "step 0 is full"),
+        (lambda: split_table(torch.zeros(8, 2, 2)), r"beside coefficients \[8, 1\] it must be"),
+        (lambda: split_table(torch.ones(8, 1, 2)), "step 0 is full"),
         (lambda: Table(Schedule.every(3), torch.zeros(8, 1)), "bind"),
     ],
 )

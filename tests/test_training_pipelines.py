@@ -268,6 +268,9 @@ def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
     again = lesa.LesaForecaster.from_pretrained(tmp_path)
     plain, schedule = job.run(range(2), STEPS), trained.schedule_for(3, STEPS)
     calls = len(trained.branches)
+    assert (trained.table(schedule, trained.calibrations[0].sigmas).parts == 2) == (
+        name in (*BATCHED, "sana")
+    )
 
     def quality(forecaster):
         with lesa.accelerate(pipe, forecaster, schedule=schedule):
@@ -279,6 +282,46 @@ def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
 
     assert quality(again) == quality(trained)
     assert quality(trained) > max(quality(lesa.Reuse()), quality(lesa.Taylor(1)))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_parts_are_fitted_together_to_their_guided_sum(latent, monkeypatch):
+    """argmin_c |sum_h g_h (sum_k c_kh r_kh - v_h) + c_x x|^2, not tied to one row for all."""
+    monkeypatch.setattr("lesa.training.lane.TIE", 1e-12)
+    shares = torch.tensor([-3.0, 4.0], dtype=torch.float64)
+    ring, base, x = torch.randn(2, 2, 3, 40), torch.randn(2, 3, 40), torch.randn(1, 3, 40)
+    lane = Lane(Schedule.explicit((0, 1), 3), 2, latent, ridge=0.0)
+    lane.start("default", torch.zeros(3, 2 + latent, dtype=torch.float64), 2)
+    for feature in ring:
+        lane.push("default", feature)
+    forecast = lane.forecast(Visit(2, "default", shares), x.repeat(2, 1, 1), x, base)
+    seen = torch.einsum("h,khpd->hkpd", shares, ring.flip(0).double()).flatten(0, 1).flatten(1)
+    seen = torch.cat([seen, x.double().flatten(1)]) if latent else seen
+    target = torch.einsum("h,hpd->pd", shares, base.double()).flatten()
+    exact = torch.linalg.lstsq(seen.T, target[:, None]).solution[:, 0]
+    guided = torch.einsum("h,hpd->pd", shares, forecast.double()).flatten()
+    best, one = seen.T @ exact, lane.shared["default"][2]
+    assert (guided - target).norm() < (1 + 1e-3) * (best - target).norm()
+    found = lane.coefficients["default"][2]
+    assert one.shape == (2 + latent,) and found.shape == (2 + latent, 2)
+    torch.testing.assert_close(found[:2].T.flatten(), exact[:4], rtol=1e-3, atol=1e-4)
+    assert not latent or found[2, 0] == found[2, 1]
+
+
+def test_a_run_without_guidance_takes_the_row_for_all_parts():
+    """Bit for bit what a forecaster does that has no rows for parts."""
+    pipe, call = make("sdxl")
+    trained = lesa.train(pipe, None, STEPS, 3, call=call, form="table", refine=0, progress=False)
+    job = Job(pipe, ["a", "b"], {**call, "guidance_scale": 1.0})
+
+    def runs():
+        with lesa.accelerate(pipe, trained, full_steps=3):
+            return [each.run(range(2), STEPS) for each in (job, Job(pipe, ["a", "b"], call))]
+
+    with_parts = runs()
+    trained.calibrations[0].split.clear()
+    without = runs()
+    assert torch.equal(with_parts[0], without[0]) and not torch.equal(with_parts[1], without[1])
 
 
 @pytest.mark.parametrize(("steps", "count"), [(4, 2), (4, 1), (8, 5), (8, 4), (8, 2)])

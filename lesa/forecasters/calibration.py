@@ -19,11 +19,13 @@ class Calibration:
     """A bound schedule, its S + 1 noise levels, and per guidance branch the whole rows of a table.
 
     `rows[branch]` is float64 [S, K + uses_latent]: the form's coefficients plus the correction.
+    `split[branch]` [S, K + uses_latent, P] are rows of their own for batched guidance parts.
     """
 
     schedule: Schedule
     sigmas: tuple[float, ...]
     rows: dict[str, Tensor] = field(default_factory=dict)
+    split: dict[str, Tensor] = field(default_factory=dict)
 
     def matches(self, schedule: Schedule, sigmas: Sequence[float]) -> bool:
         """The very same full steps, and every noise level within 1e-4."""

@@ -81,6 +81,7 @@ def _tensors(forecaster: LesaForecaster) -> dict[str, Tensor]:
     tensors = {k: v.detach().cpu().contiguous() for k, v in forecaster.state_dict().items()}
     for i, entry in enumerate(forecaster.calibrations):
         tensors |= {f"rows.{i}.{name}": rows.contiguous() for name, rows in entry.rows.items()}
+        tensors |= {f"split.{i}.{name}": rows.contiguous() for name, rows in entry.split.items()}
     return tensors
 
 
@@ -98,6 +99,7 @@ def _config(forecaster: LesaForecaster, weights: bytes) -> dict[str, Any]:
                 "schedule": entry.schedule.to_dict(),
                 "sigmas": list(entry.sigmas),
                 "branches": list(entry.rows),
+                "split": list(entry.split),
             }
             for entry in forecaster.calibrations
         ],
@@ -109,8 +111,9 @@ def _build(config: dict[str, Any], tensors: dict[str, Tensor]) -> LesaForecaster
     forecaster = LesaForecaster(metadata=config["metadata"], **config["settings"])
     for i, listed in enumerate(config["calibrated"]):
         rows = {name: tensors.pop(f"rows.{i}.{name}") for name in listed["branches"]}
+        split = {name: tensors.pop(f"split.{i}.{name}") for name in listed.get("split", [])}
         schedule = Schedule.from_dict(listed["schedule"])
-        forecaster.calibrations.append(Calibration(schedule, tuple(listed["sigmas"]), rows))
+        forecaster.calibrations.append(Calibration(schedule, tuple(listed["sigmas"]), rows, split))
     forecaster.to(DTYPES[config["dtype"]])
     forecaster.load_state_dict(tensors)
     return forecaster

@@ -107,28 +107,39 @@ class LesaForecaster(FullPrecision):
         levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
         entry = self.calibration(schedule, levels)
         if entry is not None and branch in entry.rows:
-            return Table(schedule, entry.rows[branch], self.uses_latent)
+            split = entry.split.get(branch)
+            return Table(schedule, entry.rows[branch], self.uses_latent, split=split)
         with torch.no_grad():
             rows, bias = self.net.rows(schedule, levels, branch)
         return Table(schedule, rows, self.uses_latent, bias, self.net.autoregressive)
 
     def correct(
-        self, schedule: Schedule, sigmas: Sequence[float], branch: str, coefficients: Tensor
+        self,
+        schedule: Schedule,
+        sigmas: Sequence[float],
+        branch: str,
+        coefficients: Tensor,
+        split: Tensor | None = None,
     ) -> None:
-        """Makes `table(schedule, sigmas, branch)` return exactly these rows [S, K + uses_latent].
+        """Makes `table(schedule, sigmas, branch)` return exactly these rows [S, K + uses_latent],
+        and for batched guidance parts `split` [S, K + uses_latent, P].
 
         Raises LesaError in the paper form or when the rows do not make a valid Table.
         """
         if self.form == "paper":
             raise LesaError("form='paper' holds no correction rows; use 'continuous' or 'table'")
         branch = self.branch(branch)
-        table = Table(schedule, coefficients, self.uses_latent)
+        table = Table(schedule, coefficients, self.uses_latent, split=split)
         if table.history != self.net.history:
             raise LesaError(
                 f"coefficients weigh {table.history} features but history={self.net.history}; "
                 "fit rows of that width"
             )
-        self.recommend(schedule, sigmas).rows[branch] = table.coefficients
+        entry = self.recommend(schedule, sigmas)
+        entry.rows[branch] = table.coefficients
+        entry.split.pop(branch, None)
+        if table.split is not None:
+            entry.split[branch] = table.split
 
     def correction(self, schedule: Schedule, sigmas: Sequence[float], branch: str) -> Tensor:
         """What the calibrated rows add to the form's: float64 [S, K + uses_latent], 0 elsewhere."""

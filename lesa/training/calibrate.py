@@ -94,7 +94,9 @@ class Calibrator:
         for lane in lanes:
             assert lane.score is not None
             for branch, rows in lane.coefficients.items():
-                self.forecaster.correct(lane.schedule, self.statistics.sigmas, branch, rows)
+                shared = lane.shared.get(branch)
+                known = (rows, None) if shared is None else (shared, rows)
+                self.forecaster.correct(lane.schedule, self.statistics.sigmas, branch, *known)
             self.job.progress.line(
                 f"fitted: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
                 f"latent {lane.score.mean():.1f} dB mean, {lane.score.quantile(0.1):.1f} dB worst "

@@ -63,6 +63,8 @@ class LockStep:
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
         visit = self._visit(step, steers=latent.shape == output.shape)
+        # Only where a later run will know its parts, and on outputs, which the guided sum is of.
+        apart = step.parts == parts and visit.shares is not None and self.job.tap == "output"
         for copy, lane in enumerate(self.lanes, 1):
             if full[copy]:
                 lane.push(step.branch, features[:, source[copy]])
@@ -72,7 +74,7 @@ class LockStep:
                 if step.branch not in lane.coefficients:
                     assert self.prior is not None  # lanes without rows of their own come with one
                     rows = self.prior(lane.schedule, step.sigmas, step.branch)
-                    lane.coefficients[step.branch] = rows
+                    lane.start(step.branch, rows, parts if apart else 1)
                 tail = None
                 if self.job.tap == "hidden":
                     tail = partial(call.tail, rows=places[:, copy].flatten().tolist())

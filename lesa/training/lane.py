@@ -16,6 +16,9 @@ from lesa.training.search import balanced
 EARLY = 0.85  # noise level above which a row is fitted with caution
 GAUSS_NEWTON = 2  # rounds of linearising the tail
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)  # of a round, relative to the slopes' mean energy
+# Of a part's row to the row for all parts, relative to the regressors' mean energy: looser ones are
+# 0.6 dB better at the guidance scale of the fit and lose 5 dB at other ones.
+TIE = 1e-2
 MOVE = 0.05  # of a coefficient, for its derivative: features cancel below, the tail bends above
 
 Tail = Callable[[Tensor], Tensor]  # feature [rows, pictures, ...] -> output
@@ -51,16 +54,18 @@ class Lane:
     features, which knows no prompt.
 
     The rows of a picture in one call share their coefficients, so the fit sees their sum with
-    guidance weights, which is what the sampler gets. Branches that are called one after the other
+    guidance weights, which is what the sampler gets. Where a run can tell its guidance parts apart
+    each has a row of its own, fitted together to that sum and tied to the row for all, which is
+    kept in ``shared`` for runs that cannot. Branches that are called one after the other
     have coefficients of their own; what the first could not fit is added to the target of the
     next, so that it cancels in the guided sum.
 
     Until the step that it ``leaves`` at, a lane has the states of the first lane of its run, and
     costs nothing.
 
-    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``), ``error`` (of the final
-    latents, ``[pictures, elements]``, relative to the base run's RMS) and ``score`` (dB per
-    picture).
+    A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``, with a third dimension for
+    parts), ``error`` (of the final latents, ``[pictures, elements]``, relative to the base run's
+    RMS) and ``score`` (dB per picture).
     """
 
     schedule: Schedule
@@ -72,6 +77,7 @@ class Lane:
     frozen: bool = False
     leaves: int = 0
     coefficients: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, Tensor] = field(default_factory=dict)
     error: Tensor | None = None
     score: Tensor | None = None
     rings: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -79,7 +85,14 @@ class Lane:
 
     def begin(self) -> None:
         """Forget an earlier run's states and results."""
-        self.rings, self.coefficients, self.debt = {}, {}, None
+        self.rings, self.coefficients, self.shared, self.debt = {}, {}, {}, None
+
+    def start(self, branch: str, prior: Tensor, parts: int) -> None:
+        """Rows ``[steps, K + uses_latent]`` to begin with, for so many parts."""
+        self.coefficients[branch] = prior
+        if parts > 1:
+            self.shared[branch] = prior
+            self.coefficients[branch] = prior[..., None].repeat(1, 1, parts)
 
     def push(self, branch: str, feature: Tensor) -> None:
         """Keep the feature ``[rows, pictures, ...]`` of a full step, newest first."""
@@ -106,16 +119,37 @@ class Lane:
         columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.uses_latent else [])]
         if not self.frozen:
             target = self._target(at, guided(base, at.shares), latent, base_latent)
-            fitted = self._fit(at, target, regressors, rows[at.step, columns], tail)
-            if at.sigma > EARLY:
-                fitted += self.caution * (self._line(at.step, len(columns)) - fitted)
-            rows[at.step] = 0
-            rows[at.step, columns] = fitted
-        output = mixed(rows[at.step, columns].tolist(), regressors).to(ring[0].dtype)
+            shared = self.shared.get(at.branch, rows)
+            fitted = self._fit(at, target, regressors, shared[at.step, columns], tail)
+            line = self._line(at.step, len(columns))
+            share = self.caution if at.sigma > EARLY else 0.0
+            if rows.ndim == 3:
+                own = self._fit_parts(at, target, ring, latent, fitted)
+                rows[at.step] = 0
+                rows[at.step, columns] = own + share * (line[:, None] - own)
+            shared[at.step] = 0
+            shared[at.step, columns] = fitted + share * (line - fitted)
+        output = applied(rows[at.step, columns], regressors).to(ring[0].dtype)
         output = output if tail is None else tail(output)
         if at.rate and not self.frozen:
             self.debt = at.step, at.rate * (target - guided(output, at.shares))
         return output
+
+    def _fit_parts(
+        self, at: Visit, target: Tensor, ring: list[Tensor], latent: Tensor, fitted: Tensor
+    ) -> Tensor:
+        """Rows ``[columns, parts]`` whose outputs' guided sum comes nearest to the target.
+
+        The latent is the same in all parts, and so is its coefficient.
+        """
+        assert at.shares is not None
+        shares, held = at.shares.tolist(), len(ring)
+        parts = [share * feature[p].float() for p, share in enumerate(shares) for feature in ring]
+        own = [guided(latent, at.shares)] if self.uses_latent else []
+        start = torch.cat([fitted[:held].repeat(len(shares)), fitted[held:]])
+        found = ridge_fit([*parts, *own], target, start, TIE)
+        features = found[: held * len(shares)].reshape(len(shares), held).T
+        return torch.cat([features, found[held * len(shares) :, None].expand(-1, len(shares))])
 
     def _fit(
         self, at: Visit, target: Tensor, regressors: list[Tensor], prior: Tensor, tail: Tail | None
@@ -163,22 +197,26 @@ class Lane:
 
 @dataclass
 class FixedLane(Lane):
-    """A lane whose ``rows`` are given, whatever run it is in."""
+    """A lane whose ``rows`` are given, whatever run it is in; ``fallback`` are those for all parts
+    of a branch whose parts have their own."""
 
     frozen: bool = True
     rows: dict[str, Tensor] = field(default_factory=dict)
+    fallback: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lane: Lane) -> FixedLane:
         """A fitted lane's rows."""
         rows = {branch: rows.clone() for branch, rows in lane.coefficients.items()}
         made = cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
+        made.fallback = dict(lane.shared)
         made.caution = lane.caution
         return made
 
     def begin(self) -> None:
         super().begin()
         self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
+        self.shared = dict(self.fallback)
 
 
 def quality(lane: Lane) -> float:
@@ -200,6 +238,14 @@ def mixed(weights: list[float], parts: list[Tensor]) -> Tensor:
     for weight, part in zip(weights, parts, strict=True):
         total += weight * part.float()
     return total
+
+
+def applied(row: Tensor, regressors: list[Tensor]) -> Tensor:
+    """A row ``[columns]``, or one for each part ``[columns, parts]``, on ``[parts, ...]``."""
+    if row.ndim == 1:
+        return mixed(row.tolist(), regressors)
+    parts = enumerate(row.T.tolist())
+    return torch.stack([mixed(weights, [r[p] for r in regressors]) for p, weights in parts])
 
 
 def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: float) -> Tensor:

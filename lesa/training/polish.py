@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ TOGETHER = 16  # lanes in one call
 PROMPTS = 8  # that a round takes its derivatives on
 RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of the step
 
-Place = tuple[str, int, int]  # branch, step, column
+# branch, step, column; where parts have rows (column, part), and the column alone for all of them
+Place = tuple[str, int, int | tuple[int, int]]
 
 
 def polish(
@@ -62,18 +64,20 @@ def _places(lane: FixedLane, sigmas: Sequence[float]) -> list[Place]:
     schedule, found = lane.schedule, []
     for branch, rows in lane.rows.items():
         latent = [rows.shape[1] - 1] if lane.uses_latent else []
+        parts = rows.shape[2] if rows.ndim == 3 else 0
         for step in schedule.skipped_steps:
             if step + 1 in schedule.skipped_steps or sigmas[step] > EARLY:
                 continue
             held = len(schedule.cached_before(step, lane.history))
-            found += [(branch, step, column) for column in [*range(held), *latent]]
+            features = [*product(range(held), range(parts))] if parts else [*range(held)]
+            found += [(branch, step, column) for column in [*features, *latent]]
     return found
 
 
 def _moved(lane: FixedLane, moves: dict[Place, float]) -> FixedLane:
     rows = {branch: rows.clone() for branch, rows in lane.rows.items()}
     for (branch, step, column), move in moves.items():
-        rows[branch][step, column] += move
+        rows[branch][step][column] += move
     return replace(lane, rows=rows)
 
 
