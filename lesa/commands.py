@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -111,8 +111,7 @@ def describe(forecaster: Any) -> dict[str, Any]:
                     for step in range(entry.schedule.steps)
                 ],
                 "tables": {
-                    branch: _table(forecaster, entry, branch).coefficients.tolist()
-                    for branch in forecaster.branches
+                    name: table.coefficients.tolist() for name, table in _tables(forecaster, entry)
                 },
             }
             for entry in forecaster.calibrations
@@ -132,10 +131,9 @@ def print_forecaster(forecaster: Any, console: Console) -> None:
         console.print(f"  {'full':>8} {steps}", soft_wrap=True)
         first = _table(forecaster, entry, forecaster.branches[0])
         console.print(f"  {'from':>8} {_sources(first)}", soft_wrap=True)
-        for branch in forecaster.branches:
-            table = _table(forecaster, entry, branch)
+        for whose, table in _tables(forecaster, entry):
             for name, column in zip(_columns(table), table.coefficients.T, strict=True):
-                console.print(f"  {name:>8} {_strip(column)}  {branch}", soft_wrap=True)
+                console.print(f"  {name:>8} {_strip(column)}  {whose}", soft_wrap=True)
     console.print("\n  darker: a larger coefficient; its sign and value: --picture or --json")
 
 
@@ -148,10 +146,9 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
     drawn = {}
     for entry in forecaster.calibrations:
         count, steps = len(entry.schedule.full_steps), entry.schedule.steps
-        for branch in forecaster.branches:
-            title = f"{count} of {steps} steps in full, {branch}"
-            png = table_png(_table(forecaster, entry, branch), title)
-            drawn[folder / f"table-{count}-of-{steps}-{branch}.png"] = png
+        for name, table in _tables(forecaster, entry):
+            png = table_png(table, f"{count} of {steps} steps in full, {name}")
+            drawn[folder / f"table-{count}-of-{steps}-{name.replace(' ', '-')}.png"] = png
     return drawn
 
 
@@ -209,6 +206,15 @@ def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def _table(forecaster: Any, entry: Any, branch: str) -> Any:
     return forecaster.table(entry.schedule, entry.sigmas, branch)
+
+
+def _tables(forecaster: Any, entry: Any) -> Iterator[tuple[str, Any]]:
+    """Every table of a calibrated list: of each branch, and of its batched guidance parts."""
+    for branch in forecaster.branches:
+        table = _table(forecaster, entry, branch)
+        yield branch, table
+        if table.parts > 1:
+            yield from ((f"{branch} part {p + 1}", table.part(p)) for p in range(table.parts))
 
 
 def _sources(table: Any) -> str:

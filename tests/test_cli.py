@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny_pipelines import build
 from typer.testing import CliRunner
 
-from lesa import testbed
+from lesa import LesaForecaster, Schedule, testbed
 from lesa.cli import app
 from lesa.errors import LesaError
 from lesa.evaluation import methods
@@ -94,6 +95,20 @@ def test_train_writes_a_folder_that_inspect_reads(trained, tmp_path):
     facts = json.loads(run("inspect", trained, "--json"))
     (entry,) = facts["calibrated"]
     assert len(entry["full_steps"]) == 3 and len(entry["tables"]["cond"]) == 8
+
+
+def test_inspect_shows_the_tables_of_guidance_parts(tmp_path):
+    forecaster = LesaForecaster("table", uses_latent=False)
+    rows = torch.zeros(4, 3)
+    rows[[1, 3], 0] = 1
+    schedule, sigmas = Schedule.explicit((0, 2), 4), (1.0, 0.7, 0.5, 0.3, 0.0)
+    forecaster.correct(schedule, sigmas, "cond", rows, split=torch.stack([rows, 2 * rows], -1))
+    forecaster.save_pretrained(tmp_path)
+    assert "cond part 2" in run("inspect", tmp_path, "--picture", tmp_path)
+    tables = json.loads(run("inspect", tmp_path, "--json"))["calibrated"][0]["tables"]
+    assert list(tables) == ["cond", "cond part 1", "cond part 2"]
+    assert tables["cond part 2"] == (2 * rows).tolist()
+    assert (tmp_path / "table-2-of-4-cond-part-2.png").exists()
 
 
 def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
+from tiny_pipelines import build
 
 from lesa.clock import StepClock
 from lesa.errors import LesaError
@@ -68,6 +69,15 @@ def test_true_cfg_has_two_branches(tiny_flux, inputs):
         (index, branch) for index in range(3) for branch in ("cond", "uncond")
     ]
     assert [s.fresh for s in recorder.steps] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize(("scale", "parts"), [(5.0, 2), (1.0, 1)])
+def test_batched_guidance_is_known_by_its_parts(scale, parts):
+    pipe, call = build("sdxl")
+    recorder = Recorder()
+    attach(pipe.unet, recorder, pipe)
+    pipe(**{**call(1), "guidance_scale": scale})
+    assert {step.parts for step in recorder.steps} == {parts}
 
 
 @pytest.mark.parametrize("strength, executed", [(0.5, 6), (0.9, 11), (1.0, 12)])

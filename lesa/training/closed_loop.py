@@ -63,8 +63,7 @@ class LockStep:
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
         visit = self._visit(step, steers=latent.shape == output.shape)
-        # Only where a later run will know its parts, and on outputs, which the guided sum is of.
-        apart = step.parts == parts and visit.shares is not None and self.job.tap == "output"
+        apart = step.parts == parts and self._sums_only()
         for copy, lane in enumerate(self.lanes, 1):
             if full[copy]:
                 lane.push(step.branch, features[:, source[copy]])
@@ -97,6 +96,12 @@ class LockStep:
         the base run's place where that is not run."""
         follows = not self.with_base if copy == 0 else step < self.lanes[copy - 1].leaves
         return 1 if follows else copy
+
+    def _sums_only(self) -> bool:
+        """Whether the guided sum of the tapped features is all that the sampler gets: rescaled
+        guidance would also see what a part's error cancels in another's."""
+        known = None if self.statistics is None else self.statistics.sampler
+        return known is not None and known.exact and self.job.tap == "output"
 
     def _visit(self, step: Step, steers: bool) -> Visit:
         """What is known of the sampler at this step."""
