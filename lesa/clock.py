@@ -31,7 +31,7 @@ class Step:
 
     `sigmas` holds `num_steps + 1` noise levels in [0, 1], strictly decreasing. `fresh` is true on
     the first call of a generation. `problem` says why the position cannot be trusted, else None.
-    `parts` is how often a call holds every picture, if the pipeline batches its guidance.
+    `parts` is what `lesa.loop.guidance_parts` tells of the pipeline.
     """
 
     index: int

@@ -52,7 +52,11 @@ def executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
 
 
 def guidance_parts(pipe: Any) -> int:
-    """How often a call of the denoiser holds every picture where guidance is batched."""
+    """How many parts a call of the denoiser holds of every picture, where guidance is batched and
+    their weighted sum is all that the sampler gets; else 1. Rescaled guidance gets more of them.
+    """
+    if getattr(pipe, "guidance_rescale", 0.0):
+        return 1
     kinds = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
     return 1 + sum(bool(getattr(pipe, kind, False)) for kind in kinds)
 

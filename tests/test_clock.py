@@ -71,12 +71,19 @@ def test_true_cfg_has_two_branches(tiny_flux, inputs):
     assert [s.fresh for s in recorder.steps] == [True] + [False] * 5
 
 
-@pytest.mark.parametrize(("scale", "parts"), [(5.0, 2), (1.0, 1)])
-def test_batched_guidance_is_known_by_its_parts(scale, parts):
+@pytest.mark.parametrize(
+    ("call_with", "parts"),
+    [
+        ({"guidance_scale": 5.0}, 2),
+        ({"guidance_scale": 1.0}, 1),
+        ({"guidance_scale": 5.0, "guidance_rescale": 0.7}, 1),
+    ],
+)
+def test_batched_guidance_is_known_by_its_parts(call_with, parts):
     pipe, call = build("sdxl")
     recorder = Recorder()
     attach(pipe.unet, recorder, pipe)
-    pipe(**{**call(1), "guidance_scale": scale})
+    pipe(**{**call(1), **call_with})
     assert {step.parts for step in recorder.steps} == {parts}
 
 

@@ -269,7 +269,7 @@ def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
     plain, schedule = job.run(range(2), STEPS), trained.schedule_for(3, STEPS)
     calls = len(trained.branches)
     assert (trained.table(schedule, trained.calibrations[0].sigmas).parts == 2) == (
-        name == "sdxl"  # Sana has a multistep sampler
+        name in (*BATCHED, "sana")
     )
 
     def quality(forecaster):

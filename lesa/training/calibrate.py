@@ -22,6 +22,7 @@ from lesa.training.statistics import Statistics
 DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
 GENTLE = (0.0, 0.5)  # where the sampler is known in part, steering may do harm
 CAUTIONS = (0.0, 0.4)  # that compete as well
+EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
 
 
@@ -112,7 +113,7 @@ class Calibrator:
         sampler = self.statistics.sampler
         if sampler is None or not sampler.trusted:
             return (0.0,)
-        return DRIFTS if sampler.exact else GENTLE
+        return DRIFTS if sampler.misfit < EXACT else GENTLE
 
     def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
         with torch.no_grad():

@@ -63,7 +63,7 @@ class LockStep:
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
         visit = self._visit(step, steers=latent.shape == output.shape)
-        apart = step.parts == parts and self._sums_only()
+        apart = step.parts == parts and self._knows_guidance()
         for copy, lane in enumerate(self.lanes, 1):
             if full[copy]:
                 lane.push(step.branch, features[:, source[copy]])
@@ -97,11 +97,10 @@ class LockStep:
         follows = not self.with_base if copy == 0 else step < self.lanes[copy - 1].leaves
         return 1 if follows else copy
 
-    def _sums_only(self) -> bool:
-        """Whether the guided sum of the tapped features is all that the sampler gets: rescaled
-        guidance would also see what a part's error cancels in another's."""
+    def _knows_guidance(self) -> bool:
+        """Whether the weights are known by which the tapped features of a picture are summed."""
         known = None if self.statistics is None else self.statistics.sampler
-        return known is not None and known.exact and self.job.tap == "output"
+        return known is not None and known.trusted and self.job.tap == "output"
 
     def _visit(self, step: Step, steers: bool) -> Visit:
         """What is known of the sampler at this step."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 TRUSTED = 0.5  # relative RMS misfit up to which an error of the latent may be steered back
 
 
@@ -30,11 +29,6 @@ class Sampler(NamedTuple):
     def trusted(self) -> bool:
         """Whether it explains the steps well enough to steer by it."""
         return self.misfit <= TRUSTED
-
-    @property
-    def exact(self) -> bool:
-        """Whether outputs enter by their guided sum and by nothing else, but for rounding."""
-        return self.misfit <= EXACT
 
     def influence(self) -> Tensor:
         """d x_T / d v_{s,j} with the later outputs held fixed, ``[T, J]``."""
