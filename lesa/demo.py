@@ -36,7 +36,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     from lesa.evaluation.compare import compare
     from lesa.evaluation.judges import attributes
     from lesa.evaluation.method import Bench
-    from lesa.evaluation.methods import build_all
+    from lesa.evaluation.methods import build_all, unfit
     from lesa.evaluation.report import rich_table, write_report
     from lesa.inputs import quieten
     from lesa.terminal import progress
@@ -46,6 +46,11 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     pipe, settings = lesa.testbed.load(pipeline), lesa.testbed.settings(pipeline)
     steps = settings["num_inference_steps"]
     counts, names = contest(pipe, steps)
+    bench = Bench(steps, pipe, settings)
+    missing = {name: why for name in names if name != "lesa" and (why := unfit(name, bench))}
+    names = tuple(name for name in names if name not in missing)
+    for name, why in missing.items():
+        console.print(f"{name} is left out: it {why}", markup=False)
     console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
     forecaster = lesa.train(
         pipe,

@@ -264,10 +264,12 @@ def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):
     """The demo's own size takes minutes: here 8 steps, 3 in full, 2 prompts."""
     settings = {**testbed.settings("flux"), "num_inference_steps": 8}
     monkeypatch.setattr(testbed, "settings", lambda name: settings)
-    monkeypatch.setattr("lesa.demo.FULL_STEPS", {8: (3,)})
     monkeypatch.setattr("lesa.demo.UNSEEN", 2)
+    names = ("fewer-steps", "taylorseer-1", "deepcache", "lesa")  # DeepCache: no U-Net, no package
+    monkeypatch.setattr("lesa.demo.contest", lambda pipe, steps: ((3,), names))
     out, facts = tmp_path / "lesa-demo", tmp_path / "facts.json"
     text = run("demo", "--out", out, "--prompts-count", "2", "--json", facts)
+    assert "deepcache is left out: it " in text
     names = {"grid.png", "worst-3.png", "paired.png", "report.html", "report.json", "forecaster"}
     assert names < {path.name for path in out.iterdir()}
     table = text.splitlines()[-8:]  # the last lines are the table
