@@ -12,7 +12,6 @@ weights.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from lesa.evaluation.methods import parse
 from lesa.evaluation.report import rich_table, write_report
 from lesa.evaluation.standing import OTHER_TAP, OURS, origin, ours
 from lesa.testbed import PIPELINES, load, prompts, settings
+from lesa.training.job import weights_hash
 from lesa.training.progress import Progress
 
 COUNTS = FULL_STEPS | {50: (13, 10, 8, 6)}  # by steps of the sampler
@@ -89,17 +89,13 @@ def measure(
     for row in result.rows:
         row |= {"scores": scores[row["label"]]} if row["label"] in scores else {}
     result.notes += left_out(methods, bench)
-    return result, {"weights": digest(pipe), "training": training}
+    return result, {"weights": hashes(pipe), "training": training}
 
 
-def digest(pipe: Any) -> str:
-    """sha256 of the weights of all components, as they are loaded."""
-    found = hashlib.sha256()
-    for name, module in sorted(pipe.components.items()):
-        if isinstance(module, torch.nn.Module):
-            for key, tensor in module.state_dict().items():
-                found.update(f"{name}.{key}".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
+def hashes(pipe: Any) -> dict[str, str]:
+    """A hash of the weights of each component that has some."""
+    parts = sorted(pipe.components.items())
+    return {name: weights_hash(part) for name, part in parts if isinstance(part, torch.nn.Module)}
 
 
 def shares(result: Comparison) -> dict[str, dict[str, float]]:

@@ -163,12 +163,9 @@ def prepare(methods: str, counts: Sequence[int], bench: Bench, searched: bool) -
 
 def left_out(methods: str, bench: Bench) -> list[str]:
     """What "all" does not hold on this bench, and why, a line each."""
-    from lesa.evaluation.methods import NAMES, unfit
+    from lesa.evaluation import methods as known
 
-    if methods.strip() != "all":
-        return []
-    reasons = {name: unfit(name, bench) for name in NAMES}
-    return [f"{name} is left out: it {why}" for name, why in reasons.items() if why is not None]
+    return list(known.left_out(known.NAMES, bench).values()) if methods.strip() == "all" else []
 
 
 def _check_frames(pipe: Any, settings: Mapping[str, Any]) -> None:

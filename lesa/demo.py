@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     from lesa.evaluation.compare import compare
     from lesa.evaluation.judges import attributes
     from lesa.evaluation.method import Bench
-    from lesa.evaluation.methods import build_all, unfit
+    from lesa.evaluation.methods import build_all, left_out
     from lesa.evaluation.report import rich_table, write_report
     from lesa.inputs import quieten
     from lesa.terminal import progress
@@ -47,10 +48,9 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     steps = settings["num_inference_steps"]
     counts, names = contest(pipe, steps)
     bench = Bench(steps, pipe, settings)
-    missing = {name: why for name in names if name != "lesa" and (why := unfit(name, bench))}
+    missing = left_out([name for name in names if name != "lesa"], bench)
     names = tuple(name for name in names if name not in missing)
-    for name, why in missing.items():
-        console.print(f"{name} is left out: it {why}", markup=False)
+    console.print(*missing.values(), sep="\n", end="\n" * bool(missing), markup=False)
     console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
     forecaster = lesa.train(
         pipe,
@@ -63,7 +63,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     trained = time.perf_counter() - begun
 
     unseen = lesa.testbed.prompts(pipeline, UNSEEN, seed=1)
-    methods = build_all(names, counts, Bench(steps, pipe, settings, forecaster=forecaster))
+    methods = build_all(names, counts, replace(bench, forecaster=forecaster))
     console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
     batch = UNSEEN // 2
     with progress("compare", 2 * (len(methods) + 1)) as advance:

@@ -45,17 +45,21 @@ class Mixer:
         self.plan, self.ring = plan, ring
         feature, device = ring.features[0], ring.data.device
         self.table = table = plan.on(device)
-        self._band: int | None = None
-        self._mix: Callable[..., Any] = ops.implementation("mix", feature, ring.history)
+        if len(feature) % plan.parts:
+            raise LesaError(f"a batch of {len(feature)} does not hold {plan.parts} guidance parts.")
+        # To a kernel the guidance parts of a batch are bands.
+        self._band = None if plan.parts == 1 else feature.numel() // plan.parts
+        options = {} if self._band is None else {"band_size": self._band}
+        self._mix: Callable[..., Any] = ops.implementation("mix", feature, ring.history, options)
         self._modulate: Callable[..., Any] = ops.implementation(
             "mix_modulate", feature, ring.history, {"bias": table.bias}
         )
         # Functions, not bound methods: those would make a cycle that keeps the ring alive.
         self._write, self._write_modulated = Mixer._eager, Mixer._launch_modulated
-        if plan.parts > 1:
-            self._take_parts(plan.parts)
-            return
         if self._mix is eager.mix or feature.dtype == torch.float64:  # whose rows stay float64
+            if plan.parts > 1:
+                self._parts = list(zip(*(f.chunk(plan.parts) for f in ring.features), strict=True))
+                self._write = Mixer._eager_parts
             return
         self._write = Mixer._triton
         if self._mix is native.mix:
@@ -89,18 +93,6 @@ class Mixer:
         with ranges.mix:
             self._write_modulated(self, index, modulation, eps, out, feature)
         return out
-
-    def _take_parts(self, parts: int) -> None:
-        """Forecast each guidance part of a batch by rows of its own: to a kernel they are bands."""
-        feature = self.ring.features[0]
-        if len(feature) % parts:
-            raise LesaError(f"a batch of {len(feature)} does not hold {parts} guidance parts.")
-        self._band = feature.numel() // parts
-        options = {"band_size": self._band}
-        self._mix = ops.implementation("mix", feature, self.ring.history, options)
-        self._parts = list(zip(*(f.chunk(parts) for f in self.ring.features), strict=True))
-        plain = self._mix is eager.mix or feature.dtype == torch.float64
-        self._write = Mixer._eager_parts if plain else Mixer._triton
 
     def _launch_modulated(
         self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None

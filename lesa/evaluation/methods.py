@@ -41,7 +41,8 @@ def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:
     wanted = names.split(",") if isinstance(names, str) else list(names)
     wanted = [name.strip() for name in wanted if name.strip()]
     if wanted == ["all"]:
-        return tuple(name for name in NAMES if unfit(name, bench) is None)
+        missing = left_out(NAMES, bench)
+        return tuple(name for name in NAMES if name not in missing)
     for name in wanted:
         if name not in NAMES:
             raise LesaError(f"methods: unknown {name!r}; choose all, or from {', '.join(NAMES)}")
@@ -58,6 +59,12 @@ def unfit(name: str, bench: Bench) -> str | None:
         missing = "needs a trained forecaster; give forecaster=FOLDER"
         return missing if bench.forecaster is None else None
     return PEERS[name].unfit(bench)
+
+
+def left_out(names: Iterable[str], bench: Bench) -> dict[str, str]:
+    """Those of the names that cannot run on the bench, each with a sentence that says why."""
+    reasons = {name: unfit(name, bench) for name in names}
+    return {name: f"{name} is left out: it {why}" for name, why in reasons.items() if why}
 
 
 def build(name: str, full_steps: int, bench: Bench, *, searched: Schedule | None = None) -> Method:

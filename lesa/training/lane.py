@@ -121,14 +121,12 @@ class Lane:
             target = self._target(at, guided(base, at.shares), latent, base_latent)
             shared = self.shared.get(at.branch, rows)
             fitted = self._fit(at, target, regressors, shared[at.step, columns], tail)
-            line = self._line(at.step, len(columns))
-            share = self.caution if at.sigma > EARLY else 0.0
             if rows.ndim == 3:
-                own = self._fit_parts(at, target, ring, latent, fitted)
+                parts = self._fit_parts(at, target, ring, latent, fitted)
                 rows[at.step] = 0
-                rows[at.step, columns] = own + share * (line[:, None] - own)
+                rows[at.step, columns] = self._cautious(at, parts)
             shared[at.step] = 0
-            shared[at.step, columns] = fitted + share * (line - fitted)
+            shared[at.step, columns] = self._cautious(at, fitted)
         output = applied(rows[at.step, columns], regressors).to(ring[0].dtype)
         output = output if tail is None else tail(output)
         if at.rate and not self.frozen:
@@ -178,6 +176,13 @@ class Lane:
             row, here = min(reached, key=lambda pair: float((pair[1] - target).square().sum()))
         return row
 
+    def _cautious(self, at: Visit, fitted: Tensor) -> Tensor:
+        """A row ``[columns]``, or one for each part ``[columns, parts]``, as it is run."""
+        if at.sigma <= EARLY:
+            return fitted
+        line = self._line(at.step, len(fitted)).view(-1, *[1] * (fitted.ndim - 1))
+        return fitted + self.caution * (line - fitted)
+
     def _line(self, step: int, columns: int) -> Tensor:
         """The row of a line through two features, followed no farther than they are apart."""
         cached = self.schedule.cached_before(step, min(2, self.history))
@@ -197,26 +202,24 @@ class Lane:
 
 @dataclass
 class FixedLane(Lane):
-    """A lane whose ``rows`` are given, whatever run it is in; ``fallback`` are those for all parts
-    of a branch whose parts have their own."""
+    """A lane whose ``rows`` are given, and what is ``shared``, whatever run it is in."""
 
     frozen: bool = True
     rows: dict[str, Tensor] = field(default_factory=dict)
-    fallback: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, lane: Lane) -> FixedLane:
         """A fitted lane's rows."""
         rows = {branch: rows.clone() for branch, rows in lane.coefficients.items()}
         made = cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
-        made.fallback = dict(lane.shared)
-        made.caution = lane.caution
+        made.caution, made.shared = lane.caution, lane.shared
         return made
 
     def begin(self) -> None:
+        shared = self.shared
         super().begin()
         self.coefficients = {branch: rows.clone() for branch, rows in self.rows.items()}
-        self.shared = dict(self.fallback)
+        self.shared = shared
 
 
 def quality(lane: Lane) -> float:
