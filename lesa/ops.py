@@ -92,10 +92,14 @@ def mix_modulate(
 
     See `lesa_kernels.mix_modulate.mix_modulate`. Without `out` the result is a new tensor.
     """
+    arguments = (ring, slots, table, step, scale, shift)
     if out is None and feature is None:
-        return torch.ops.lesa.mix_modulate(ring, slots, table, step, scale, shift, bias, eps)
-    out = torch.empty_like(feature) if out is None else out  # type: ignore[arg-type]
-    torch.ops.lesa.mix_modulate_out(ring, slots, table, step, scale, shift, out, feature, bias, eps)
+        return torch.ops.lesa.mix_modulate(*arguments, bias, eps)
+    out = torch.empty_like(ring[0]) if out is None else out
+    if feature is None:
+        torch.ops.lesa.mix_modulate_out(*arguments, out, bias, eps)
+    else:
+        torch.ops.lesa.mix_modulate_and_feature_out(*arguments, out, feature, bias, eps)
     return out
 
 
@@ -166,20 +170,29 @@ def _spline_mix(ring, slots, weights, tau, projection, shift, base, spline, low,
     return out
 
 
-@_define("mix_modulate_out", f"({_MIX}, Tensor scale, Tensor shift, Tensor(a!) out, "
-         "Tensor(b!)? feature=None, Tensor? bias=None, float eps=1e-6) -> ()",
-         ("out", "feature"))  # fmt: skip
-def _mix_modulate_out(ring, slots, table, step, scale, shift, out, feature=None, bias=None,
-                      eps=1e-6):  # fmt: skip
+_MODULATE = f"{_MIX}, Tensor scale, Tensor shift"
+_NORM_OPTIONS = "Tensor? bias=None, float eps=1e-6"
+
+
+@_define("mix_modulate_out", f"({_MODULATE}, Tensor(a!) out, {_NORM_OPTIONS}) -> ()", ("out",))
+def _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias=None, eps=1e-6):
+    run = implementation("mix_modulate", out, len(slots), {"bias": bias})
+    run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps)
+
+
+# An operator of its own: torch 2.10 and 2.11 cannot find a mutated argument that is left out.
+@_define("mix_modulate_and_feature_out", f"({_MODULATE}, Tensor(a!) out, Tensor(b!) feature, "
+         f"{_NORM_OPTIONS}) -> ()", ("out", "feature"))  # fmt: skip
+def _mix_modulate_and_feature_out(ring, slots, table, step, scale, shift, out, feature, bias=None,
+                                  eps=1e-6):  # fmt: skip
     run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps, feature=feature)
 
 
-@_define("mix_modulate", f"({_MIX}, Tensor scale, Tensor shift, Tensor? bias=None, "
-         "float eps=1e-6) -> Tensor")  # fmt: skip
+@_define("mix_modulate", f"({_MODULATE}, {_NORM_OPTIONS}) -> Tensor")
 def _mix_modulate(ring, slots, table, step, scale, shift, bias=None, eps=1e-6):
     out = torch.empty_like(ring[0])
-    _mix_modulate_out(ring, slots, table, step, scale, shift, out, None, bias, eps)
+    _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias, eps)
     return out
 
 
@@ -205,7 +218,9 @@ def _mix_backward(grad, ring, slots, table, step, latent, band_size, features, r
     return run(grad, ring, slots, table, step, latent, band_size, features, rows)
 
 
-for _name in ("mix_out", "spline_mix_out", "mix_modulate_out", "gram_out"):
+_IN_PLACE = ("mix_out", "spline_mix_out", "mix_modulate_out", "mix_modulate_and_feature_out",
+             "gram_out")  # fmt: skip
+for _name in _IN_PLACE:
     torch.library.register_fake(f"lesa::{_name}", lambda *_, **__: None)
 for _name in ("mix", "spline_mix", "mix_modulate"):
     torch.library.register_fake(f"lesa::{_name}", lambda ring, *_, **__: torch.empty_like(ring[0]))
@@ -213,7 +228,7 @@ for _name in ("mix", "spline_mix", "mix_modulate"):
 
 @torch.library.register_fake("lesa::gram")
 def _gram_shaped(feature, ring, slots, base=None, samples=1):
-    width = slots.shape[0] + 2 + (base is not None)
+    width = slots.shape[0] + (2 if base is None else 3)
     return feature.new_empty(samples, width, dtype=torch.float64)
 
 

@@ -104,12 +104,22 @@ def test_opcheck(name):
     torch.library.opcheck(in_place, (*arguments, given), options)
 
 
+def test_opcheck_of_the_form_that_writes_the_feature_too():
+    arguments, options, _ = calls(torch.float32)["mix_modulate"]
+    given = (torch.empty(2, 5, 24), torch.empty(2, 5, 24))
+    in_place = torch.ops.lesa.mix_modulate_and_feature_out.default
+    torch.library.opcheck(in_place, (*arguments, *given), options)
+
+
 def test_the_feature_goes_along_with_the_modulated_one(forced):
     arguments, options, exact = calls(torch.float32)["mix_modulate"]
     out, feature = torch.empty(2, 5, 24), torch.full((2, 5, 24), float("nan"))
     ops.mix_modulate(*arguments, out, feature=feature, **options)
     reference.mix(*arguments[:4], exact, **options)
     torch.testing.assert_close(feature.double(), exact, rtol=1e-6, atol=1e-5)
+    again = torch.full_like(feature, float("nan"))
+    assert torch.equal(ops.mix_modulate(*arguments, feature=again, **options), out)
+    assert torch.equal(again, feature)
 
 
 @pytest.mark.parametrize("case", ["mix with latent", "mix with bands", "mix with wide bands"])
