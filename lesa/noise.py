@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lesa.errors import LesaError
 
@@ -27,7 +29,7 @@ def noise_levels(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...
         or config.get("use_flow_sigmas", False)
     )
     if sigmas is not None:
-        levels = [float(sigma) for sigma in torch.as_tensor(sigmas).tolist()]
+        levels = _values(sigmas)
     else:
         levels = _levels_of_alphas(scheduler)
     levels = levels[first : first + num_steps + 1]
@@ -43,8 +45,36 @@ def _levels_of_alphas(scheduler: Any) -> list[float]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return []
-    kept = alphas.double().cpu()[scheduler.timesteps.long().cpu()]
+    kept = alphas.double().cpu()[torch.tensor(_values(scheduler.timesteps)).long()]
     return ((1 - kept) / kept).sqrt().tolist()
+
+
+class _Read(NamedTuple):
+    """What a tensor held when it was last read, and what tells that it may hold something else."""
+
+    state: tuple[int, int]
+    values: list[float]
+
+
+_reads: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # by identity
+
+
+def _values(source: Any) -> list[float]:
+    """The values of a tensor, array or list.
+
+    A tensor on a device is waited for once, as long as it is the same object and nobody writes to
+    it: that is once per `set_timesteps`, which makes a new one. On the host anybody may share its
+    memory, and reading it costs nothing: it is read every time. So is an inference tensor, which
+    does not count what is written to it.
+    """
+    if not isinstance(source, Tensor):
+        return [float(value) for value in source]
+    if source.device.type == "cpu" or source.is_inference():
+        return source.tolist()
+    state, known = (source._version, source.data_ptr()), _reads.get(source)
+    if known is None or known.state != state:
+        known = _reads[source] = _Read(state, source.tolist())
+    return known.values
 
 
 def own_noise_levels(num_steps: int | None, sigmas: Sequence[float] | None) -> tuple[float, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,8 @@ class Ring:
     """The K newest features, `data` [K, *feature_shape], in the features' own dtype and device.
 
     `push` overwrites the oldest feature. `order` lists the slots newest first as Python ints and
-    `slots` is the same on the device (int32), for kernels. A ring keeps nothing but its `data` and
-    K * K int32 slot numbers.
+    `slots` is the same on the device (int32), for kernels. A ring keeps nothing but its `data`: the
+    K * K slot numbers of a device are shared by all rings there.
 
     Args:
         history: K, at least 1.
@@ -37,9 +39,8 @@ class Ring:
                 data = torch.empty(shape, dtype=like.dtype, device=like.device)
             self.data = data
             self.features = self.data.unbind(0)
-            rows = [[(head - age) % history for age in range(history)] for head in range(history)]
-            self._slots = torch.tensor(rows, dtype=torch.int32, device=like.device).unbind(0)
-        self._orders = [tuple(row) for row in rows]
+        self._orders = _orders(history)
+        self._slots = _slots(history, like.device)
         self._head = history - 1
         self.pushed = 0
 
@@ -88,6 +89,21 @@ class Ring:
     def nbytes(self) -> int:
         """Bytes of the K features."""
         return self.data.numel() * self.data.element_size()
+
+
+@cache
+def _orders(history: int) -> tuple[tuple[int, ...], ...]:
+    """The slots newest first, for each place of the newest feature."""
+    return tuple(
+        tuple((head - age) % history for age in range(history)) for head in range(history)
+    )
+
+
+@cache
+def _slots(history: int, device: torch.device) -> tuple[Tensor, ...]:
+    """`_orders` on a device. Copied there once in a process: each copy waits for the device."""
+    with torch.inference_mode(False):
+        return torch.tensor(_orders(history), dtype=torch.int32, device=device).unbind(0)
 
 
 def _describe(feature: Tensor) -> str:

@@ -287,3 +287,94 @@ def test_the_pipeline_is_not_kept_alive(tiny_flux):
     del other
     gc.collect()
     assert clock.pipes == [tiny_flux]
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU and counts how often the host reads it."""
+
+    reads = 0
+
+    @property
+    def device(self):
+        return torch.device("cuda:0")
+
+    def tolist(self):
+        OnDevice.reads += 1
+        return self.as_subclass(torch.Tensor).tolist()
+
+
+def on_device(scheduler, **options):
+    """A schedule as `set_timesteps` leaves it on a GPU."""
+    scheduler.set_timesteps(**options)
+    for name in {"sigmas", "timesteps"} & vars(scheduler).keys():
+        setattr(scheduler, name, getattr(scheduler, name).clone().as_subclass(OnDevice))
+    return scheduler
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """How often the host has read a device since the last call of it."""
+
+    def since():
+        count, OnDevice.reads = OnDevice.reads, 0
+        return count
+
+    since()
+    return since
+
+
+def test_sigmas_on_a_device_are_read_once(reads):
+    scheduler = on_device(FlowMatchEulerDiscreteScheduler(), num_inference_steps=6)
+    first = noise_levels(scheduler, 0, 6)
+    assert (noise_levels(scheduler, 0, 6), noise_levels(scheduler, 2, 4)) == (first, first[2:])
+    assert reads() == 1
+    clock = StepClock(scheduler=scheduler)
+    for _ in range(2):  # the second call begins a generation with the same tensor
+        assert clock.tick().sigmas == first
+        clock.reset()
+    assert reads() == 0
+
+
+def test_sigmas_are_read_again_where_they_may_have_changed(reads):
+    scheduler = on_device(FlowMatchEulerDiscreteScheduler(), num_inference_steps=4)
+    found = [noise_levels(scheduler, 0, 4)]
+    with torch.no_grad():
+        scheduler.sigmas.mul_(0.5)  # in place
+    found.append(noise_levels(scheduler, 0, 4))
+    scheduler.sigmas.data = torch.tensor([0.8, 0.6, 0.4, 0.2, 0.0])  # counted by no version
+    found.append(noise_levels(scheduler, 0, 4))
+    on_device(scheduler, sigmas=[0.9, 0.7, 0.5, 0.1])  # custom ones
+    found.append(noise_levels(scheduler, 0, 4))
+    other = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    for mu in (0.5, 1.1):
+        on_device(other, num_inference_steps=4, mu=mu)
+        found.append(noise_levels(other, 0, 4))
+    assert len(set(found)) == reads() == 6
+
+
+def test_a_new_tensor_at_the_address_of_a_dead_one_is_read(reads):
+    scheduler, found, addresses = FlowMatchEulerDiscreteScheduler(), set(), set()
+    for steps in (4, 4, 4, 5, 5, 5):
+        scheduler.sigmas = scheduler.timesteps = None
+        on_device(scheduler, num_inference_steps=steps, sigmas=None)
+        addresses.add(id(scheduler.sigmas))
+        found.add(noise_levels(scheduler, 0, steps))
+    assert reads() == 6 and len(found) == 2
+    assert len(addresses) < 6  # else this proves nothing
+
+
+def test_what_counts_no_writes_is_read_every_time(reads):
+    with torch.inference_mode():
+        scheduler = on_device(FlowMatchEulerDiscreteScheduler(), num_inference_steps=4)
+        first = noise_levels(scheduler, 0, 4)
+        scheduler.sigmas.mul_(0.5)
+        assert noise_levels(scheduler, 0, 4) == tuple(level / 2 for level in first)
+    assert reads() == 2
+
+
+def test_timesteps_on_a_device_are_read_once(reads):
+    plain, scheduler = DDIMScheduler(), on_device(DDIMScheduler(), num_inference_steps=5)
+    plain.set_timesteps(5)
+    for _ in range(2):
+        assert noise_levels(scheduler, 0, 5) == noise_levels(plain, 0, 5)
+    assert reads() == 1

@@ -82,3 +82,14 @@ def test_another_kind_of_feature_is_refused(other):
 def test_history_below_one_is_refused():
     with pytest.raises(LesaError, match="history is 0"):
         Ring(0, torch.ones(3))
+
+
+def test_slot_numbers_are_copied_to_a_device_once(monkeypatch):
+    first = Ring(5, torch.ones(3))
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("copied from the host"))
+    with torch.inference_mode():
+        second = Ring(5, torch.ones(4))
+    for ring in (first, second, first):
+        ring.push(torch.ones_like(ring.data[0]))
+        assert ring.slots.tolist() == list(ring.order)
+    assert first.order != second.order
