@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-from lesa import backend, native
-
-ROOT = Path(__file__).parents[1]
+from native_build import native_kernels as native_kernels
 
 
 @pytest.fixture
@@ -101,44 +92,3 @@ def executions() -> Callable[[Any], Counter[str]]:
         return counts
 
     return watch
-
-
-@pytest.fixture(scope="session")
-def native_kernels(request: pytest.FixtureRequest) -> None:
-    """The library of csrc/cpu as loaded already, or built once into pytest's cache."""
-    sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
-    if native.load("cpu"):
-        newest = max(path.stat().st_mtime for path in sources)
-        if native.library("cpu").stat().st_mtime < newest:
-            pytest.fail(f"{native.library('cpu')} is older than csrc/: build it again")
-        return
-    content = b"".join(path.read_bytes() for path in (ROOT / "setup.py", *sources))
-    digest = hashlib.sha256(content + torch.__version__.encode()).hexdigest()[:16]
-    folder = request.config.cache.mkdir("lesa_native") / digest
-    if not (folder / "lesa" / "_native_cpu.so").exists():
-        _build(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LESA_NATIVE_DIR", str(folder / "lesa"))
-        native.why_not.cache_clear()
-        assert not native.why_not("cpu")
-    backend.why_not.cache_clear()
-    backend._active.cache_clear()
-
-
-def _build(folder: Path) -> None:
-    """Into `folder`, which appears complete or not at all."""
-    begun = folder.with_suffix(f".{os.getpid()}")
-    command = [sys.executable, "setup.py", "build_ext", f"--build-lib={begun}"]
-    done = subprocess.run(
-        [*command, f"--build-temp={begun / 'objects'}"],
-        cwd=ROOT,
-        env={**os.environ, "LESA_BUILD_EXT": "1", "NVCC": "not-here"},
-        capture_output=True,
-        text=True,
-    )
-    if "LESA_BUILD_EXT is 1, but" in done.stderr:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    if done.returncode:
-        pytest.fail(done.stdout + done.stderr)
-    shutil.rmtree(begun / "objects")
-    begun.replace(folder)
