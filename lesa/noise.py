@@ -28,10 +28,7 @@ def noise_levels(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...
         or config.get("prediction_type") == "flow_prediction"
         or config.get("use_flow_sigmas", False)
     )
-    if sigmas is not None:
-        levels = _values(sigmas)
-    else:
-        levels = _levels_of_alphas(scheduler)
+    levels = _values(sigmas) if sigmas is not None else _levels_of_alphas(scheduler)
     levels = levels[first : first + num_steps + 1]
     if len(levels) == num_steps:
         levels.append(0.0)

@@ -94,9 +94,7 @@ class Ring:
 @cache
 def _orders(history: int) -> tuple[tuple[int, ...], ...]:
     """The slots newest first, for each place of the newest feature."""
-    return tuple(
-        tuple((head - age) % history for age in range(history)) for head in range(history)
-    )
+    return tuple(tuple((head - age) % history for age in range(history)) for head in range(history))
 
 
 @cache
