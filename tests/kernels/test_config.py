@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import time
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -62,11 +64,26 @@ def test_programs_share_the_work_evenly(monkeypatch):
     assert programs(device, shape, 21) == 11  # two rounds of 11 and 10, not 20 and 1
 
 
-def test_tuning_without_a_gpu_says_so():
+def test_tuning_without_a_gpu_says_so(capsys):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(SystemExit, match="times kernels on a GPU, and PyTorch sees none"):
+    with pytest.raises(SystemExit, match="2"):
         tune.main([])
+    assert "times kernels on a GPU, and PyTorch sees none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--shapes", "1x4096x"], "'1x4096x' is no shape: write BxTxC"),
+        (["--seconds", "-1"], "'-1' is no time: give seconds above 0"),
+        (["--kernels", "mux"], "invalid choice: 'mux'"),
+    ],
+)
+def test_what_the_command_refuses(given, sentence, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(given)
+    assert sentence in capsys.readouterr().err
 
 
 def test_search_takes_the_fastest_and_refuses_a_wrong_one(device):
@@ -91,13 +108,55 @@ def test_search_takes_the_fastest_and_refuses_a_wrong_one(device):
         tune.search(replace(example, launch=wrong), lambda run: 1.0, candidates)
 
 
-def test_what_tune_writes_is_what_lookup_reads(tmp_path, monkeypatch, device):
+@pytest.fixture
+def searched(tmp_path, monkeypatch, device):
+    """`tune` of small features by a clock that counts calls, into a folder that lookup reads."""
     chosen = [Config(128, 128, 3)]
     monkeypatch.setattr(tune, "HISTORIES", (1,))
-    one = {"mix": examples((1, 4, 32), 1, device=device)["mix"]}
-    monkeypatch.setattr(tune, "examples", lambda *args, **kwargs: one)
-    path = tune.tune(tmp_path, device, "Some GPU", lambda run: 1.0, [(1, 4, 32)], chosen)
     monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
     config._entries.cache_clear()
+
+    def run(timer=lambda run: 1.0, **options):
+        return tune.tune(tmp_path, device, "Some GPU", timer, [(1, 4, 32)], chosen, **options)
+
+    yield run
+    config._entries.cache_clear()
+
+
+def test_what_tune_writes_is_what_lookup_reads(searched, tmp_path):
+    path = searched(kernels=["mix"])
     assert path == file_of("Some GPU", tmp_path)
-    assert Config(**config._entries("Some GPU")["mix"][0]["config"]) == chosen[0]
+    [entry] = config._entries("Some GPU")["mix"]
+    assert Config(**entry["config"]) == Config(128, 128, 3)
+    assert entry["shape"] == {"size": 128, "columns": 32, "history": 1, "itemsize": 2}
+    assert entry["share_of_copy"] == 1 and entry["gb_per_s"] == round(2 * 256 / 1e6, 1)
+
+
+def test_a_second_search_adds_to_the_first(searched):
+    searched(kernels=["mix"])
+    path = searched(lambda run: 2.0, kernels=["mix", "gram"])
+    kernels = json.loads(path.read_text())["kernels"]
+    assert [entry["milliseconds"] for entry in kernels["mix"]] == [2.0]
+    assert set(kernels) == {"mix", "gram"}
+
+
+def test_what_was_found_before_a_failure_is_kept(searched, tmp_path):
+    def fails_later(run):
+        if isinstance(run, partial) and run.func.__self__.kernel == "gram":
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(KeyboardInterrupt):
+        searched(fails_later, kernels=["mix", "gram"])
+    assert set(json.loads(file_of("Some GPU", tmp_path).read_text())["kernels"]) == {"mix"}
+    assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
+
+
+def test_a_search_that_no_longer_fits_is_named(searched, capsys):
+    def slow(run):
+        time.sleep(0.02)
+        return 1.0
+
+    path = searched(slow, kernels=["mix", "gram"], seconds=0.01)
+    assert set(json.loads(path.read_text())["kernels"]) == {"mix"}
+    assert "no time was left for gram 1x4 K=1" in capsys.readouterr().err
