@@ -24,26 +24,54 @@ MOST_CALLS = 512
 
 
 def interleaved(
-    timers: Mapping[str, Timer], rounds: int, *, warmup: int = 2, deadline: float | None = None
+    timers: Mapping[str, Timer],
+    rounds: int,
+    *,
+    warmup: int = 2,
+    deadline: float | None = None,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of every contender in every round, the same count for all; at least one round.
+    """Seconds of every contender in every round, the same count for all that ran.
 
-    No round begins after `deadline`, a value of `time.perf_counter`.
+    After `deadline`, a value of `time.perf_counter`, nothing begins. With `failures` a contender
+    that raises leaves, and so does one that the first round had no time for: they are missing in
+    the result, and their reasons are written there. The first round keeps the order of `timers`.
     """
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     gc.collect()
     gc.disable()
     try:
         for index in range(-warmup, rounds):
-            if index > 0 and deadline is not None and time.perf_counter() > deadline:
-                break
-            for name in random.sample(list(timers), len(timers)):
-                spent = timers[name]()
+            names = list(seconds) if index <= 0 else random.sample(list(seconds), len(seconds))
+            for name in names:
+                if deadline is not None and time.perf_counter() > deadline and index >= 0:
+                    return _complete(seconds, failures)
+                try:
+                    spent = timers[name]()
+                except Exception as error:
+                    if failures is None:
+                        raise
+                    failures[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                    del seconds[name]
+                    continue
                 if index >= 0:
                     seconds[name].append(spent)
     finally:
         gc.enable()
-    return seconds
+    return _complete(seconds, failures)
+
+
+def _complete(
+    seconds: dict[str, list[float]], failures: dict[str, str] | None
+) -> dict[str, list[float]]:
+    """The rounds that all have finished; without those that have not finished one."""
+    for name in [name for name, found in seconds.items() if not found]:
+        if failures is None:
+            raise TimeoutError(f"no time was left for the first round of {name!r}")
+        failures[name] = "no time left"
+        del seconds[name]
+    rounds = min(map(len, seconds.values()), default=0)
+    return {name: found[:rounds] for name, found in seconds.items()}
 
 
 def summary(values: Sequence[float]) -> dict[str, Any]:

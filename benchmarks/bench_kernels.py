@@ -95,9 +95,14 @@ def run(options: argparse.Namespace, path: Path) -> None:
                 why = reason or f"--seconds {options.seconds} were over"
                 content["left_out"].append([name, place, history, why])
                 continue
-            row = measure(name, place, history, [made[name] for made in sets], options)
-            content["rows"].append(row)
-            show(row)
+            try:
+                row = measure(name, place, history, [made[name] for made in sets], options)
+            except (Exception, SystemExit) as error:  # the next row is another question
+                reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+                content["left_out"].append([name, place, history, reason])
+            else:
+                content["rows"].append(row)
+                show(row)
             write(path, content)
         del sets
         torch.cuda.empty_cache()

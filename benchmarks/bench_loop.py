@@ -12,7 +12,9 @@ numbers mean nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -26,6 +28,8 @@ from _timing import Timer, interleaved, ratios, summary, wall_timer
 from diffusers import TaylorSeerCacheConfig
 
 import lesa
+
+WARM_UP = 3  # steps in which a library loads its kernels
 
 
 class Variant(NamedTuple):
@@ -69,9 +73,12 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
     timers = {
         key: _timer(pipe, call, variant, notes[key], device) for key, variant in chosen.items()
     }
-    seconds = interleaved(timers, options.rounds, warmup=0, deadline=deadline)
+    failures: dict[str, str] = {}
+    seconds = interleaved(timers, options.rounds, warmup=0, deadline=deadline, failures=failures)
     rows = []
     for key, variant in chosen.items():
+        if key not in seconds or "plain" not in seconds:
+            continue
         speedup, ideal = ratios(seconds, "plain", key), options.steps / variant.full_steps
         rows.append(
             {
@@ -84,7 +91,7 @@ def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str
                 **notes[key],
             }
         )
-    return {**facts, "steps": options.steps, "rows": rows}
+    return {**facts, "steps": options.steps, "rows": rows, "failures": failures}
 
 
 def _timer(
@@ -94,16 +101,20 @@ def _timer(
     cuda = device.type == "cuda"
     synchronize = partial(torch.cuda.synchronize, device) if cuda else lambda: None
 
-    def generate() -> None:
+    def generate(steps: int = variant.num_steps) -> None:
         draw = torch.Generator(device).manual_seed(0)
-        settings = {**call, "num_inference_steps": variant.num_steps, "generator": draw}
+        settings = {**call, "num_inference_steps": steps, "generator": draw}
         result = pipe(**settings, output_type="latent", return_dict=False)[0]
         notes["finite"] = bool(result.isfinite().all())
 
     def once() -> float:
+        if cuda:
+            torch.cuda.empty_cache()  # what a variant that failed has left
         with variant.switch():
-            if variant.ours or not notes:
+            if variant.ours:
                 generate()  # in which kernels are compiled and graphs recorded
+            elif not notes:
+                generate(min(WARM_UP, variant.num_steps))
             if cuda:
                 torch.cuda.reset_peak_memory_stats(device)
                 notes["allocated_before_bytes"] = torch.cuda.memory_allocated(device)
@@ -140,6 +151,8 @@ def show(found: dict[str, Any]) -> None:
             f"  {row['variant']:38} {row['full_steps']:3d} full {row['seconds']['median']:8.3f} s"
             f" {speed:5.2f}x {share:6.1%} of ideal  {peak} {ring}{trouble}"
         )
+    for key, reason in found["failures"].items():
+        print(f"  {key:38} left out: {reason}")
 
 
 def main() -> None:
@@ -151,6 +164,7 @@ def main() -> None:
     parser.add_argument("--full-steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=120, help="begin no round after these")
+    parser.add_argument("--add", action="store_true", help="keep the file's other models")
     parser.add_argument("--tiny", action="store_true", help="small models, on the CPU too")
     options = parser.parse_args()
     if not options.tiny and not torch.cuda.is_available():
@@ -161,11 +175,20 @@ def main() -> None:
     label = slug(torch.cuda.get_device_name()) if cuda else "cpu"
     path = options.out / f"loop_{label}{'_tiny' * options.tiny}.json"
     content: dict[str, Any] = {"environment": environment(device), "models": []}
+    if options.add and path.exists():
+        known = json.loads(path.read_text())["models"]
+        content["models"] = [row for row in known if row["model"] not in options.models]
     start = time.perf_counter()
     for index, name in enumerate(options.models, 1):
         share = start + options.seconds * index / len(options.models)  # each its part of the time
-        content["models"].append(measure(name, options, share))
-        show(content["models"][-1])
+        try:
+            found = measure(name, options, share)
+        except Exception as error:  # the next model is another question
+            traceback.print_exc()
+            content.setdefault("left_out", []).append([name, f"{type(error).__name__}: {error}"])
+        else:
+            content["models"].append(found)
+            show(found)
         write(path, content)
         if cuda:
             torch.cuda.empty_cache()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import _formulas
+import _timing
 import pytest
 import torch
 from _contenders import (
@@ -80,9 +81,35 @@ def test_rounds_are_interleaved_and_warm_ups_do_not_count():
     assert ratios(found, "a", "b")["median"] == 2.0
 
 
-def test_one_round_is_run_whatever_the_deadline():
-    found = interleaved({"a": lambda: 1.0}, 9, deadline=time.perf_counter() - 1)
-    assert found == {"a": [1.0]} and summary(found["a"])["quartiles"] == [1.0, 1.0]
+def test_nothing_begins_after_the_deadline(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(_timing.time, "perf_counter", lambda: clock[0])
+
+    def second():
+        clock[0] += 1
+        return 1.0
+
+    timers = dict.fromkeys(("a", "b", "late"), second)
+    failures: dict[str, str] = {}
+    found = interleaved(timers, 9, warmup=0, deadline=1.5, failures=failures)
+    assert found == {"a": [1.0], "b": [1.0]} and failures == {"late": "no time left"}
+    assert summary(found["a"])["quartiles"] == [1.0, 1.0]
+    with pytest.raises(TimeoutError, match="first round of 'a'"):
+        interleaved(timers, 9, deadline=clock[0] - 1)
+    found = interleaved(timers, 9, warmup=0, deadline=clock[0] + 3.5)
+    assert found == dict.fromkeys(timers, [1.0])  # the second round is not whole
+
+
+def test_a_contender_that_fails_leaves_the_others():
+    def broken():
+        raise ValueError("first line\nsecond line")
+
+    failures = {}
+    timers = {"a": lambda: 2.0, "broken": broken, "b": lambda: 1.0}
+    assert interleaved(timers, 3, failures=failures) == {"a": [2.0] * 3, "b": [1.0] * 3}
+    assert failures == {"broken": "ValueError: first line"}
+    with pytest.raises(ValueError, match="first line"):
+        interleaved(timers, 3)
 
 
 def test_buffers_outgrow_the_cache():
