@@ -117,7 +117,8 @@ class Calibrator:
 
     def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
         with torch.no_grad():
-            return self.forecaster.net.rows(plan, sigmas, self.forecaster.branch(branch))[0]
+            rows = self.forecaster.net.rows(plan, sigmas, self.forecaster.branch(branch))[0]
+        return rows.cpu()
 
     def _plan(self, full_steps: tuple[int, ...]) -> Schedule:
         return Schedule.explicit(full_steps, self.statistics.num_steps)

@@ -187,6 +187,9 @@ def run_lanes(
     10 log10 of the base latent's mean square over the mean squared error of the lane's final
     latent, in dB. Returns the base run's final latents, ``[pictures, elements]``; with them as
     ``base`` lanes that fit nothing run without it. ``prompts`` are the rows of those that run.
+
+    Final latents, and with them errors and scores, lie on the host in float64, wherever the
+    pipeline is: they are copied once per run.
     """
     rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(lanes)
     for lane in lanes:
@@ -194,7 +197,7 @@ def run_lanes(
     step = LockStep(job, lanes, prior, statistics, len(rows), with_base=base is None)
     with job.controlled(step):
         final = job.run(rows * copies, num_inference_steps)
-    runs = final.double().reshape(copies, len(rows) * job.pictures, -1)
+    runs = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
     base = runs[0] if base is None else base
     for lane, run in zip(lanes, runs[1:], strict=True):
         lane.rings, lane.debt = {}, None

@@ -70,7 +70,7 @@ class Collector:
         parts = [part[row] for n, run in runs.items() for row in range(rows[n]) for part in run]
         if len(latents) == steps:
             fits = final.numel() == latents[0].numel()
-            parts += [*latents, *([final.flatten(1).to(latents[0].dtype)] if fits else [])]
+            parts += [*latents, *([final.flatten(1).to(latents[0])] if fits else [])]
         basis = [*parts, torch.ones_like(parts[0])]
         self.peak_bytes = max(self.peak_bytes, sum(part.nbytes for part in basis))
         grams = [gram(torch.stack([part[i] for part in basis])) for i in range(self.pictures)]

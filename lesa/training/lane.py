@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa.forecasters.taylor import lagrange
+from lesa.numerics import float64
 from lesa.schedule import Schedule
 from lesa.training.search import balanced
 
@@ -66,6 +67,10 @@ class Lane:
     A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``, with a third dimension for
     parts), ``error`` (of the final latents, ``[pictures, elements]``, relative to the base run's
     RMS) and ``score`` (dB per picture).
+
+    Features, latents and outputs lie where the denoiser is, in its dtype, and their weighted sums
+    are float32 there; what is solved or judged (coefficients, errors, scores) lies on the host in
+    float64.
     """
 
     schedule: Schedule
@@ -230,9 +235,7 @@ def quality(lane: Lane) -> float:
 
 def guided(part: Tensor, shares: Tensor | None) -> Tensor:
     """Sum over the rows with their guidance weights, ``[pictures, ...]``; as it is without."""
-    if shares is None:
-        return part.float()
-    return torch.tensordot(shares.to(part.device, torch.float32), part.float(), 1)
+    return part.float() if shares is None else mixed(shares.tolist(), list(part))
 
 
 def mixed(weights: list[float], parts: list[Tensor]) -> Tensor:
@@ -254,10 +257,11 @@ def applied(row: Tensor, regressors: list[Tensor]) -> Tensor:
 def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: float) -> Tensor:
     """argmin_c |sum_k c_k r_k - target|^2 + p |c - start|^2, p = ridge x mean_k |r_k|^2.
 
-    Inner products are taken in float64 where the tensors are; the result ``[K]`` is on the CPU.
+    Inner products are taken in float64 where the tensors are, or on the host where their device
+    has no float64; ``start`` and the result ``[K]`` are on the host.
     """
-    matrix = torch.stack([part.double().flatten() for part in regressors])
+    matrix = torch.stack([float64(part).flatten() for part in regressors])
     moments = (matrix @ matrix.T).cpu()
-    onto = (matrix @ target.double().flatten()).cpu()
+    onto = (matrix @ float64(target).flatten()).cpu()
     pull = ridge * moments.diagonal().mean() * torch.eye(len(start), dtype=torch.float64)
     return start + torch.linalg.solve(moments + pull, onto - moments @ start)

@@ -13,6 +13,7 @@ from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane, Tail, Visit, mixed
+from lesa.training.statistics import gram
 
 PROMPTS = 4  # of the calibration prompts
 
@@ -53,8 +54,8 @@ class _Recorder(Lane):
 def visited_gram(
     job: Job, net: PaperForm, schedule: Schedule, sigmas: Sequence[float], branches: Sequence[str]
 ) -> dict[str, Tensor]:
-    """Branch -> inner products, float64, of the base run's features at all steps, the features that
-    the accelerated run has at its full steps, and the constant one, in this order."""
+    """Branch -> inner products, float64 on the host, of the base run's features at all steps, the
+    features that the accelerated run has at its full steps, and the constant one, in this order."""
     with torch.no_grad():
         rows = {branch: net.rows(schedule, sigmas, branch) for branch in branches}
     every = Schedule.explicit(range(schedule.steps), schedule.steps)
@@ -66,5 +67,5 @@ def visited_gram(
     for branch in branches:
         vectors = torch.stack([*base.seen[branch], *fast.seen[branch]])
         vectors = torch.cat([vectors, torch.ones_like(vectors[:1])])
-        found[branch] = (vectors @ vectors.T).double()
+        found[branch] = vectors.shape[1] * gram(vectors)
     return found

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.files import write_atomically
+from lesa.numerics import float64
 from lesa.training.sampler import Sampler, identify
 
 FORMAT = 2
@@ -32,11 +33,11 @@ class Statistics:
     each computes per picture: {"cond": 1, "uncond": 1} where the pipeline calls the denoiser twice,
     {"default": 2} where it batches both. The basis is (v_0 .. v_{T-1} for every row of every
     branch, x_0 .. x_T, 1): the tapped features, the denoiser's latents (x_T is the final one) and
-    the constant; ``joint`` is [P, M, M], float64, mean over elements. ``num_latents`` is T + 1, or
-    T without the final latent, or 0 (hidden tap, or a latent of another shape). Any forecast that
-    is linear in this basis has the squared error c^T G c. Additive over pictures, so that machines
-    can collect apart and concatenate. ``probed`` is the sampler where this basis cannot tell it
-    (hidden tap).
+    the constant; ``joint`` is [P, M, M], float64 on the host, mean over elements. ``num_latents``
+    is T + 1, or T without the final latent, or 0 (hidden tap, or a latent of another shape). Any
+    forecast that is linear in this basis has the squared error c^T G c. Additive over pictures, so
+    that machines can collect apart and concatenate. ``probed`` is the sampler where this basis
+    cannot tell it (hidden tap).
 
     Fits see one branch at a time, in the basis (v_0 .. v_{T-1}, x_0 .. x_{T-1}, 1): the rows of a
     branch share a table, so that only their sum with guidance weights matters, and that sum is the
@@ -193,11 +194,11 @@ class Statistics:
 
 
 def gram(basis: Tensor, chunk: int = 1 << 20) -> Tensor:
-    """Inner products of the rows of ``[M, D]`` in float64, divided by D; ``chunk`` elements are
-    upcast at a time."""
+    """Inner products of the rows of ``[M, D]``, divided by D, on the host; taken in float64 where
+    the rows lie (`lesa.numerics.float64`), ``chunk`` elements being upcast at a time."""
     total = torch.zeros(basis.shape[0], basis.shape[0], dtype=torch.float64)
     width = max(1, chunk // basis.shape[0])
     for part in basis.split(width, dim=1):
-        wide = part.double()
+        wide = float64(part)
         total += (wide @ wide.T).cpu()
     return (total + total.T) / (2 * basis.shape[1])  # symmetric to the last bit
