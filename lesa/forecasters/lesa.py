@@ -46,7 +46,8 @@ class LesaForecaster(FullPrecision):
         self.settings = Settings(form=form, **fields)
         self.metadata = dict(metadata or {})
         self.calibrations: list[Calibration] = []
-        with torch.random.fork_rng(devices=[]):
+        # parameters that can be fitted, whatever mode they are made in
+        with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
             self.net = _NETS[form](self.settings)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
+from lesa.numerics import gradients
 from lesa.schedule import Schedule
 from lesa.training.progress import Progress
 from lesa.training.statistics import Statistics
@@ -16,6 +17,7 @@ from lesa.training.statistics import Statistics
 LONGEST_GAP = 12  # steps between full steps that random step lists reach
 
 
+@gradients()
 def fit_continuous(
     forecaster: LesaForecaster,
     statistics: Sequence[Statistics],
@@ -96,6 +98,7 @@ def draw_steps(
     return target, cached.clamp(min=0), valid | first_missing
 
 
+@gradients()
 def fit_paper(
     forecaster: LesaForecaster,
     statistics: Statistics,

@@ -12,6 +12,7 @@ from torch import Tensor
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
+from lesa.numerics import gradients
 from lesa.prompts import count_prompts
 from lesa.schedule import Schedule
 from lesa.training.calibrate import Calibrator
@@ -24,6 +25,7 @@ from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
 
 
+@gradients()
 def train(
     pipe: Any,
     prompts: Sequence[str] | None,

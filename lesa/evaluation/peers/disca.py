@@ -21,6 +21,7 @@ from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.runs import generate
 from lesa.hooks import controlled
 from lesa.models import model_spec
+from lesa.numerics import gradients
 from lesa.prompts import pictures_per_prompt, settings_of
 from lesa.schedule import Schedule
 
@@ -118,6 +119,7 @@ def disca(pipe: Any, predictor: Predictor, schedule: Schedule) -> Iterator[Use]:
         yield Use(lambda: sum(feature.nbytes for feature in controller.cached.values()))
 
 
+@gradients()
 def train_predictor(bench: Bench, schedule: Schedule) -> Predictor:
     """A predictor for one list of full steps, trained on the bench's first 32 calibration prompts.
 

@@ -17,6 +17,7 @@ from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.forecasters.base import Tap
 from lesa.forecasters.calibration import thinned
 from lesa.forecasters.reuse import Reuse
+from lesa.numerics import gradients
 from lesa.schedule import Schedule
 from lesa.table import Table
 from lesa.training.collect import collect
@@ -89,6 +90,7 @@ def fit_l2p(statistics: Statistics) -> L2P:
     return L2P({branch: _fit_map(statistics, branch) for branch in statistics.branches})
 
 
+@gradients()
 def _fit_map(statistics: Statistics, branch: str) -> Tensor:
     steps = statistics.num_steps
     gram = statistics.mean(branch)[:steps, :steps]
