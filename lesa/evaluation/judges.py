@@ -119,7 +119,7 @@ def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[st
             f"judge: attributes knows the embedded pipelines' captions alone, not {foreign[0]!r};"
             " leave it out"
         )
-    pictures = images.movedim(-3, -1).numpy()
+    pictures = images.movedim(-3, -1).cpu().numpy()
     found = [
         accuracy(picture[None], [text]) for picture, text in zip(pictures, prompts, strict=True)
     ]
@@ -149,7 +149,7 @@ def _frames(images: Tensor) -> tuple[list[Any], int]:
 
 
 def _per_prompt(scores: Tensor, each: int) -> Tensor:
-    return scores.double().cpu().reshape(-1, each).mean(1)
+    return scores.cpu().double().reshape(-1, each).mean(1)
 
 
 def _first_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.numerics import float64
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -24,7 +26,7 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:
     Raises: LesaError if the shapes differ or the pictures are not floats.
     """
     _check(reference, images)
-    squared = (reference.double() - images.double()).square().flatten(1).mean(1)  # [N]
+    squared = (float64(reference) - float64(images)).square().flatten(1).mean(1)  # [N]
     return -10 * torch.log10(squared)
 
 
@@ -48,7 +50,7 @@ def temporal_psnr(reference: Tensor, videos: Tensor) -> Tensor:
     _check(reference, videos)
     if reference.shape[1] < 2:
         raise LesaError("videos: a single frame has no motion; give at least 2 frames")
-    return psnr(reference.double().diff(dim=1), videos.double().diff(dim=1))
+    return psnr(float64(reference).diff(dim=1), float64(videos).diff(dim=1))
 
 
 def psnr_u8wrap(reference: Tensor, images: Tensor) -> Tensor:
@@ -60,8 +62,8 @@ def psnr_u8wrap(reference: Tensor, images: Tensor) -> Tensor:
     """
     _check(reference, images)
     difference = _to_uint8(reference) - _to_uint8(images)  # uint8: wraps, on purpose
-    squared = (difference * difference).flatten(1).double().mean(1)
-    return 20 * torch.log10(torch.tensor(255.0, dtype=torch.float64)) - 10 * torch.log10(squared)
+    squared = float64(difference * difference).flatten(1).mean(1)
+    return 20 * log10(255) - 10 * torch.log10(squared)
 
 
 def ssim(reference: Tensor, images: Tensor) -> Tensor:
@@ -96,7 +98,8 @@ def lpips(reference: Tensor, images: Tensor, net: str = "alex") -> Tensor:
     Raises: LesaError if one of those is missing or the shapes differ.
     """
     _check(reference, images)
-    model, (a, b) = _lpips_model(net), (x.float().flatten(0, -4) for x in (reference, images))
+    model = _lpips_model(net)
+    a, b = (x.cpu().float().flatten(0, -4) for x in (reference, images))  # where the model lies
     with torch.inference_mode():
         distances: Tensor = model(a, b, normalize=True)
     return distances.reshape(len(images), -1).mean(1)
@@ -144,7 +147,7 @@ def _check(reference: Tensor, images: Tensor) -> None:
 
 
 def _to_uint8(images: Tensor) -> Tensor:
-    return (images.double().clamp(0, 1) * 255).round().to(torch.uint8)
+    return (float64(images).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _grey(images: Tensor) -> Tensor:

@@ -19,8 +19,9 @@ def without_guidance(transformer: Any, guidance: float) -> Any:
     student = type(transformer).from_config({**transformer.config, "guidance_embeds": False})
     student.load_state_dict(transformer.state_dict(), strict=False)
     time = transformer.time_text_embed
-    projected = time.time_proj(torch.tensor([1000.0 * guidance]))
-    student.time_text_embed.timestep_embedder.linear_2.bias += time.guidance_embedder(projected)[0]
+    bias = student.time_text_embed.timestep_embedder.linear_2.bias
+    projected = time.time_proj(torch.tensor([1000.0 * guidance], device=bias.device))
+    bias += time.guidance_embedder(projected)[0]
     return student.eval()
 
 

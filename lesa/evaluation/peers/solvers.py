@@ -92,7 +92,8 @@ def sampler(
             restart(len(kept))
         rows = torch.tensor([*kept, -1])
         swapped.timesteps = levels.timesteps[rows[:-1].to(levels.timesteps.device)]
-        swapped.sigmas = levels.sigmas[rows.to(levels.sigmas.device)]
+        kept_sigmas = levels.sigmas[rows.to(levels.sigmas.device)]
+        swapped.sigmas = kept_sigmas.to(swapped.sigmas.device)  # multistep solvers read the host's
         if solver is not None and _is_flow(own):
             swapped.sigmas = swapped.sigmas.clamp(max=_LARGEST_FLOW_TIME)
         swapped.num_inference_steps = len(kept)
