@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import cycle
+from statistics import median
 from typing import Any
 
 import torch
@@ -72,6 +73,12 @@ def share_of_copy(calls: Sequence[Call], nbytes: int, device: torch.device) -> f
     copies = _copies(nbytes, len(calls), device)
     timers = _timers({"calls": calls, "copy": copies}, nbytes, device)
     return ratios(interleaved(timers, ROUNDS), "copy", "calls")["median"]
+
+
+def copy_seconds(nbytes: int, device: torch.device) -> float:
+    """Wall time of a copy of `nbytes`, median; beside steps that no graph can repeat."""
+    copies = _copies(nbytes, buffer_sets(nbytes, device), device)
+    return median(interleaved({"copy": wall_timer(in_turn(copies, device))}, ROUNDS)["copy"])
 
 
 def _copies(nbytes: int, count: int, device: torch.device) -> list[Call]:
