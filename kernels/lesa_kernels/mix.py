@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,8 +14,9 @@ from torch import Tensor
 from lesa_kernels.checks import check_bias, check_mix, check_table
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import bounds, read, slot_bases, weigh
+from lesa_kernels.launch import Launch, Prepared
 
-__all__ = ["mix"]
+__all__ = ["mix", "prepare_mix"]
 
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots", "step"])
@@ -98,25 +101,49 @@ def mix(
     Raises:
         LesaError: a wrong shape, dtype, device or layout, or `out` that overlaps two slots.
     """
+    launch = _plan(ring, slots, table, step, out, latent, bias, band_size, config)
+    if launch is not None:
+        launch.run()
+    return out
+
+
+def prepare_mix(
+    ring: Tensor,
+    table: Tensor,
+    *,
+    bias: Tensor | None = None,
+    band_size: int | None = None,
+    config: Config | None = None,
+) -> Prepared:
+    """`mix` for many steps: call it with (slots, step, out) or (slots, step, out, latent)."""
+
+    def plan(slots: Tensor, step: Tensor, out: Tensor, latent: Tensor | None = None) -> Any:
+        return _plan(ring, slots, table, step, out, latent, bias, band_size, config)
+
+    return Prepared(plan, ring, ("slots", "step", "out", "latent"))
+
+
+def _plan(
+    ring: Tensor, slots: Tensor, table: Tensor, step: Tensor, out: Tensor, latent: Tensor | None,
+    bias: Tensor | None, band_size: int | None, config: Config | None,
+) -> Launch | None:  # fmt: skip
+    """Checked; None for an empty feature."""
     history = check_mix(ring, slots, step, out, latent)
     bands, band_size = check_table(table, history + (latent is not None), out, band_size)
     check_bias(bias, table, bands)
     size = out.numel()
     if size == 0:
-        return out
+        return None
     config = config or lookup("mix" if bands == 1 else "mix_banded", out, history)
+    arguments = (out, ring, slots, table, step, latent, bias, size)
+    constants = {"K": history, "BLOCK": config.block}
     if bands == 1:
         blocks = triton.cdiv(size, config.block)
-        _flat_kernel[(programs(out.device, config, blocks),)](
-            out, ring, slots, table, step, latent, bias, size, blocks,
-            K=history, BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
-        return out
+        grid: tuple[int, ...] = (programs(out.device, config, blocks),)
+        arguments += (blocks,)
+        return Launch(_flat_kernel, grid, out.device, config.warps, arguments, constants)
     columns = bands * band_size
     rows, blocks = size // columns, triton.cdiv(columns, config.block)
-    splits = triton.cdiv(programs(out.device, config, rows * blocks), blocks)
-    _banded_kernel[(blocks, splits)](
-        out, ring, slots, table, step, latent, bias, size, rows, columns, bands, band_size,
-        K=history, BLOCK=config.block, num_warps=config.warps,
-    )  # fmt: skip
-    return out
+    grid = blocks, triton.cdiv(programs(out.device, config, rows * blocks), blocks)
+    arguments += (rows, columns, bands, band_size)
+    return Launch(_banded_kernel, grid, out.device, config.warps, arguments, constants)
