@@ -75,7 +75,7 @@ def parts(out: Path) -> list[Part]:
 
     def pytest(name: str, *options: str) -> list[str]:
         report = f"--junitxml={scratch / name}.xml"
-        return [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *many, report, *options]
+        return [python, "-m", "pytest", "-q", "-o", f"cache_dir={scratch}/cache", *many, report, *options]
 
     tune = [python, "-m", "lesa_kernels.tune", "--folder", str(out), "--seconds", "{seconds}"]
     small = ("bench_skipped_step.py", "--out", str(scratch))
