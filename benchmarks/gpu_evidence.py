@@ -74,8 +74,8 @@ def parts(out: Path) -> list[Part]:
     many = ["-n", "8"] if find_spec("xdist") and (os.cpu_count() or 1) > 8 else []
 
     def pytest(name: str, *options: str) -> list[str]:
-        report = f"--junitxml={scratch / name}.xml"
-        return [python, "-m", "pytest", "-q", "-o", f"cache_dir={scratch}/cache", *many, report, *options]
+        files = f"--junitxml={scratch / name}.xml", "-o", f"cache_dir={scratch}/cache"
+        return [python, "-m", "pytest", "-q", *many, *files, *options]
 
     tune = [python, "-m", "lesa_kernels.tune", "--folder", str(out), "--seconds", "{seconds}"]
     small = ("bench_skipped_step.py", "--out", str(scratch))
