@@ -80,6 +80,9 @@ class CacheController:
             self._fall_back(f"{type(error).__name__}: {error}")
             self.reset()
             trajectory = None
+        except BaseException:  # an interrupt
+            denoiser.reset()
+            raise
         output = self._full(denoiser, args, kwargs, call, trajectory)
         self.counters.add_full(perf_counter() - begun)
         return output

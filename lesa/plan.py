@@ -47,7 +47,7 @@ class Plan:
     guidance parts as the table has rows of their own for, where calls hold that many. `pushes[s]`
     says whether step s's feature enters the ring and `expected[s]` how many have entered before it.
     Features that no later step needs do not enter, and `history` is no more than any row reaches
-    back.
+    back. `last` is the last skipped step (0 where there is none), after which no ring is needed.
     """
 
     def __init__(self, table: Table, parts: int = 1) -> None:
@@ -65,7 +65,7 @@ class Plan:
                 Row(tuple(rows[s][:width]), rows[s][-1] if table.uses_latent else 0.0, biases[s])
                 for rows in tables
             )
-        last = max(schedule.skipped_steps, default=0)
+        self.last = last = max(schedule.skipped_steps, default=0)
         enters = [table.autoregressive or row is None for row in self.rows]
         self.pushes = [enter and s < last for s, enter in enumerate(enters)]
         self.expected = list(accumulate(self.pushes, initial=0))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +26,9 @@ _NUMBERS = (int, float, str)
 class Trajectory:
     """The steps from `origin` on, of one generation in one branch.
 
-    Keeps K features in `ring` and weak references to the conditioning; nothing else.
+    Keeps K features in `ring` and weak references to the conditioning; nothing else. The ring goes
+    with the last skipped step, or with the tensors that only the caller's loop holds: a run that
+    broke off leaves none behind, once its traceback is gone.
     """
 
     def __init__(self, plan: Plan, call: Call, tails: ModulatedTail | None = None) -> None:
@@ -41,7 +43,12 @@ class Trajectory:
         self._return_dict = call.argument("return_dict")
         self._states = {call.denoiser: call.denoiser.state}
         self._kinds = _kinds(call)
-        self._conditioning = [(_held(value), _version(value)) for _, value in _conditioning(call)]
+        self._gone = _releaser(self)
+        self._conditioning = [
+            (self._held(value), _version(value)) for _, value in _conditioning(call)
+        ]
+        places = [call.argument(name) for name in call.denoiser.spec.unbatched]
+        self._places = [weakref.ref(place) for place in places if isinstance(place, Tensor)]
 
     def skips(self, step: Step) -> bool:
         """Whether the plan forecasts this step."""
@@ -65,7 +72,31 @@ class Trajectory:
         ):
             if not _is(value, known) or _version(value) != version:
                 return f"{name} changed"
+        if self._places:
+            self._watch_places(call)
         return None
+
+    def release(self) -> None:
+        """Let go of the features and of all that a forecast needs."""
+        self.ring = self._mixer = self._tail = None
+
+    def _held(self, value: Any) -> Any:
+        """A conditioning argument; when a tensor dies no later call can continue this run."""
+        return weakref.ref(value, self._gone) if isinstance(value, Tensor) else value
+
+    def _watch_places(self, call: Call) -> None:
+        """At the second call: position tensors that both got are the loop's own, and end with it.
+
+        Prompt embeddings may belong to the user, who keeps them.
+        """
+        places = [call.argument(name) for name in call.denoiser.spec.unbatched]
+        known = [place() for place in self._places]
+        self._places = []
+        self._watched = [
+            weakref.ref(place, self._gone)
+            for place in places
+            if isinstance(place, Tensor) and any(place is other for other in known)
+        ]
 
     def forecast(self, call: Call, tap: str) -> Any:
         """The output of a skipped step; Refusal where there is none."""
@@ -92,6 +123,8 @@ class Trajectory:
                 output = self._run_without_blocks(call, feature)
         if pushes and feature is not None:
             ring.push(feature)
+        if index == plan.last:  # before a VAE decodes, when memory is scarcest
+            self.release()
         return output
 
     def _run_without_blocks(self, call: Call, feature: Tensor) -> Any:
@@ -157,8 +190,16 @@ def _conditioning(call: Call) -> Iterator[tuple[str, Any]]:
                     yield f"{name}[{key!r}]", item
 
 
-def _held(value: Any) -> Any:
-    return weakref.ref(value) if isinstance(value, Tensor) else value
+def _releaser(trajectory: Trajectory) -> Callable[[object], None]:
+    """For weak references: releases the trajectory, which it does not keep alive."""
+    own = weakref.ref(trajectory)
+
+    def release(_: object) -> None:
+        found = own()
+        if found is not None:
+            found.release()
+
+    return release
 
 
 def _is(value: Any, held: Any) -> bool:
