@@ -26,8 +26,9 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## build csrc/ where a compiler is found, run every script of benchmarks/
+bench: $(STAMP)  ## build csrc/ where a compiler is found, run the suites and every script of benchmarks/
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/python -m pytest benchmarks --benchmark-only
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
 profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys and ncu
