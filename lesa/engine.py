@@ -25,8 +25,6 @@ from lesa.trajectory import Trajectory
 
 __all__ = ["CacheController"]
 
-_MAX_GRAPHS = 4  # two branches at two sizes; each keeps its ring between generations
-
 logger = logging.getLogger("lesa")
 
 
@@ -46,7 +44,7 @@ class CacheController:
         self._planner = Planner(config)
         self._local = threading.local()
         wanted = config.graph == "auto" and torch.cuda.is_available()
-        self.graphs: StepGraphs[TailBuffers] | None = StepGraphs(_MAX_GRAPHS) if wanted else None
+        self.graphs: StepGraphs[TailBuffers] | None = StepGraphs() if wanted else None
         self._found: ModulatedTail | None = None
         self._searched = False
 

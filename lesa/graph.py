@@ -1,12 +1,16 @@
-"""CUDA graphs of skipped steps: recorded once, replayed by whoever holds the lease.
+"""CUDA graphs of skipped steps: recorded for one trajectory, replayed by it, and gone with it.
 
-A *body* is a function without arguments that reads static buffers and weights and overwrites one
-static output. It may run any number of times over, so it writes nothing that it reads. The life of
-its graph, one arrow per `Lease.run`:
+A *body* is a function without arguments that reads static buffers and weights and returns one new
+tensor. It may run any number of times over, so it writes nothing that it reads. The life of its
+graph, one arrow per `Lease.run`:
 
     absent -> warm -> captured -> captured ...
                   \\-> refused: CUDA does not record it, so it runs eagerly
     the weights changed, in any state -> absent
+
+A graph has the addresses of its buffers baked in, the ring among them. So both end with the lease,
+or the cache would lie in memory while a picture is decoded; what stays is the knowledge that a body
+of this kind is warm, or refused. A later trajectory begins there and captures at its first step.
 """
 
 from __future__ import annotations
@@ -16,16 +20,16 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from enum import Enum
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lesa import ranges
-from lesa.recorder import Body, CudaRecorder, Handle, Recorder, refusal
+from lesa.recorder import Body, CudaRecorder, Recorder, Recording, refusal
 from lesa.signature import signature
 
-__all__ = ["Buffers", "GraphKey", "Lease", "State", "StepGraphs"]
+__all__ = ["GraphKey", "Lease", "State", "StepGraphs"]
 
 
 class GraphKey(NamedTuple):
@@ -44,17 +48,6 @@ class GraphKey(NamedTuple):
     variant: Hashable = ()
 
 
-class Buffers(Protocol):
-    """The static tensors of one body; `reset` forgets what the last generation left in them."""
-
-    output: Tensor
-
-    @property
-    def nbytes(self) -> int: ...
-
-    def reset(self) -> None: ...
-
-
 class State(Enum):
     """How far a graph is."""
 
@@ -64,138 +57,145 @@ class State(Enum):
     REFUSED = "refused"
 
 
-B = TypeVar("B", bound=Buffers)
+_MAX_KNOWN = 256
+
+B = TypeVar("B")
 
 
-class _Entry(Generic[B]):
-    """A body with its buffers, the weights that it was made for, and its graph."""
+class _Known(NamedTuple):
+    """How far the last trajectory of a key came, with which weights."""
 
-    body: Body
+    weights: tuple[Any, ...]
+    reason: str | None
 
-    def __init__(self, key: GraphKey, stream: int, buffers: B, recorder: Recorder) -> None:
-        self.key, self.stream, self.buffers, self.recorder = key, stream, buffers, recorder
-        self.state = State.ABSENT
-        self.reason: str | None = None
-        self.handle: Handle | None = None
-        self.weights: tuple[Any, ...] | None = None
-        self.leased = True
 
-    def make(self, make_body: Callable[[B], Body], weights: tuple[Any, ...]) -> None:
-        """A body for these weights."""
-        with torch.inference_mode(False), torch.no_grad():  # so that either mode may write them
-            self.body = make_body(self.buffers)
-        self.weights = weights
+class _Graph:
+    """What the finalizer of a lease must reach without reaching the lease."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.recording: Recording | None = None
 
     def drop(self) -> bool:
-        """Back to absent; whether there was a graph."""
-        handle, self.handle = self.handle, None
-        self.state, self.reason = State.ABSENT, None
-        if handle is not None:
-            self.recorder.release(handle)
-        return handle is not None
-
-    def advance(self) -> None:
-        """Run one step."""
-        if self.handle is not None:
-            with ranges.replay:
-                self.handle.replay()
-        elif self.state is State.ABSENT:
-            self.recorder.warm_up(self.body, self.key.device)
-            self.state = State.WARM
-        else:
-            self.body()
-
-    def capture(self) -> str:
-        """Record the body; which of `StepGraphs.counts` it is."""
-        try:
-            with ranges.capture:
-                self.handle = self.recorder.capture(self.body, self.key.device)
-        except Exception as error:  # remembered; the step is run eagerly
-            what = str(error).partition("\n")[0]
-            self.state = State.REFUSED
-            self.reason = f"capture failed: {type(error).__name__}: {what}"
-            return "failed"
-        self.state = State.CAPTURED
-        return "captured"
+        """Give the graph's memory back; whether there was one."""
+        recording, self.recording = self.recording, None
+        if recording is not None:
+            self.recorder.release(recording.handle)
+        return recording is not None
 
 
 class Lease(Generic[B]):
-    """One trajectory's right to an entry, which ends with `release()` or with the lease itself.
+    """One trajectory's buffers and graph; both go with `release()` or with the lease itself.
 
     Attributes:
-        buffers: to be filled before `run`; nobody else writes them meanwhile.
-        release: gives the entry back.
+        buffers: to be filled before `run`.
+        state: how far the graph is.
     """
 
     def __init__(
         self,
         graphs: StepGraphs[B],
-        entry: _Entry[B],
+        key: GraphKey,
         modules: tuple[nn.Module, ...],
+        buffers: B,
         make_body: Callable[[B], Body],
         refused: str | None,
     ) -> None:
-        self.buffers = entry.buffers
-        self._graphs, self._entry, self._modules = graphs, entry, modules
+        self.buffers, self.state = buffers, State.ABSENT
+        self._graphs, self._key, self._modules = graphs, key, modules
         self._make_body, self._refused = make_body, refused
-        # No lock: the garbage collector may end a lease while this thread holds one.
-        self.release = weakref.finalize(self, setattr, entry, "leased", False)
-        self.release.atexit = False
-
-    @property
-    def state(self) -> State:
-        """How far the graph is."""
-        return self._entry.state
+        self._failed: str | None = None
+        self._body: Body | None = None
+        self._weights: tuple[Any, ...] | None = None
+        self._graph = _Graph(graphs.recorder)
+        # May come at any moment, also while this thread holds a lock: `drop` waits for none.
+        self._end = weakref.finalize(self, self._graph.drop)
+        self._end.atexit = False
 
     @property
     def reason(self) -> str | None:
         """Why `run` computes eagerly, or None where it replays or is about to."""
-        return self._refused or self._entry.reason
+        return self._refused or self._failed
+
+    def release(self) -> None:
+        """Let go of the buffers and of the graph over them; `run` is over."""
+        self._end()
+        self._body = None
+        del self.buffers
 
     def run(self) -> Tensor:
         """The output of one step, from the buffers and the weights as they are now.
 
-        Raises whatever the body raises; the entry then goes when the lease does.
+        Raises whatever the body raises; the graph is then made anew at the next step.
         """
-        assert self.release.alive, "the lease has ended"
-        entry, weights = self._entry, signature(self._modules)
+        assert self._end.alive, "the lease has ended"
+        weights = signature(self._modules)
         try:
-            if weights != entry.weights:
+            if self._weights != weights:
                 self._renew(weights)
-            if self._refused is not None:
-                entry.body()
-            else:
-                if entry.state is State.WARM:
-                    self._graphs.count(entry.capture())
-                entry.advance()
+            return self._advance()
         except BaseException:
-            entry.weights = None
+            self._weights = None
             raise
-        # A clone: the next replay overwrites the output, and the pipeline may still hold this one.
-        return entry.buffers.output.clone()
+
+    def _advance(self) -> Tensor:
+        body, graph, device = self._body, self._graph, self._key.device
+        assert body is not None
+        if self._refused is None and self.state is State.ABSENT:
+            output = graph.recorder.warm_up(body, device)
+            self._become(State.WARM)
+            return output
+        if self._refused is None and self.state is State.WARM:
+            self._capture(body)
+        if graph.recording is None:
+            return body()
+        with self._graphs.turn, ranges.replay:
+            graph.recording.handle.replay()
+            # A clone: the next replay overwrites it, and samplers keep outputs of several steps.
+            return graph.recording.output.clone()
+
+    def _capture(self, body: Body) -> None:
+        graph = self._graph
+        try:
+            with ranges.capture:
+                graph.recording = graph.recorder.capture(body, self._key.device)
+        except Exception as error:  # remembered; the step is run eagerly
+            what = str(error).partition("\n")[0]
+            self._become(State.REFUSED, f"capture failed: {type(error).__name__}: {what}")
+            self._graphs.count("failed")
+        else:
+            self._become(State.CAPTURED)
+            self._graphs.count("captured")
 
     def _renew(self, weights: tuple[Any, ...]) -> None:
-        entry, graphs = self._entry, self._graphs
-        if entry.drop():
-            graphs.count("invalidated")
-        device, recorder = entry.key.device, entry.recorder
-        self._refused = self._refused or refusal(self._modules, device, recorder=recorder)
-        entry.make(self._make_body, weights)
+        """A body for these weights, and where it begins."""
+        if self._graph.drop():
+            self._graphs.count("invalidated")
+        if self._body is not None:
+            self._refused = self._refused or self._graphs.refusal(self._modules, self._key)
+        with torch.inference_mode(False), torch.no_grad():  # so that either mode may write them
+            self._body = self._make_body(self.buffers)
+        self._weights = weights
+        self.state, self._failed = self._graphs.known(self._key, weights)
+
+    def _become(self, state: State, reason: str | None = None) -> None:
+        self.state, self._failed = state, reason
+        assert self._weights is not None
+        self._graphs.note(self._key, _Known(self._weights, reason))
 
 
 class StepGraphs(Generic[B]):
-    """The graphs of one controller, least recently used first; for any number of threads.
+    """The graphs of one controller, for any number of threads.
 
-    No two leases share buffers: a second trajectory of the same key gets an entry of its own, or,
-    where all are lent out, one outside the cache that runs eagerly. `counts` holds how many graphs
-    were "captured", "failed" to be, were "invalidated" by new weights, and "evicted".
+    No two leases share buffers or a graph. `counts` holds how many graphs were "captured", "failed"
+    to be, and were "invalidated" by new weights.
     """
 
-    def __init__(self, maximum: int = 8, recorder: Recorder | None = None) -> None:
+    def __init__(self, recorder: Recorder | None = None) -> None:
         self.counts: Counter[str] = Counter()
-        self._maximum = maximum
-        self._recorder: Recorder = recorder or CudaRecorder()
-        self._entries: list[_Entry[B]] = []
+        self.recorder: Recorder = recorder or CudaRecorder()
+        self.turn = threading.Lock()  # graphs share memory: one replay and the copy of its output
+        self._known: dict[tuple[GraphKey, int], _Known] = {}
         self._lock = threading.Lock()
 
     def acquire(
@@ -207,73 +207,42 @@ class StepGraphs(Generic[B]):
         *,
         model: nn.Module | None = None,
     ) -> Lease[B]:
-        """A lease on an entry of `key` whose buffers are new or were reset.
+        """A lease with buffers of its own.
 
         Args:
             modules: those whose weights the body reads, also in values derived from them.
             make_buffers: makes the static tensors, on `key.device`.
             make_body: makes the body over them, anew when the weights have changed: the place to
-                derive values from weights. The body is kept for later leases of the same key, so
-                it must not refer to the trajectory.
+                derive values from weights.
             model: the whole denoiser, on which offloading may hang its hook.
         """
-        modules, recorder = tuple(modules), self._recorder
-        weights, stream = signature(modules), recorder.stream(key.device)
-        refused = refusal(modules, key.device, recorder=recorder, model=model)
-        with self._lock:
-            entry = self._reuse(key, stream, weights)
-            if entry is None:
-                room = self._make_room()
-                with torch.inference_mode(False), torch.no_grad():
-                    entry = _Entry(key, stream, make_buffers(), recorder)
-                entry.make(make_body, weights)
-                if room:
-                    self._entries.append(entry)
-                else:
-                    refused = refused or f"all {self._maximum} graphs are in use"
-        return Lease(self, entry, modules, make_body, refused)
+        modules = tuple(modules)
+        refused = self.refusal(modules, key, model)
+        with torch.inference_mode(False), torch.no_grad():  # so that either mode may write them
+            buffers = make_buffers()
+        return Lease(self, key, modules, buffers, make_body, refused)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all static buffers; what bodies allocate inside a graph comes on top."""
-        with self._lock:
-            return sum(entry.buffers.nbytes for entry in self._entries)
-
-    def clear(self) -> None:
-        """Forget all graphs and buffers; those that are lent out go with their leases."""
-        with self._lock:
-            entries, self._entries = self._entries, []
-            for entry in entries:
-                if not entry.leased:
-                    entry.drop()
+    def refusal(
+        self, modules: Iterable[nn.Module], key: GraphKey, model: nn.Module | None = None
+    ) -> str | None:
+        """Why nothing is to be recorded now, or None."""
+        return refusal(modules, key.device, recorder=self.recorder, model=model)
 
     def count(self, event: str) -> None:
         """One more of `counts`."""
         with self._lock:
             self.counts[event] += 1
 
-    def _reuse(self, key: GraphKey, stream: int, weights: tuple[Any, ...]) -> _Entry[B] | None:
-        """A free entry of this key, now the most recently used; those of other weights go."""
-        free = [e for e in self._entries if not e.leased and (e.key, e.stream) == (key, stream)]
-        for entry in free:
-            self._entries.remove(entry)
-            if entry.weights == weights:
-                self._entries.append(entry)
-                entry.buffers.reset()
-                entry.leased = True
-                return entry
-            if entry.drop():
-                self.counts["invalidated"] += 1
-        return None
+    def known(self, key: GraphKey, weights: tuple[Any, ...]) -> tuple[State, str | None]:
+        """Where a lease of this key begins: warm or refused, if one with these weights was."""
+        found = self._known.get((key, self.recorder.stream(key.device)))
+        if found is None or found.weights != weights:
+            return State.ABSENT, None
+        return (State.WARM, None) if found.reason is None else (State.REFUSED, found.reason)
 
-    def _make_room(self) -> bool:
-        """Whether one more entry fits, if need be in the place of the oldest free one."""
-        if len(self._entries) < self._maximum:
-            return True
-        oldest = next((entry for entry in self._entries if not entry.leased), None)
-        if oldest is None:
-            return False
-        self._entries.remove(oldest)
-        self.counts["evicted"] += 1
-        oldest.drop()
-        return True
+    def note(self, key: GraphKey, known: _Known) -> None:
+        """How far a lease of this key came."""
+        with self._lock:
+            if len(self._known) >= _MAX_KNOWN:
+                self._known.clear()
+            self._known[key, self.recorder.stream(key.device)] = known

@@ -15,6 +15,7 @@ from torch import Tensor
 from lesa.graph import GraphKey, Lease, StepGraphs
 from lesa.mixer import Mixer, Modulation
 from lesa.plan import Plan
+from lesa.recorder import Body
 
 if TYPE_CHECKING:
     from lesa.tail import ModulatedTail
@@ -23,37 +24,20 @@ __all__ = ["TailBuffers", "TailGraph"]
 
 
 class TailBuffers:
-    """The static tensors of the step: all that varies from step to step is in them.
+    """The tensors that the graph reads: all that varies from step to step is in them.
 
     ring [K, *feature], slots [K] and step, table [S, K], bias [S], rows [S, B, 2 C] of scale and
-    shift; normed and output are written.
+    shift. `normed`, as large as a feature, is written: inside a graph's memory it would outlive it.
     """
 
-    def __init__(self, plan: Plan, steps: int, feature: Tensor, sample: Tensor) -> None:
+    def __init__(self, plan: Plan, steps: int, feature: Tensor) -> None:
         table = plan.on(feature.device)
         self.ring = feature.new_empty(plan.history, *feature.shape)
         self.slots = feature.new_zeros(plan.history, dtype=torch.int32)
         self.step = feature.new_zeros((), dtype=torch.int32)
-        self.table = torch.empty_like(table.coefficients)
-        self.bias = None if table.bias is None else torch.empty_like(table.bias)
+        self.table, self.bias = table.coefficients, table.bias
         self.rows = feature.new_empty(steps, feature.shape[0], 2 * feature.shape[-1])
-        self.normed, self.output = torch.empty_like(feature), torch.empty_like(sample)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all of them."""
-        tensors = (value for value in vars(self).values() if isinstance(value, Tensor))
-        return sum(tensor.nbytes for tensor in tensors)
-
-    def reset(self) -> None:
-        """Nothing to do: a `TailGraph` writes all of it before the first replay reads it."""
-
-    def load(self, plan: Plan) -> None:
-        """Take over the coefficients of a plan."""
-        table = plan.on(self.table.device)
-        self.table.copy_(table.coefficients)
-        if self.bias is not None and table.bias is not None:
-            self.bias.copy_(table.bias)
+        self.normed = torch.empty_like(feature, memory_format=torch.contiguous_format)
 
 
 class TailGraph:
@@ -63,12 +47,11 @@ class TailGraph:
         ring: memory for the trajectory's ring, which the graph reads.
     """
 
-    def __init__(self, lease: Lease[TailBuffers], plan: Plan) -> None:
+    def __init__(self, lease: Lease[TailBuffers]) -> None:
         self._lease = lease
         self._pushed = -1
         self._modulation: Modulation | None = None
         self.ring = lease.buffers.ring
-        lease.buffers.load(plan)
 
     @classmethod
     def acquire(
@@ -78,15 +61,14 @@ class TailGraph:
         plan: Plan,
         branch: str,
         feature: Tensor,
-        sample: Tensor,
         run: Callable[..., Tensor],
-    ) -> TailGraph:
+    ) -> TailGraph | None:
         """A graph of `run`, the `mix_modulate` of the active backend, and the model's last layer.
 
-        `feature` and `sample` give the layouts of what goes into the ring and comes out.
+        `feature` gives the layout of what goes into the ring. None where nothing is to be recorded.
         """
         steps = len(plan.rows)
-        variant = plan.on(feature.device).bias is None, tuple(sample.shape), run
+        variant = plan.on(feature.device).bias is None, run
         key = GraphKey(
             tuple(feature.shape),
             feature.dtype,
@@ -99,13 +81,14 @@ class TailGraph:
         lease = graphs.acquire(
             key,
             (tail.projection,),
-            partial(TailBuffers, plan, steps, feature, sample),
+            partial(TailBuffers, plan, steps, feature),
             partial(_body, tail, run),
             model=tail.model,
         )
         if lease.reason is not None:
             graphs.count(f"refused: {lease.reason}")
-        return cls(lease, plan)
+            return None
+        return cls(lease)
 
     def run(self, index: int, mixer: Mixer, modulation: Modulation) -> Tensor:
         """The model's output at the plan's step `index`."""
@@ -122,14 +105,12 @@ class TailGraph:
         return self._lease.run()
 
 
-def _body(
-    tail: ModulatedTail, run: Callable[..., Tensor], buffers: TailBuffers
-) -> Callable[[], object]:
+def _body(tail: ModulatedTail, run: Callable[..., Tensor], buffers: TailBuffers) -> Body:
     scale, shift = buffers.rows.chunk(2, dim=-1)
     given = (buffers.ring, buffers.slots, buffers.table, buffers.step, scale, shift)
 
-    def body() -> None:
+    def body() -> Tensor:
         run(*given, buffers.normed, bias=buffers.bias, eps=tail.eps)
-        buffers.output.copy_(tail.projection(buffers.normed))
+        return tail.projection(buffers.normed)
 
     return body

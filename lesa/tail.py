@@ -128,17 +128,15 @@ class PreparedTail:
         self._guidance, self._turn = call.argument("guidance"), call.denoiser.turn
         self._graph: TailGraph | None = None
 
-    def claim(self, call: Call, plan: Plan, feature: Tensor, sample: Tensor) -> Tensor | None:
+    def claim(self, call: Call, plan: Plan, feature: Tensor) -> Tensor | None:
         """Memory for the ring that a captured step reads, or None where none is captured."""
         graphs = self.tail.graphs
         if graphs is None or plan.autoregressive:  # whose forecasts enter the ring
             return None
         bias = plan.on(feature.device).bias
         run = implementation("mix_modulate", feature, plan.history, {"bias": bias})
-        self._graph = TailGraph.acquire(
-            graphs, self.tail, plan, call.step.branch, feature, sample, run
-        )
-        return self._graph.ring
+        self._graph = TailGraph.acquire(graphs, self.tail, plan, call.step.branch, feature, run)
+        return None if self._graph is None else self._graph.ring
 
     def takes(self, call: Call) -> bool:
         """Whether a call asks for this tail: the same guidance, no LoRA scale of its own."""

@@ -159,7 +159,7 @@ class Trajectory:
             if self._tails is not None and sample is not None:
                 self._tail = self._tails.prepare(call, run.embedded, feature)
                 if self._tail is not None:
-                    data = self._tail.claim(call, self.plan, feature, sample)
+                    data = self._tail.claim(call, self.plan, feature)
             self.ring = Ring(self.plan.history, feature, data)
             self._mixer = Mixer(self.plan, self.ring)
         elif not self.ring.matches(feature):
