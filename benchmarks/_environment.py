@@ -28,7 +28,7 @@ SMI = (  # of nvidia-smi --query-gpu
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Date, commit, device, versions and load; of a GPU also clocks and the power limit.
 
-    LESA_COMMIT stands in for git where the tree was copied without its history.
+    LESA_COMMIT names the commit where the tree was copied without its history, or with another.
     """
     device = torch.device(device)
     return {
@@ -56,10 +56,12 @@ def command(arguments: list[str]) -> list[str]:
 
 
 def commit() -> str:
-    """Short hash of the commit, with a + where files that git knows differ from it."""
+    """LESA_COMMIT, else the commit's short hash, with a + where files that git knows differ."""
+    if given := os.environ.get("LESA_COMMIT"):
+        return given
     found = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
-    return found + "+" * bool(changed) if found else os.environ.get("LESA_COMMIT", "unknown")
+    return found + "+" * bool(changed) if found else "unknown"
 
 
 def processor() -> str:
