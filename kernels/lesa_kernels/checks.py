@@ -14,6 +14,7 @@ __all__ = [
     "check_features",
     "check_gate",
     "check_mix",
+    "check_rows",
     "check_slots",
     "check_step",
     "check_table",
@@ -125,6 +126,16 @@ def check_table(
         f"[steps, {width}] or [steps, {width}, bands]",
     )
     return split_bands(table.shape[2] if table.ndim == 3 else 1, band_size, out)
+
+
+def check_rows(table: Tensor, width: int, out: Tensor, name: str = "table") -> None:
+    """A table of one number per step and feature, without bands."""
+    plain(name, table, (torch.float32,), out.device)
+    require(
+        table.ndim == 2 and table.shape[1] == width,
+        f"{name} has shape {list(table.shape)}; this kernel takes no bands: with these slots "
+        f"it must be [steps, {width}]",
+    )
 
 
 def split_bands(bands: int, band_size: int | None, out: Tensor) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from functools import lru_cache
-from math import log2
+from math import ceil, log2
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,11 @@ class Config(NamedTuple):
     @property
     def warps(self) -> int:
         return max(1, self.threads // LANES)
+
+    def registers(self, sums: int, loads: int, itemsize: int) -> int:
+        """Registers of a thread that has its share of `sums` in fp32 and `loads` in flight."""
+        held = (sums + loads * itemsize / 4) * self.block / (LANES * self.warps)
+        return min(248, max(64, 8 * ceil((32 + held) / 8)))  # 32 for addresses and masks
 
 
 def lookup(kernel: str, feature: Tensor, history: int) -> Config:

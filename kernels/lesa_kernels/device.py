@@ -37,10 +37,36 @@ def bounds(weights, size, COUNT: tl.constexpr):
 
 
 @triton.jit
-def weigh(ring, bases, weights, limits, place, index, K: tl.constexpr):
-    """sum_k weights[k] * ring[bases[k] + place] in fp32, where index < limits[k]."""
-    total = tl.zeros(place.shape, tl.float32)
-    for k in tl.static_range(K):
-        x = tl.load(ring + bases[k] + place, index < limits[k], other=0.0)
-        total = tl.fma(weights[k], x.to(tl.float32), total)
+def fetch(
+    ring, bases, weights, begin, lane, count, FIRST: tl.constexpr, K: tl.constexpr,
+    EAGER: tl.constexpr,
+):  # fmt: skip
+    """ring[bases[k] + begin + lane] where lane < count, for k = FIRST..K - 1.
+
+    All are asked for before any is used. What has no weight is not read; EAGER it is, and `weigh`
+    drops it: a load need not wait for the weights then.
+    """
+    found = ()
+    for k in tl.static_range(FIRST, K):
+        known = count
+        if not EAGER:
+            known = tl.where(weights[k] != 0, count, 0)
+        found += (tl.load(ring + (bases[k] + begin) + lane, lane < known, other=0.0),)
+    return found
+
+
+@triton.jit
+def weigh(total, features, weights, FIRST: tl.constexpr, K: tl.constexpr, EAGER: tl.constexpr):
+    """total + sum_k weights[k] * features[k - FIRST] in fp32, NaN without weight left out."""
+    for k in tl.static_range(FIRST, K):
+        x = features[k - FIRST].to(tl.float32)
+        if EAGER:
+            x = tl.where(weights[k] != 0, x, 0.0)
+        total = tl.fma(weights[k], x, total)
     return total
+
+
+@triton.jit
+def tail(size, begin, BLOCK: tl.constexpr):
+    """How many of the BLOCK elements from `begin` on there are; 32-bit."""
+    return tl.minimum(size - begin, BLOCK).to(tl.int32)

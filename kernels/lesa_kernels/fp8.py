@@ -11,14 +11,15 @@ from triton.language.target_info import cuda_capability_geq
 from lesa_kernels.checks import (
     check_bias,
     check_features,
+    check_rows,
     check_step,
-    check_table,
     like,
     plain,
     require,
 )
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import bounds, read
+from lesa_kernels.launch import GRID_Y, Launch
 
 __all__ = ["mix_fp8", "push_fp8"]
 
@@ -122,10 +123,11 @@ def push_fp8(
     width = triton.next_power_of_2(columns)
     height = max(1, config.block // width)
     most = programs(feature.device, config, triton.cdiv(rows, height))
-    _push_kernel[(most,)](
-        ring.view(torch.uint8), scales, feature, slot, feature.numel(), rows, columns,
-        ROWS=height, COLUMNS=width, num_warps=config.warps,
+    arguments = (
+        ring.view(torch.uint8), scales, feature, slot, feature.numel(), rows, columns
     )  # fmt: skip
+    constants = {"ROWS": height, "COLUMNS": width}
+    Launch(_push_kernel, (most,), feature.device, config.warps, arguments, constants).run()
 
 
 def mix_fp8(
@@ -152,7 +154,7 @@ def mix_fp8(
     rows, columns = _check_ring("out", out, ring, scales, slots)
     history = slots.numel()
     check_step(step, out.device)
-    check_table(table, history + (latent is not None), out, band_size=1)
+    check_rows(table, history + (latent is not None), out)
     check_bias(bias, table, 1)
     if latent is not None:
         like("latent", latent, out)
@@ -162,11 +164,13 @@ def mix_fp8(
     width = min(triton.next_power_of_2(columns), WIDEST, config.block)
     height, blocks = config.block // width, triton.cdiv(columns, width)
     most = programs(out.device, config, blocks * triton.cdiv(rows, height))
-    _mix_kernel[(blocks, triton.cdiv(most, blocks))](
+    arguments = (
         out, ring.view(torch.uint8), scales, slots, table, step, latent, bias,
         out.numel(), rows, columns,
-        K=history, ROWS=height, COLUMNS=width, num_warps=config.warps,
     )  # fmt: skip
+    constants = {"K": history, "ROWS": height, "COLUMNS": width}
+    grid = blocks, min(triton.cdiv(most, blocks), GRID_Y)
+    Launch(_mix_kernel, grid, out.device, config.warps, arguments, constants).run()
     return out
 
 

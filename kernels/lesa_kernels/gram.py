@@ -12,38 +12,40 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_features, like, require
 from lesa_kernels.config import Config, lookup, programs
-from lesa_kernels.device import slot_bases
+from lesa_kernels.device import fetch, slot_bases, tail
+from lesa_kernels.launch import GRID_Y, Launch
 
 __all__ = ["gram"]
 
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots"])
 def _kernel(
-    partials, feature, ring, slots, base, size, length, blocks,
+    partials, feature, ring, slots, base, size, length, blocks, samples,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = K + 2 + (base is not None)
-    sample = tl.program_id(1).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
     bases = slot_bases(slots, size, K)
-    sums = ()
-    for _ in tl.static_range(COUNT):
-        sums += (tl.zeros([BLOCK], tl.float32),)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        local = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = local < length
-        place = sample * length + local
-        x = tl.load(feature + place, inside, other=0.0).to(tl.float32)
-        found = (sums[0] + x, tl.fma(x, x, sums[1]))
-        for k in tl.static_range(K):
-            y = tl.load(ring + bases[k] + place, inside, other=0.0).to(tl.float32)
-            found += (tl.fma(x, y, sums[2 + k]),)
-        if base is not None:
-            y = tl.load(base + place, inside, other=0.0).to(tl.float32)
-            found += (tl.fma(x, y, sums[2 + K]),)
-        sums = found
-    row = partials + (sample * tl.num_programs(0) + tl.program_id(0)) * COUNT
-    for i in tl.static_range(COUNT):
-        tl.store(row + i, tl.sum(sums[i], axis=0))
+    for sample in range(tl.program_id(1), samples, tl.num_programs(1)):
+        sample = tl.cast(sample, tl.int64)
+        sums = ()
+        for _ in tl.static_range(COUNT):
+            sums += (tl.zeros([BLOCK], tl.float32),)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            local = tl.cast(block, tl.int64) * BLOCK
+            count, begin = tail(length, local, BLOCK), sample * length + local
+            x = tl.load(feature + begin + lane, lane < count, other=0.0)
+            others = fetch(ring, bases, None, begin, lane, count, 0, K, True)
+            if base is not None:
+                others += (tl.load(base + begin + lane, lane < count, other=0.0),)
+            x = x.to(tl.float32)
+            found = (sums[0] + x, tl.fma(x, x, sums[1]))
+            for i in tl.static_range(COUNT - 2):
+                found += (tl.fma(x, others[i].to(tl.float32), sums[2 + i]),)
+            sums = found
+        row = partials + (sample * tl.num_programs(0) + tl.program_id(0)) * COUNT
+        for i in tl.static_range(COUNT):
+            tl.store(row + i, tl.sum(sums[i], axis=0))
 
 
 def gram(
@@ -91,8 +93,9 @@ def gram(
     blocks = triton.cdiv(length, config.block)
     share = triton.cdiv(programs(feature.device, config, blocks * samples), samples)
     partials = torch.empty(samples, share, width, dtype=torch.float32, device=feature.device)
-    _kernel[(share, samples)](
-        partials, feature, ring, slots, base, size, length, blocks,
-        K=history, BLOCK=config.block, num_warps=config.warps,
-    )  # fmt: skip
+    arguments = (partials, feature, ring, slots, base, size, length, blocks, samples)
+    constants = {"K": history, "BLOCK": config.block}
+    grid = share, min(samples, GRID_Y)
+    registers = config.registers(width, width - 1, feature.element_size())
+    Launch(_kernel, grid, feature.device, config.warps, arguments, constants, registers).run()
     return torch.sum(partials, dim=1, dtype=torch.float64, out=out)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from triton.runtime import driver
 
-__all__ = ["Launch", "Prepared", "on_device"]
+from lesa_kernels import config
+
+__all__ = ["GRID_Y", "Launch", "Prepared", "on_device"]
 
 HERE: AbstractContextManager[None] = nullcontext()
+GRID_Y = 65_535  # CUDA's limit of a grid's second number; the first goes to 2^31 - 1
 ALIGNMENT = 16  # bytes: what Triton specialises a pointer for
 
 
@@ -25,19 +28,27 @@ def on_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Launch(NamedTuple):
-    """A kernel with all that it is launched with, checked; `constants` are its last parameters."""
+    """A kernel with all that it is launched with, checked; `constants` are its last parameters.
+
+    `registers` is the most that a thread may have: to the assembler also a leave to use that many
+    for loads in flight. 0 leaves it to its own idea of how many programs should be resident.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     device: torch.device
     warps: int
     arguments: tuple[Any, ...]
-    constants: dict[str, int]
+    constants: dict[str, Any]
+    registers: int = 0
 
     def run(self) -> Any:
         """On its device's current stream; the compiled kernel, or None from the interpreter."""
+        options = {"num_warps": self.warps}
+        if self.registers and config.LANES == 32:  # AMD's compiler has no such option
+            options["maxnreg"] = self.registers
         with on_device(self.device):
-            return self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.warps)
+            return self.kernel[self.grid](*self.arguments, **self.constants, **options)
 
 
 class Ready(NamedTuple):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lesa_kernels.checks import check_bias, check_mix, check_table
 from lesa_kernels.config import Config, lookup, programs
-from lesa_kernels.device import bounds, read, slot_bases, weigh
+from lesa_kernels.device import fetch, read, slot_bases, tail, weigh
 from lesa_kernels.launch import Launch, Prepared
 
 __all__ = ["mix", "prepare_mix"]
@@ -21,23 +21,48 @@ __all__ = ["mix", "prepare_mix"]
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots", "step"])
 def _flat_kernel(
-    out, ring, slots, table, step, latent, bias, size, blocks, K: tl.constexpr, BLOCK: tl.constexpr
-):
-    s = tl.load(step).to(tl.int64)
+    out, ring, slots, table, step, latent, bias, size, blocks, K: tl.constexpr, BLOCK: tl.constexpr,
+    ONCE: tl.constexpr,
+):  # fmt: skip
     WIDTH: tl.constexpr = K + (latent is not None)
-    bases = slot_bases(slots, size, K)
-    weights = read(table + s * WIDTH, WIDTH)
-    limits = bounds(weights, size, WIDTH)
-    shift = 0.0
-    if bias is not None:
-        shift = tl.load(bias + s)
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = weigh(ring, bases, weights, limits, place, place, K)
+    lane = tl.arange(0, BLOCK)
+    if ONCE:  # one tile per program: no load of a feature waits for the weights
+        begin = tl.program_id(0).to(tl.int64) * BLOCK
+        count = tail(size, begin, BLOCK)
+        inside = lane < count
+        x = 0.0
         if latent is not None:
-            x = tl.load(latent + place, place < limits[K], other=0.0)
-            total = tl.fma(weights[K], x.to(tl.float32), total)
-        tl.store(out + place, (total + shift).to(out.dtype.element_ty), place < size)
+            x = tl.load(latent + begin + lane, inside, other=0.0)
+        s = tl.load(step).to(tl.int64)
+        features = fetch(ring, slot_bases(slots, size, K), None, begin, lane, count, 0, K, True)
+        weights = read(table + s * WIDTH, WIDTH)
+        total = tl.zeros([BLOCK], tl.float32)
+        if bias is not None:
+            total += tl.load(bias + s)
+        if latent is not None:
+            total = weigh(total, (x,), weights, K, WIDTH, True)
+        total = weigh(total, features, weights, 0, K, True)
+        tl.store(out + begin + lane, total.to(out.dtype.element_ty), inside)
+    else:
+        s = tl.load(step).to(tl.int64)
+        bases = slot_bases(slots, size, K)
+        weights = read(table + s * WIDTH, WIDTH)
+        shift = 0.0
+        if bias is not None:
+            shift = tl.load(bias + s)
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+            begin = tl.cast(block, tl.int64) * BLOCK
+            count = tail(size, begin, BLOCK)
+            x = 0.0
+            if latent is not None:
+                known = tl.where(weights[K] != 0, count, 0)
+                x = tl.load(latent + begin + lane, lane < known, other=0.0)
+            features = fetch(ring, bases, weights, begin, lane, count, 0, K, False)
+            total = tl.zeros([BLOCK], tl.float32) + shift
+            if latent is not None:
+                total = weigh(total, (x,), weights, K, WIDTH, False)
+            total = weigh(total, features, weights, 0, K, False)
+            tl.store(out + begin + lane, total.to(out.dtype.element_ty), lane < count)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["slots", "step"])
@@ -47,9 +72,11 @@ def _banded_kernel(
 ):  # fmt: skip
     s = tl.load(step).to(tl.int64)
     WIDTH: tl.constexpr = K + (latent is not None)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    band = column // band_size
+    lane = tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    count = tail(columns, first, BLOCK)
+    inside = lane < count
+    band = (first + lane) // band_size
     bases = slot_bases(slots, size, K)
     weights = ()
     for k in tl.static_range(WIDTH):
@@ -58,16 +85,16 @@ def _banded_kernel(
     if bias is not None:
         shift = tl.load(bias + s * bands + band, inside, other=0.0)
     for row in range(tl.program_id(1), rows, tl.num_programs(1)):
-        place = tl.cast(row, tl.int64) * columns + column
+        begin = tl.cast(row, tl.int64) * columns + first
+        x = 0.0
+        if latent is not None:
+            x = tl.load(latent + begin + lane, inside, other=0.0)
+        features = fetch(ring, bases, None, begin, lane, count, 0, K, True)
         total = shift
-        for k in tl.static_range(WIDTH):
-            if k < K:
-                x = tl.load(ring + bases[k] + place, inside, other=0.0)
-            else:
-                x = tl.load(latent + place, inside, other=0.0)
-            x = tl.where(weights[k] != 0, x.to(tl.float32), 0.0)
-            total = tl.fma(weights[k], x, total)
-        tl.store(out + place, total.to(out.dtype.element_ty), inside)
+        if latent is not None:
+            total = weigh(total, (x,), weights, K, WIDTH, True)
+        total = weigh(total, features, weights, 0, K, True)
+        tl.store(out + begin + lane, total.to(out.dtype.element_ty), inside)
 
 
 def mix(
@@ -141,7 +168,9 @@ def _plan(
         blocks = triton.cdiv(size, config.block)
         grid: tuple[int, ...] = (programs(out.device, config, blocks),)
         arguments += (blocks,)
-        return Launch(_flat_kernel, grid, out.device, config.warps, arguments, constants)
+        constants["ONCE"] = once = grid[0] == blocks
+        registers = once * config.registers(1, table.shape[1], ring.element_size())
+        return Launch(_flat_kernel, grid, out.device, config.warps, arguments, constants, registers)
     columns = bands * band_size
     rows, blocks = size // columns, triton.cdiv(columns, config.block)
     grid = blocks, triton.cdiv(programs(out.device, config, rows * blocks), blocks)

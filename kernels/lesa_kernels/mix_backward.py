@@ -20,6 +20,7 @@ from lesa_kernels.checks import (
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import slot_bases
 from lesa_kernels.gram import gram
+from lesa_kernels.launch import GRID_Y, Launch
 
 __all__ = ["mix_gradients", "mix_grad_features", "mix_grad_table"]
 
@@ -120,10 +121,10 @@ def mix_grad_table(
         rows, blocks = size // columns, triton.cdiv(columns, config.block)
         splits = triton.cdiv(programs(grad.device, config, rows * blocks), blocks)
         partials = grad.new_empty(splits, count, columns, dtype=torch.float32)
-        _table_kernel[(blocks, splits)](
-            partials, grad, ring, slots, latent, size, rows, columns,
-            K=history, BLOCK=config.block, num_warps=config.warps,
-        )  # fmt: skip
+        arguments = (partials, grad, ring, slots, latent, size, rows, columns)
+        constants = {"K": history, "BLOCK": config.block}
+        grid = blocks, min(splits, GRID_Y)
+        Launch(_table_kernel, grid, grad.device, config.warps, arguments, constants).run()
         found = partials.view(splits, count, bands, band_size).sum((0, 3), dtype=torch.float64)
     return found[1:], found[0]
 
@@ -165,10 +166,12 @@ def mix_grad_features(
     columns = config.block if bands == 1 else bands * band_size
     rows, blocks = triton.cdiv(size, columns), triton.cdiv(columns, config.block)
     splits = triton.cdiv(programs(grad.device, config, rows * blocks), blocks)
-    _features_kernel[(blocks, splits)](
-        ring_grad, grad, slots, table, step, latent_grad, size, rows, columns, bands, band_size,
-        K=history, BLOCK=config.block, num_warps=config.warps,
+    arguments = (
+        ring_grad, grad, slots, table, step, latent_grad, size, rows, columns, bands, band_size
     )  # fmt: skip
+    constants = {"K": history, "BLOCK": config.block}
+    grid = blocks, min(splits, GRID_Y)
+    Launch(_features_kernel, grid, grad.device, config.warps, arguments, constants).run()
     return ring_grad
 
 

@@ -6,12 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lesa_kernels.checks import check_bias, check_gate, check_mix, check_table
+from lesa_kernels.checks import check_bias, check_gate, check_mix, check_rows
 from lesa_kernels.config import Config, lookup, programs
-from lesa_kernels.device import bounds, read, slot_bases, weigh
+from lesa_kernels.device import fetch, read, slot_bases, tail, weigh
 from lesa_kernels.gate import Gate
+from lesa_kernels.launch import Launch, Prepared
 
-__all__ = ["spline_mix"]
+__all__ = ["prepare_spline_mix", "spline_mix"]
 
 CHUNK = 16  # inputs of the gate read at a time: 32 registers at 256 nodes and 4 warps
 
@@ -44,6 +45,15 @@ def _ridge(
     return tl.sum(phi / 6 + smooth, axis=0)
 
 
+@triton.jit
+def _tile(ring, bases, weights, size, block, lane, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The newest feature's part of a tile and those of the others; nothing of one past the end."""
+    begin = tl.cast(block, tl.int64) * BLOCK
+    count = tail(size, begin, BLOCK)
+    newest = tl.load(ring + (bases[0] + begin) + lane, lane < count, other=0.0)
+    return newest, fetch(ring, bases, weights, begin, lane, count, 1, K, False)
+
+
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots", "step"])
 def _kernel(
     out, ring, slots, weights, tau, projection, shift, base, spline, step, experts, bias,
@@ -55,24 +65,29 @@ def _kernel(
     expert = s * 0
     if experts is not None:
         expert = tl.load(experts + s).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
     bases = slot_bases(slots, size, K)
     w = read(weights + s * K, K)
-    limits = bounds(w, size, K)
     b = 0.0
     if bias is not None:
         b = tl.load(bias + s)
+    first = tl.program_id(0)
+    newest, older = _tile(ring, bases, w, size, first, lane, K, BLOCK)
     alpha = _ridge(
         projection + expert * inputs * nodes, shift + expert * nodes, base + expert * nodes,
         spline + expert * (INTERVALS + 3) * nodes, tau + s * inputs, inputs, nodes, low, high,
         INTERVALS, NODES, CHUNK,
     )  # fmt: skip
-    for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
-        place = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        newest = tl.load(ring + bases[0] + place, place < size, other=0.0).to(tl.float32)
-        z = tl.fma(w[0], newest, b)
-        z += weigh(ring, bases[1:], w[1:], limits[1:], place, place, K - 1)
-        total = tl.fma(alpha, z, newest)
-        tl.store(out + place, total.to(out.dtype.element_ty), place < size)
+    for block in range(first, blocks, tl.num_programs(0)):
+        next = block + tl.num_programs(0)
+        found, others = _tile(ring, bases, w, size, next, lane, K, BLOCK)
+        begin = tl.cast(block, tl.int64) * BLOCK
+        h = newest.to(tl.float32)
+        z = weigh(tl.fma(w[0], h, b), older, w, 1, K, False)
+        total = tl.fma(alpha, z, h)
+        inside = lane < tail(size, begin, BLOCK)
+        tl.store(out + begin + lane, total.to(out.dtype.element_ty), inside)
+        newest, older = found, others
 
 
 def spline_mix(
@@ -105,19 +120,54 @@ def spline_mix(
     Raises:
         LesaError: a wrong shape, dtype, device or layout, or `out` that overlaps two slots.
     """
+    launch = _plan(ring, slots, weights, tau, gate, step, out, experts, bias, config)
+    if launch is not None:
+        launch.run()
+    return out
+
+
+def prepare_spline_mix(
+    ring: Tensor,
+    weights: Tensor,
+    tau: Tensor,
+    gate: Gate,
+    *,
+    experts: Tensor | None = None,
+    bias: Tensor | None = None,
+    config: Config | None = None,
+) -> Prepared:
+    """`spline_mix` for many steps: call it with (slots, step, out)."""
+
+    def plan(slots: Tensor, step: Tensor, out: Tensor) -> Launch | None:
+        return _plan(ring, slots, weights, tau, gate, step, out, experts, bias, config)
+
+    return Prepared(plan, ring, ("slots", "step", "out"))
+
+
+def _plan(
+    ring: Tensor, slots: Tensor, weights: Tensor, tau: Tensor, gate: Gate, step: Tensor,
+    out: Tensor, experts: Tensor | None, bias: Tensor | None, config: Config | None,
+) -> Launch | None:  # fmt: skip
+    """Checked; None for an empty feature."""
     history = check_mix(ring, slots, step, out)
-    check_table(weights, history, out, band_size=1)
+    check_rows(weights, history, out, "weights")
     check_bias(bias, weights, 1)
     inputs, nodes = check_gate(gate, tau, weights, experts)
     size = out.numel()
     if size == 0:
-        return out
+        return None
     config = config or lookup("spline_mix", out, history)
     blocks = triton.cdiv(size, config.block)
-    _kernel[(programs(out.device, config, blocks),)](
+    arguments = (
         out, ring, slots, weights, tau, gate.projection, gate.shift, gate.base, gate.spline, step,
         experts, bias, size, blocks, inputs, nodes, gate.low, gate.high,
-        K=history, INTERVALS=gate.spline.shape[1] - 3, NODES=triton.next_power_of_2(nodes),
-        CHUNK=CHUNK, BLOCK=config.block, num_warps=config.warps,
     )  # fmt: skip
-    return out
+    constants = {
+        "K": history,
+        "INTERVALS": gate.spline.shape[1] - 3,
+        "NODES": triton.next_power_of_2(nodes),
+        "CHUNK": min(CHUNK, triton.next_power_of_2(inputs)),
+        "BLOCK": config.block,
+    }
+    grid = (programs(out.device, config, blocks),)
+    return Launch(_kernel, grid, out.device, config.warps, arguments, constants)

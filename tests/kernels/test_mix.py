@@ -11,6 +11,7 @@ from lesa.ring import Ring
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE = Config(1024, 128, 1)
 SEVERAL = Config(256, 128, 3)  # a persistent grid of three programs
+EACH = Config(256, 64, 100)  # a program for each tile
 SHAPE = (5, 7, 29)
 
 
@@ -33,18 +34,19 @@ def test_every_history_and_dtype(history, rand, integers, poisoned, rounded_once
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tails(size, dtype, rand, integers, poisoned, rounded_once):
     ring, slots, table, step = rand(3, size, dtype=dtype), integers(2, 0), rand(1, 2), integers(0)
-    frame = poisoned(size + 32, dtype=dtype)
-    out = mix(ring, slots, table, step, frame[16:-16], config=SEVERAL)
-    rounded_once(out, exact(ring, slots, table, step), 8)
-    assert frame[:16].isnan().all() and frame[-16:].isnan().all()
+    for config in (SEVERAL, EACH):
+        frame = poisoned(size + 32, dtype=dtype)
+        out = mix(ring, slots, table, step, frame[16:-16], config=config)
+        rounded_once(out, exact(ring, slots, table, step), 8)
+        assert frame[:16].isnan().all() and frame[-16:].isnan().all()
 
 
 def test_latent_bias_and_a_step_of_64_bits(rand, integers, poisoned, rounded_once):
     ring, latent = rand(3, *SHAPE, dtype=torch.bfloat16), rand(*SHAPE)
     slots, table, bias, step = integers(1, 2), rand(4, 3), rand(4), integers(3).long()
-    for dtype in DTYPES:
+    for dtype, config in zip(DTYPES, (ONE, SEVERAL, EACH), strict=True):
         out = poisoned(*SHAPE, dtype=dtype)
-        mix(ring, slots, table, step, out, latent=latent, bias=bias, config=ONE)
+        mix(ring, slots, table, step, out, latent=latent, bias=bias, config=config)
         rounded_once(out, exact(ring, slots, table, step, latent=latent, bias=bias), 12)
 
 
@@ -53,8 +55,9 @@ def test_what_has_no_weight_is_not_used(rand, integers, poisoned, rounded_once):
     ring[1], ring[3] = torch.nan, torch.inf
     table, slots, step = torch.tensor([[0.5, 0, 2, 0]]), integers(0, 1, 2), integers(0)
     table = table.to(ring.device)
-    out = mix(ring, slots, table, step, poisoned(*SHAPE), latent=latent, config=ONE)
-    rounded_once(out, 0.5 * ring[0].double() + 2 * ring[2].double(), 8)
+    for config in (SEVERAL, EACH):
+        out = mix(ring, slots, table, step, poisoned(*SHAPE), latent=latent, config=config)
+        rounded_once(out, 0.5 * ring[0].double() + 2 * ring[2].double(), 8)
     bands = table[..., None].repeat(1, 1, 29).contiguous()
     bands[..., ::2] = torch.tensor([1.0, 0, 0, 0], device=ring.device)[:, None]
     out = mix(ring, slots, bands, step, poisoned(*SHAPE), latent=latent, config=ONE)
@@ -125,8 +128,11 @@ def test_offsets_beyond_32_bits(tmp_path, device, poisoned):
     size = 2**30 + 16  # elements of a slot: the third one begins beyond 31 bits
     ring = torch.from_file(str(tmp_path / "ring"), shared=True, size=3 * size, dtype=torch.float16)
     ring[2 * size : 2 * size + 64] = torch.arange(64)
-    out, zero = poisoned(64, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
-    _flat_kernel[(1,)](
-        out, ring, zero + 2, torch.ones(1, 1), zero, None, None, size, 1, K=1, BLOCK=64
-    )
-    assert torch.equal(out, torch.arange(64).half())
+    zero = torch.zeros(1, dtype=torch.int32)
+    for once in (False, True):
+        out = poisoned(64, dtype=torch.float16)
+        _flat_kernel[(1,)](
+            out, ring, zero + 2, torch.ones(1, 1), zero, None, None, size, 1, K=1, BLOCK=64,
+            ONCE=once,
+        )  # fmt: skip
+        assert torch.equal(out, torch.arange(64).half())
