@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,15 +61,26 @@ class Mixer:
             if plan.parts > 1:
                 self._parts = list(zip(*(f.chunk(plan.parts) for f in ring.features), strict=True))
                 self._write = Mixer._eager_parts
-            return
-        self._write = Mixer._triton
-        if self._mix is native.mix:
+        elif self._mix is native.mix:
             self._rows = table.coefficients[:, : ring.history].contiguous().unbind(0)
             self._mix = torch.ops.lesa_native.mix_out.default
             self._write = Mixer._native
             if device.type == "cpu":
                 self._modulate = torch.ops.lesa_native.mix_modulate_out.default
                 self._write_modulated = Mixer._native_modulated
+        else:
+            self._write, self._write_modulated = Mixer._triton, Mixer._triton_modulated
+            self._prepare()
+
+    def _prepare(self) -> None:
+        """Launches that are checked at their first step only."""
+        from lesa_kernels.mix import prepare_mix  # no Triton on macOS and Windows
+        from lesa_kernels.mix_modulate import prepare_mix_modulate
+
+        data, (coefficients, bias, _) = self.ring.data, self.table
+        self._mix = prepare_mix(data, coefficients, bias=bias, band_size=self._band)
+        modulate = partial(prepare_mix_modulate, data, coefficients, bias=bias)
+        self._modulates = cache(lambda eps: modulate(eps=eps))
 
     def __call__(self, index: int, out: Tensor, latent: Tensor | None = None) -> Tensor:
         """The forecast of the plan's step `index`, which must be a skipped one."""
@@ -131,14 +143,10 @@ class Mixer:
         self._mix(ring.data, ring.slots, self._rows[index], latent, own, bias, out)
 
     def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
-        table, ring = self.table, self.ring
-        self._mix(
-            ring.data,
-            ring.slots,
-            table.coefficients,
-            table.steps[index],
-            out,
-            latent=latent,
-            bias=table.bias,
-            band_size=self._band,
-        )
+        self._mix(self.ring.slots, self.table.steps[index], out, latent)
+
+    def _triton_modulated(
+        self, index: int, modulation: Modulation, eps: float, out: Tensor, feature: Tensor | None
+    ) -> None:
+        ring, step = self.ring, self.table.steps[index]
+        self._modulates(eps)(ring.slots, step, modulation.scale, modulation.shift, out, feature)
