@@ -19,7 +19,7 @@ from lesa_kernels.checks import (
 )
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import bounds, read
-from lesa_kernels.launch import GRID_Y, Launch
+from lesa_kernels.launch import Launch
 
 __all__ = ["mix_fp8", "push_fp8"]
 
@@ -169,7 +169,7 @@ def mix_fp8(
         out.numel(), rows, columns,
     )  # fmt: skip
     constants = {"K": history, "ROWS": height, "COLUMNS": width}
-    grid = blocks, min(triton.cdiv(most, blocks), GRID_Y)
+    grid = blocks, triton.cdiv(most, blocks)
     Launch(_mix_kernel, grid, out.device, config.warps, arguments, constants).run()
     return out
 

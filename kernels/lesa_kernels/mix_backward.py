@@ -20,7 +20,7 @@ from lesa_kernels.checks import (
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import slot_bases
 from lesa_kernels.gram import gram
-from lesa_kernels.launch import GRID_Y, Launch
+from lesa_kernels.launch import Launch
 
 __all__ = ["mix_gradients", "mix_grad_features", "mix_grad_table"]
 
@@ -123,7 +123,7 @@ def mix_grad_table(
         partials = grad.new_empty(splits, count, columns, dtype=torch.float32)
         arguments = (partials, grad, ring, slots, latent, size, rows, columns)
         constants = {"K": history, "BLOCK": config.block}
-        grid = blocks, min(splits, GRID_Y)
+        grid = blocks, splits
         Launch(_table_kernel, grid, grad.device, config.warps, arguments, constants).run()
         found = partials.view(splits, count, bands, band_size).sum((0, 3), dtype=torch.float64)
     return found[1:], found[0]
@@ -170,7 +170,7 @@ def mix_grad_features(
         ring_grad, grad, slots, table, step, latent_grad, size, rows, columns, bands, band_size
     )  # fmt: skip
     constants = {"K": history, "BLOCK": config.block}
-    grid = blocks, min(splits, GRID_Y)
+    grid = blocks, splits
     Launch(_features_kernel, grid, grad.device, config.warps, arguments, constants).run()
     return ring_grad
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels.fp8 import push_fp8
+from lesa_kernels.fp8 import mix_fp8, push_fp8
 from lesa_kernels.gate import pack_gate
 from lesa_kernels.gram import gram
 from lesa_kernels.mix import mix
@@ -82,6 +82,20 @@ def test_spline_mix(changes, sentence):
     arguments = {**COMMON, "weights": torch.zeros(5, 2), "tau": torch.zeros(5, 3), "gate": gate}
     with pytest.raises(LesaError, match=sentence):
         spline_mix(**{**arguments, **rest})
+
+
+def test_bands_where_a_kernel_has_none():
+    """[S, K, G] read as [S, K] would be other rows of the table."""
+    banded, rows = torch.zeros(5, 2, 4), torch.zeros(4, 16)
+    sentence = r"has shape \[5, 2, 4\]; this kernel takes no bands: with these slots it must be"
+    with pytest.raises(LesaError, match=f"table {sentence}"):
+        mix_modulate(**{**MIX, "table": banded}, scale=rows, shift=rows)
+    gate = pack_gate([RidgeSpline(3, 8)])
+    with pytest.raises(LesaError, match=f"weights {sentence}"):
+        spline_mix(**COMMON, weights=banded, tau=torch.zeros(5, 3), gate=gate)
+    codes, scales = RING.to(torch.float8_e4m3fn), torch.ones(3, 4)
+    with pytest.raises(LesaError, match=f"table {sentence}"):
+        mix_fp8(**{**MIX, "table": banded, "ring": codes}, scales=scales)
 
 
 def test_gram_and_fp8():

@@ -41,6 +41,16 @@ def test_is_what_least_squares_needs(rand, integers, device):
     torch.testing.assert_close(vector @ products @ vector, (error**2).sum(), rtol=1e-5, atol=0)
 
 
+def test_more_samples_than_a_grid_is_high(rand, integers, device, monkeypatch):
+    """CUDA takes 65,535 programs in y; here 3, for the interpreter's sake."""
+    monkeypatch.setattr("lesa_kernels.gram.GRID_Y", 3)
+    feature, ring = rand(10, 8), rand(2, 10, 8)
+    out, exact = (torch.full((10, 3), torch.nan).double().to(device) for _ in "ab")
+    gram(feature, ring, integers(1), out, config=TWO)
+    reference.gram(feature, ring, integers(1), exact)
+    torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_two_runs_agree_bit_for_bit_and_nothing_is_left_unwritten(rand, integers, device):
     feature, ring = rand(2, 999), rand(2, 2, 999)
     results = [torch.full((2, 3), torch.nan, dtype=torch.float64, device=device) for _ in "ab"]

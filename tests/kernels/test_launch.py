@@ -45,7 +45,7 @@ def test_only_what_is_unlike_the_last_form_is_checked_again():
     assert checked == {"first", "odd result", "odd latent", "into the ring", "a step of 64 bits"}
 
 
-def test_interpreted_it_is_the_ordinary_launch(rand, integers, poisoned):
+def test_it_writes_what_the_ordinary_launch_writes(rand, integers, poisoned):
     ring, table, latent = rand(3, 4, 16), rand(5, 3), rand(4, 16)
     prepared, slots = prepare_mix(ring, table), integers(2, 0)
     for step in (integers(1), integers(4)):

@@ -20,6 +20,8 @@ WHOLE = Config(4096, 128, 2)
         ((3, 100), torch.float16, WHOLE),
         ((2, 2, 4097), torch.bfloat16, Config(2048, 128, 1)),
         ((2, 4, 1), torch.float32, WHOLE),
+        ((2, 3, 128), torch.bfloat16, CHUNKED),
+        ((2, 2, 256), torch.float32, Config(256, 128, 1)),
     ],
 )
 def test_against_the_reference(
@@ -51,6 +53,28 @@ def test_is_the_tail_of_a_denoiser(rand, integers, poisoned, device):
     exact = reference.mix_modulate(ring, slots, table, step, scale, shift, mixed.clone()).detach()
     assert (out.double() - exact).abs().max() <= 2 * (eager - exact).abs().max()
     assert (out.double() - exact).pow(2).mean() <= (eager - exact).pow(2).mean()
+
+
+@pytest.mark.parametrize("columns", [128, 100])
+def test_a_large_mean_costs_no_digits(columns, rand, integers, poisoned, device):
+    """Features of 4096 +- 1: a sum of squares minus the squared mean is off by 1 there in fp32."""
+    ring = (4096 + torch.round(64 * rand(1, 2, 3, columns)) / 64).contiguous()
+    table, zeros = torch.ones(1, 1, device=device), torch.zeros(2, columns, device=device)
+    arguments = (ring, integers(0), table, integers(0), zeros, zeros)
+    exact = reference.mix_modulate(
+        *arguments, torch.empty(2, 3, columns, dtype=torch.float64, device=device)
+    )
+    out = mix_modulate(*arguments, poisoned(2, 3, columns), config=CHUNKED)
+    # each of up to 64 merges rounds the mean, by at most 2^-12
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=2**-8)
+
+
+def test_more_samples_than_a_grid_is_high(rand, integers, poisoned, monkeypatch):
+    ring, scale, shift = rand(1, 7, 2, 16), rand(7, 16), rand(7, 16)
+    arguments = (ring, integers(0), rand(1, 1), integers(0), scale, shift)
+    whole = mix_modulate(*arguments, poisoned(7, 2, 16), config=CHUNKED)
+    monkeypatch.setattr("lesa_kernels.mix_modulate.GRID_Y", 3)
+    assert torch.equal(mix_modulate(*arguments, poisoned(7, 2, 16), config=CHUNKED), whole)
 
 
 def test_the_feature_too_over_the_evicted_slot(rand, integers, poisoned):
