@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -106,6 +106,21 @@ def _unpacked(hook: Any) -> Iterator[Any]:
         yield from _unpacked(inner)
 
 
+@contextmanager
+def _random_state_aside(device: torch.device) -> Iterator[None]:
+    """Let a capture mark a copy of the device's random state as being captured.
+
+    Where CUDA breaks a capture off, torch leaves the mark: no random number could be drawn after.
+    """
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
 class _Pool:
     """Memory that the graphs of one stream share, and the stream that they are captured on."""
 
@@ -169,7 +184,7 @@ class CudaRecorder:
                     pool.token = torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
                 try:
-                    with torch.cuda.stream(pool.stream):
+                    with torch.cuda.stream(pool.stream), _random_state_aside(device):
                         graph.capture_begin(pool.token, capture_error_mode="thread_local")
                         try:
                             output = body()

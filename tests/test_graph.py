@@ -721,12 +721,29 @@ class Stream:
         pass
 
 
+class RandomState:
+    """A generator of the device: a state that a capture marks, and that copies do not share."""
+
+    def __init__(self, state=None):
+        self.state = state or {"capturing": False}
+
+    def graphsafe_get_state(self):
+        return RandomState(self.state)
+
+    def graphsafe_set_state(self, other):
+        self.state = other.state
+
+    def clone_state(self):
+        return RandomState(dict(self.state))
+
+
 class PretendCuda:
     """The few calls of torch.cuda that a capture makes, by their real signatures."""
 
     def __init__(self, monkeypatch):
         self.current, self.tokens, self.freed, self.recording = 7, 0, [], set()
         self.breaks, self.captures, self.resets = False, [], 0
+        self.random = RandomState()
         real = inspect.signature(torch.cuda.CUDAGraph.capture_begin)
 
         class Graph:
@@ -738,11 +755,13 @@ class PretendCuda:
                 del bound["self"]
                 self.captures.append({**bound, "stream": self.current})
                 self.recording.add(graph.pool)
+                self.random.state["capturing"] = True
 
             def capture_end(graph):
-                if self.breaks:  # torch leaves the allocator recording
+                if self.breaks:  # torch leaves the allocator recording, and the mark
                     raise RuntimeError("operation failed due to a previous error during capture")
                 self.recording.discard(graph.pool)
+                self.random.state["capturing"] = False
                 graph.ended = True
 
             def reset(graph):
@@ -769,6 +788,7 @@ class PretendCuda:
             "Stream": lambda device: Stream(),
             "current_stream": lambda device: Stream(self.current),
             "graph_pool_handle": self.token,
+            "default_generators": (self.random,),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
@@ -846,6 +866,7 @@ def test_a_failed_capture_leaves_no_trace_on_the_device(monkeypatch, breaks):
         recorder.capture(body, CUDA0)
     assert cuda.resets == 1 and kept.ended
     assert cuda.current == 7 and not cuda.recording
+    assert cuda.random.state == {"capturing": False}  # else no random number can be drawn
     # where torch ended the recording itself, the graph's own reset has released the pool
     assert cuda.freed == ([(0, (0, 1))] if breaks else [])
     cuda.breaks = False
