@@ -30,6 +30,7 @@ def interleaved(
     warmup: int = 2,
     deadline: float | None = None,
     failures: dict[str, str] | None = None,
+    each_round: Callable[[dict[str, list[float]]], Any] = lambda seconds: None,
 ) -> dict[str, list[float]]:
     """Seconds of every contender in every round, the same count for all that ran.
 
@@ -56,6 +57,8 @@ def interleaved(
                     continue
                 if index >= 0:
                     seconds[name].append(spent)
+            if index >= 0:
+                each_round({name: [*found] for name, found in seconds.items()})
     finally:
         gc.enable()
     return _complete(seconds, failures)

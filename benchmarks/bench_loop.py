@@ -64,34 +64,43 @@ def variants(pipe: Any, steps: int, full: int) -> dict[str, Variant]:
     }
 
 
-def measure(name: str, options: argparse.Namespace, deadline: float) -> dict[str, Any]:
-    """All variants of one model, taking turns."""
+def measure(
+    name: str,
+    options: argparse.Namespace,
+    deadline: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> None:
+    """All variants of one model, taking turns; what is found so far goes to `keep`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe, call, facts = build(name, device, share=options.layers, tiny=options.tiny)
     chosen = variants(pipe, options.steps, options.full_steps)
     notes: dict[str, dict[str, Any]] = {key: {} for key in chosen}
+    failures: dict[str, str] = {}
     timers = {
         key: _timer(pipe, call, variant, notes[key], device) for key, variant in chosen.items()
     }
-    failures: dict[str, str] = {}
-    seconds = interleaved(timers, options.rounds, warmup=0, deadline=deadline, failures=failures)
-    rows = []
-    for key, variant in chosen.items():
-        if key not in seconds or "plain" not in seconds:
-            continue
-        speedup, ideal = ratios(seconds, "plain", key), options.steps / variant.full_steps
-        rows.append(
-            {
-                "variant": key,
-                "full_steps": variant.full_steps,
-                "steps": variant.num_steps,
-                "seconds": summary(seconds[key]),
-                "speedup": speedup,
-                "share_of_ideal": speedup["median"] / ideal,
-                **notes[key],
-            }
+
+    def found(seconds: dict[str, list[float]]) -> None:
+        rows = [_row(key, chosen[key], seconds, options.steps, notes[key]) for key in seconds]
+        keep({**facts, "steps": options.steps, "rows": rows, "failures": failures})
+
+    found(
+        interleaved(
+            timers, options.rounds, warmup=0, deadline=deadline, failures=failures, each_round=found
         )
-    return {**facts, "steps": options.steps, "rows": rows, "failures": failures}
+    )
+
+
+def _row(
+    key: str, variant: Variant, seconds: dict[str, list[float]], steps: int, notes: dict[str, Any]
+) -> dict[str, Any]:
+    """A variant's seconds, and what they are of the plain loop's where that has run."""
+    row = {"variant": key, "full_steps": variant.full_steps, "steps": variant.num_steps}
+    row["seconds"] = summary(seconds[key])
+    if "plain" in seconds:
+        row["speedup"] = ratios(seconds, "plain", key)
+        row["share_of_ideal"] = row["speedup"]["median"] * variant.full_steps / steps
+    return {**row, **notes}
 
 
 def _timer(
@@ -142,14 +151,16 @@ def show(found: dict[str, Any]) -> None:
     scale = "full size" if found["full_size"] else f"blocks built, of all: {found['blocks']}"
     print(f"\n{found['model']}, {scale}, {found['call']}")
     for row in found["rows"]:
-        speed, share = row["speedup"]["median"], row["share_of_ideal"]
+        gain = ""
+        if "speedup" in row:
+            gain = f"{row['speedup']['median']:5.2f}x {row['share_of_ideal']:6.1%} of ideal"
         peak = f"peak {row['peak_bytes'] / 2**30:6.2f} GiB" if "peak_bytes" in row else ""
         ring = f"ring {row['ring_bytes'] / 1e6:7.1f} MB" if "ring_bytes" in row else ""
         trouble = "" if row["finite"] else " NOT FINITE"
         trouble += f" {row['stats']['fallbacks']}" if row.get("stats", {}).get("fallbacks") else ""
         print(
             f"  {row['variant']:38} {row['full_steps']:3d} full {row['seconds']['median']:8.3f} s"
-            f" {speed:5.2f}x {share:6.1%} of ideal  {peak} {ring}{trouble}"
+            f" {gain}  {peak} {ring}{trouble}"
         )
     for key, reason in found["failures"].items():
         print(f"  {key:38} left out: {reason}")
@@ -179,19 +190,24 @@ def main() -> None:
         known = json.loads(path.read_text())["models"]
         content["models"] = [row for row in known if row["model"] not in options.models]
     start = time.perf_counter()
+    models = {row["model"]: row for row in content["models"]}
+
+    def keep(found: dict[str, Any]) -> None:
+        models[found["model"]] = found
+        write(path, {**content, "models": [*models.values()]})
+
     for index, name in enumerate(options.models, 1):
         share = start + options.seconds * index / len(options.models)  # each its part of the time
         try:
-            found = measure(name, options, share)
+            measure(name, options, share, keep)
         except Exception as error:  # the next model is another question
             traceback.print_exc()
             content.setdefault("left_out", []).append([name, f"{type(error).__name__}: {error}"])
-        else:
-            content["models"].append(found)
-            show(found)
-        write(path, content)
+        if name in models:
+            show(models[name])
         if cuda:
             torch.cuda.empty_cache()
+    write(path, {**content, "models": [*models.values()]})
     print(f"\n{path}")
 
 

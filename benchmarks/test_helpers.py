@@ -75,7 +75,10 @@ def test_rounds_are_interleaved_and_warm_ups_do_not_count():
     def timer(name, seconds):
         return lambda: order.append(name) or seconds
 
-    found = interleaved({"a": timer("a", 2.0), "b": timer("b", 1.0)}, 5, warmup=2)
+    rounds = []
+    timers = {"a": timer("a", 2.0), "b": timer("b", 1.0)}
+    found = interleaved(timers, 5, warmup=2, each_round=rounds.append)
+    assert rounds == [{"a": [2.0] * n, "b": [1.0] * n} for n in range(1, 6)]
     assert found == {"a": [2.0] * 5, "b": [1.0] * 5} and len(order) == 14
     assert all(set(order[i : i + 2]) == {"a", "b"} for i in range(0, 14, 2))
     assert ratios(found, "a", "b")["median"] == 2.0
