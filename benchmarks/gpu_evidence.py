@@ -97,7 +97,7 @@ def parts(out: Path) -> list[Part]:
         ),
         Part(
             "tune", 45,
-            [*tune, "--kernels", "mix", "mix_modulate",
+            [*tune, "--kernels", "mix", "mix_modulate", "gram", "spline_mix",
              "--shapes", "1x4096x3072", "1x4096x64", "1x8192x5120"],
             None,
         ),
