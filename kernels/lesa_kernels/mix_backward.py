@@ -18,7 +18,7 @@ from lesa_kernels.checks import (
     split_bands,
 )
 from lesa_kernels.config import Config, lookup, programs
-from lesa_kernels.device import slot_bases
+from lesa_kernels.device import fetch, slot_bases, tail
 from lesa_kernels.gram import gram
 from lesa_kernels.launch import Launch
 
@@ -32,26 +32,27 @@ def _table_kernel(
     partials, grad, ring, slots, latent, size, rows, columns, K: tl.constexpr, BLOCK: tl.constexpr
 ):
     COUNT: tl.constexpr = K + 1 + (latent is not None)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
+    lane = tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    count = tail(columns, first, BLOCK)
     bases = slot_bases(slots, size, K)
     sums = ()
     for _ in tl.static_range(COUNT):
         sums += (tl.zeros([BLOCK], tl.float32),)
     for row in range(tl.program_id(1), rows, tl.num_programs(1)):
-        place = tl.cast(row, tl.int64) * columns + column
-        g = tl.load(grad + place, inside, other=0.0).to(tl.float32)
-        found = (sums[0] + g,)
-        for k in tl.static_range(K):
-            x = tl.load(ring + bases[k] + place, inside, other=0.0).to(tl.float32)
-            found += (tl.fma(g, x, sums[1 + k]),)
+        begin = tl.cast(row, tl.int64) * columns + first
+        g = tl.load(grad + begin + lane, lane < count, other=0.0)
+        features = fetch(ring, bases, None, begin, lane, count, 0, K, True)
         if latent is not None:
-            x = tl.load(latent + place, inside, other=0.0).to(tl.float32)
-            found += (tl.fma(g, x, sums[1 + K]),)
+            features += (tl.load(latent + begin + lane, lane < count, other=0.0),)
+        g = g.to(tl.float32)
+        found = (sums[0] + g,)
+        for i in tl.static_range(COUNT - 1):
+            found += (tl.fma(g, features[i].to(tl.float32), sums[1 + i]),)
         sums = found
-    target = partials + tl.program_id(1).to(tl.int64) * COUNT * columns
+    target = partials + tl.program_id(1).to(tl.int64) * COUNT * columns + first
     for i in tl.static_range(COUNT):
-        tl.store(target + column, sums[i], inside)
+        tl.store(target + lane, sums[i], lane < count)
         target += columns
 
 
@@ -62,7 +63,7 @@ def _features_kernel(
 ):  # fmt: skip
     s = tl.load(step).to(tl.int64)
     WIDTH: tl.constexpr = K + (latent_grad is not None)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = column < columns
     band = column // band_size % bands
     bases = slot_bases(slots, size, K)
