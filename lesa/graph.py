@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from lesa import ranges
-from lesa.recorder import Body, CudaRecorder, Recorder, Recording, refusal
+from lesa.recorder import Body, CudaRecorder, Recorder, Recording
+from lesa.refusal import refusal
 from lesa.signature import signature
 
 __all__ = ["GraphKey", "Lease", "State", "StepGraphs"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from lesa import ranges
 from lesa.call import Call, Refusal
 from lesa.clock import Step
+from lesa.conditioning import Conditioning
 from lesa.denoiser import Run, make_output, read_sample
 from lesa.mixer import Mixer
 from lesa.plan import Plan
@@ -19,8 +20,6 @@ from lesa.ring import Ring
 from lesa.tail import ModulatedTail, PreparedTail
 
 __all__ = ["Trajectory"]
-
-_NUMBERS = (int, float, str)
 
 
 class Trajectory:
@@ -42,13 +41,7 @@ class Trajectory:
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
         self._states = {call.denoiser: call.denoiser.state}
-        self._kinds = _kinds(call)
-        self._gone = _releaser(self)
-        self._conditioning = [
-            (self._held(value), _version(value)) for _, value in _conditioning(call)
-        ]
-        places = [call.argument(name) for name in call.denoiser.spec.unbatched]
-        self._places = [weakref.ref(place) for place in places if isinstance(place, Tensor)]
+        self._conditioning = Conditioning(call, _releaser(self))
 
     def skips(self, step: Step) -> bool:
         """Whether the plan forecasts this step."""
@@ -65,38 +58,11 @@ class Trajectory:
         state = call.denoiser.state
         if self._states.setdefault(call.denoiser, state) != state:  # a pipeline may have two
             return "adapters, attention processors or the ControlNet's scale changed"
-        if _kinds(call) != self._kinds:
-            return "an argument appeared or vanished"
-        for (name, value), (known, version) in zip(
-            _conditioning(call), self._conditioning, strict=False
-        ):
-            if not _is(value, known) or _version(value) != version:
-                return f"{name} changed"
-        if self._places:
-            self._watch_places(call)
-        return None
+        return self._conditioning.change(call)
 
     def release(self) -> None:
         """Let go of the features and of all that a forecast needs."""
         self.ring = self._mixer = self._tail = None
-
-    def _held(self, value: Any) -> Any:
-        """A conditioning argument; when a tensor dies no later call can continue this run."""
-        return weakref.ref(value, self._gone) if isinstance(value, Tensor) else value
-
-    def _watch_places(self, call: Call) -> None:
-        """At the second call: position tensors that both got are the loop's own, and end with it.
-
-        Prompt embeddings may belong to the user, who keeps them.
-        """
-        places = [call.argument(name) for name in call.denoiser.spec.unbatched]
-        known = [place() for place in self._places]
-        self._places = []
-        self._watched = [
-            weakref.ref(place, self._gone)
-            for place in places
-            if isinstance(place, Tensor) and any(place is other for other in known)
-        ]
 
     def forecast(self, call: Call, tap: str) -> Any:
         """The output of a skipped step; Refusal where there is none."""
@@ -174,40 +140,13 @@ def _layout(latent: Any) -> tuple[Any, ...]:
     return tuple(_layout(part) for part in latent or ())
 
 
-def _kinds(call: Call) -> tuple[type, ...]:
-    """Tells which arguments there are: None has a type of its own."""
-    return tuple(map(type, call.kwargs.values()))
-
-
-def _conditioning(call: Call) -> Iterator[tuple[str, Any]]:
-    """What the features come from besides latent and time, which is the same at every step."""
-    for name in call.denoiser.spec.conditioning:
-        yield name, call.argument(name)
-    for name, value in call.kwargs.items():
-        if value.__class__ is dict:  # image embeddings, time ids, LoRA scales
-            for key, part in value.items():
-                for item in part if part.__class__ is list else (part,):
-                    yield f"{name}[{key!r}]", item
-
-
-def _releaser(trajectory: Trajectory) -> Callable[[object], None]:
+def _releaser(trajectory: Trajectory) -> Callable[[Any], None]:
     """For weak references: releases the trajectory, which it does not keep alive."""
     own = weakref.ref(trajectory)
 
-    def release(_: object) -> None:
+    def release(_: Any) -> None:
         found = own()
         if found is not None:
             found.release()
 
     return release
-
-
-def _is(value: Any, held: Any) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(held, weakref.ref) and held() is value
-    return value is held or (value.__class__ in _NUMBERS and value == held)
-
-
-def _version(value: Any) -> int:
-    """Counts in-place writes; inference tensors have no such counter."""
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

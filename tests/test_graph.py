@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lesa.graph import GraphKey, State, StepGraphs
-from lesa.recorder import CudaRecorder, Recording, refusal
+from lesa.recorder import CudaRecorder, Recording
+from lesa.refusal import refusal
 from lesa.signature import signature
 from lesa.swap import Slot, Tap
 
