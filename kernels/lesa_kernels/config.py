@@ -1,15 +1,17 @@
 """Launch configurations: tuned per device and shape class, found without a search.
 
-They lie in `configs/`, one JSON file per device, and before that in the folder that the environment
-variable LESA_KERNEL_CONFIGS names.
+They lie in `configs/`, one JSON file per device or family of devices, and before that in the folder
+that the environment variable LESA_KERNEL_CONFIGS names. The files of the packaged families are
+untimed: chosen from registers, residency and bytes in flight of the compiled code.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-import warnings
+from collections.abc import Iterator
 from functools import lru_cache
 from math import ceil, log2
 from pathlib import Path
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Config", "file_of", "lookup", "multiprocessors", "programs"]
+__all__ = ["Config", "file_of", "lookup", "multiprocessors", "programs", "source"]
 
+DEFAULT = "default"  # the device of the last file in the search, and of the interpreter
 FOLDER = Path(__file__).parent / "configs"
+LOG = logging.getLogger(__name__)
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 
 
@@ -42,7 +46,7 @@ class Config(NamedTuple):
 
 
 def lookup(kernel: str, feature: Tensor, history: int) -> Config:
-    """The configuration tuned for the nearest shape on this device, or a safe default."""
+    """The configuration of the nearest shape: this device's, its family's or a safe default."""
     columns = feature.shape[-1] if feature.ndim else 1
     size = feature.numel()
     return _nearest(kernel, feature.device, size, columns, history, feature.element_size())
@@ -64,18 +68,47 @@ def multiprocessors(device: torch.device) -> int:
 
 def file_of(device_name: str, folder: Path = FOLDER) -> Path:
     """Where a device's tuned configurations lie."""
-    return folder / f"{re.sub(r'[^A-Za-z0-9]+', '-', device_name).strip('-').lower()}.json"
+    return folder / f"{_words(device_name)}.json"
+
+
+def source(device_name: str) -> str:
+    """Where a device's configurations come from: "tuned", "untimed" or "default"."""
+    path = next(_files(device_name))
+    if path.stem == DEFAULT:
+        return DEFAULT
+    kernels = json.loads(path.read_text())["kernels"]
+    timed = any("milliseconds" in entry for entries in kernels.values() for entry in entries)
+    return "tuned" if timed else "untimed"
+
+
+def _words(device_name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", device_name).strip("-").lower()
+
+
+def _files(device_name: str) -> Iterator[Path]:
+    """The device's file, those of its family (fewer words of its name), and the default's."""
+    words = _words(device_name).split("-")
+    names = ["-".join(words[:count]) for count in range(len(words), 0, -1)]
+    own = os.environ.get("LESA_KERNEL_CONFIGS", "")
+    for name in dict.fromkeys([*names, DEFAULT]):
+        for folder in [*([Path(own)] if own else []), FOLDER]:
+            if (path := folder / f"{name}.json").exists():
+                yield path
 
 
 @lru_cache(maxsize=1024)
 def _nearest(
     kernel: str, device: torch.device, size: int, columns: int, history: int, itemsize: int
 ) -> Config:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "default"
     wanted = (size, columns, history, itemsize)
-    entries = _entries(name).get(kernel) or _entries("default")[kernel]
+    entries = _entries(device_name(device))[kernel]
     found = min(entries, key=lambda entry: _distance(entry["shape"], wanted))
     return Config(**found["config"])
+
+
+def device_name(device: torch.device) -> str:
+    """As the driver tells it; `default` for the interpreter."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else DEFAULT
 
 
 def _distance(shape: dict[str, int], wanted: tuple[int, int, int, int]) -> float:
@@ -90,14 +123,12 @@ def _distance(shape: dict[str, int], wanted: tuple[int, int, int, int]) -> float
 
 @lru_cache(maxsize=16)
 def _entries(name: str) -> dict[str, list[dict[str, Any]]]:
-    folders = [Path(path) for path in [os.environ.get("LESA_KERNEL_CONFIGS", "")] if path]
-    for path in (file_of(name, folder) for folder in [*folders, FOLDER]):
-        if path.exists():
-            return json.loads(path.read_text())["kernels"]
-    warnings.warn(
-        f"no tuned kernel configurations for {name!r}, the defaults are used: "
-        "run `python -m lesa_kernels.tune` once",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-    return {}
+    """Per kernel the entries of all the device's files, its own first: the first of equals wins."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in _files(name):
+        for kernel, entries in json.loads(path.read_text())["kernels"].items():
+            found.setdefault(kernel, []).extend(entries)
+    if name != DEFAULT and (kind := source(name)) != "tuned":
+        LOG.debug("kernel configurations for %s: %s; python -m lesa_kernels.tune times them once",
+                  name, kind)  # fmt: skip
+    return found

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,21 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+
+class Device(NamedTuple):
+    """A GPU as `lesa_kernels.config` sees it."""
+
+    name: str
+    multiprocessors: int
+
+
+DEVICES = {  # whose configurations a target is compiled with
+    "sm_80": Device("NVIDIA A100-SXM4-80GB", 108),
+    "sm_89": Device("NVIDIA GeForce RTX 4090", 128),
+    "sm_90": Device("NVIDIA H100 80GB HBM3", 132),
+    "sm_100": Device("NVIDIA B200", 148),
+    "gfx942": Device("AMD Instinct MI300X", 304),
+}
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -83,7 +99,7 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], Any], dict[str, int]]
     small = empty(1, 4096, 64)["mix"].arguments
     table, latent = torch.zeros(50, 4), torch.empty_like(small["out"])
     yield "mix, latent", lambda: mix(**{**small, "table": table}, latent=latent), {}
-    if target in ("sm_90", "sm_100"):
+    if target != "gfx942":
         eight = empty(1, 4096, 3072, history=8)
         for name in MANY:
             yield f"{name}, K=8", eight[name].run, {}
@@ -93,16 +109,21 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], Any], dict[str, int]]
         yield "control: few registers", usual["mix"].run, {"maxnreg": 24}
 
 
-def compiled(run: Callable[[], Any], target: GPUTarget, **options: Any) -> list[Any]:
-    """All compiled kernels that `run` would launch."""
+def compiled(
+    run: Callable[[], Any], target: GPUTarget, device: Device, **options: Any
+) -> list[tuple[Any, int]]:
+    """All compiled kernels that `run` would launch, and of how many programs."""
     found = []
     original = JITFunction.run
 
     def warm_up(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        kernel = original(self, *args, grid=grid, warmup=True, **kwargs, **options)
-        found.append(kernel)
+        kernel = original(self, *args, grid=grid, warmup=True, **{**kwargs, **options})
+        found.append((kernel, prod(grid)))
 
     config.LANES = target.warp_size
+    config.device_name = lambda _: device.name
+    config.multiprocessors = lambda _: device.multiprocessors
+    config._nearest.cache_clear()
     driver.set_active(Driver(target))
     JITFunction.run = warm_up
     try:
@@ -198,9 +219,11 @@ def report(names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         target = TARGETS[name]
         read = read_cuda if target.backend == "cuda" else read_hip
+        device = DEVICES[name]
         for case, run, options in cases(name):
-            for kernel in compiled(run, target, **options):
-                rows.append({"case": case, "target": name, **read(kernel)})
+            for kernel, programs in compiled(run, target, device, **options):
+                launched = {"programs": programs / device.multiprocessors}
+                rows.append({"case": case, "target": name, **launched, **read(kernel)})
     return rows
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 import warnings
 from dataclasses import replace
@@ -15,6 +16,16 @@ from lesa_kernels.examples import examples
 from lesa.errors import LesaError
 
 
+@pytest.fixture
+def forgotten():
+    """Nothing is remembered of any device's files, before and after."""
+    config._entries.cache_clear()
+    config._nearest.cache_clear()
+    yield
+    config._entries.cache_clear()
+    config._nearest.cache_clear()
+
+
 def test_every_kernel_has_a_safe_default():
     names = {example.kernel for example in examples((1, 4, 32)).values()}
     entries = json.loads(file_of("default").read_text())["kernels"]
@@ -25,7 +36,7 @@ def test_every_kernel_has_a_safe_default():
     assert all(c.block >= c.threads and c.programs > 0 for c in found.values())
 
 
-def test_the_nearest_shape_wins(tmp_path, monkeypatch):
+def test_the_nearest_shape_wins(forgotten, tmp_path, monkeypatch):
     def entry(columns, history, block):
         shape = {"size": 4096 * columns, "columns": columns, "history": history, "itemsize": 2}
         return {"shape": shape, "config": Config(block, 128, 1)._asdict()}
@@ -33,27 +44,53 @@ def test_the_nearest_shape_wins(tmp_path, monkeypatch):
     entries = [entry(64, 3, 1), entry(3072, 3, 2), entry(3072, 8, 3)]
     file_of("default", tmp_path).write_text(json.dumps({"kernels": {"mix": entries}}))
     monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
-    config._entries.cache_clear()
-    config._nearest.cache_clear()
-    try:
-        tall = torch.empty(4096, 3072, dtype=torch.bfloat16)
-        assert lookup("mix", tall, 4).block == 2
-        assert lookup("mix", tall, 7).block == 3
-        assert lookup("mix", tall[:, :48], 3).block == 1
-    finally:
-        config._entries.cache_clear()
-        config._nearest.cache_clear()
+    tall = torch.empty(4096, 3072, dtype=torch.bfloat16)
+    assert lookup("mix", tall, 4).block == 2
+    assert lookup("mix", tall, 7).block == 3
+    assert lookup("mix", tall[:, :48], 3).block == 1
 
 
-def test_an_unknown_device_is_warned_of_once():
-    name = "Untuned GPU (test)"
-    config._entries.cache_clear()
-    with pytest.warns(RuntimeWarning, match=r"Untuned.*python -m lesa_kernels\.tune"):
-        assert config._entries(name) == {}
-    with warnings.catch_warnings():
+def test_an_untuned_device_is_told_of_once_and_without_a_warning(forgotten, caplog):
+    with caplog.at_level("DEBUG"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        config._entries(name)
-    assert file_of(name).name == "untuned-gpu-test.json"
+        entries = [config._entries("Untuned GPU (test)") for _ in range(2)]
+    assert entries[0] == config._entries("default")
+    [record] = caplog.records
+    assert record.levelname == "DEBUG"
+    assert re.search(
+        r"Untuned GPU \(test\): default; python -m lesa_kernels\.tune", record.getMessage()
+    )
+    assert file_of("Untuned GPU (test)").name == "untuned-gpu-test.json"
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100"),
+        ("NVIDIA H200", "NVIDIA H200"),
+        ("NVIDIA A100-SXM4-80GB", "NVIDIA A100"),
+        ("NVIDIA A100 80GB PCIe", "NVIDIA A100"),
+        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090"),
+        ("NVIDIA L20", "NVIDIA L20"),
+    ],
+)
+def test_a_device_finds_its_family(name, family, forgotten, tmp_path, monkeypatch):
+    path = next(config._files(name))
+    assert json.loads(path.read_text())["device"] == family
+    assert config.source(name) == "untimed"
+    assert set(json.loads(path.read_text())["kernels"]) == set(config._entries("default"))
+    own = {"shape": {"size": 1, "columns": 1, "history": 1, "itemsize": 2}, "milliseconds": 1.0}
+    file_of(name, tmp_path).write_text(json.dumps({"kernels": {"mix": [own]}}))
+    monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
+    assert config.source(name) == "tuned"
+    config._entries.cache_clear()
+    assert config._entries(name)["mix"][0] == own and config._entries(name)["gram"]
+
+
+@pytest.mark.parametrize("name", ["NVIDIA L200", "NVIDIA GH200 480GB", "default", "Tesla T4"])
+def test_part_of_a_word_is_no_family(name):
+    assert config.source(name) == "default"
 
 
 def test_programs_share_the_work_evenly(monkeypatch):
@@ -109,24 +146,22 @@ def test_search_takes_the_fastest_and_refuses_a_wrong_one(device):
 
 
 @pytest.fixture
-def searched(tmp_path, monkeypatch, device):
+def searched(forgotten, tmp_path, monkeypatch, device):
     """`tune` of small features by a clock that counts calls, into a folder that lookup reads."""
     chosen = [Config(128, 128, 3)]
     monkeypatch.setattr(tune, "HISTORIES", (1,))
     monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
-    config._entries.cache_clear()
 
     def run(timer=lambda run: 1.0, **options):
         return tune.tune(tmp_path, device, "Some GPU", timer, [(1, 4, 32)], chosen, **options)
 
-    yield run
-    config._entries.cache_clear()
+    return run
 
 
 def test_what_tune_writes_is_what_lookup_reads(searched, tmp_path):
     path = searched(kernels=["mix"])
     assert path == file_of("Some GPU", tmp_path)
-    [entry] = config._entries("Some GPU")["mix"]
+    entry = config._entries("Some GPU")["mix"][0]
     assert Config(**entry["config"]) == Config(128, 128, 3)
     assert entry["shape"] == {"size": 128, "columns": 32, "history": 1, "itemsize": 2}
     assert entry["share_of_copy"] == 1 and entry["gb_per_s"] == round(2 * 256 / 1e6, 1)
