@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,18 +18,22 @@ from lesa.ring import Ring
 __all__ = ["Mixer", "Modulation"]
 
 
-class Modulation(NamedTuple):
-    """Scale and shift [S, B, C] of all steps, two halves of one tensor [S, B, 2 C]; and by step."""
+@dataclass(frozen=True, eq=False)
+class Modulation:
+    """Scale and shift [S, B, C] of all steps, two halves of one tensor [S, B, 2 C]."""
 
     scale: Tensor
     shift: Tensor
-    rows: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
     def of(cls, both: Tensor) -> Modulation:
         """From the tensor [S, B, 2 C]."""
-        scale, shift = both.chunk(2, dim=-1)
-        return cls(scale, shift, tuple(zip(scale.unbind(0), shift.unbind(0), strict=True)))
+        return cls(*both.chunk(2, dim=-1))
+
+    @cached_property
+    def rows(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Both by step."""
+        return tuple(zip(self.scale.unbind(0), self.shift.unbind(0), strict=True))
 
 
 class Mixer:
