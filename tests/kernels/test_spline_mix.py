@@ -86,7 +86,7 @@ def test_fused_equals_the_table_of_the_paper_form(rand, integers, poisoned, devi
     stages = [form.stage_of(sigma) for sigma in sigmas[:-1].tolist()]
     weights = torch.stack([form._fitted(form.w["cond"][j], s + 3) for s, j in enumerate(stages)])
     ring, slots = rand(3, 40), integers(1, 0, 2)
-    gate = pack_gate(list(form.gates["cond"]))
+    gate = pack_gate([ridge.to(device) for ridge in form.gates["cond"]])
     for step in (3, 8):
         fused = spline_mix(
             ring, slots, weights.float().detach().to(device), form.offsets(sigmas).to(device), gate,
