@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
-from lesa.errors import LesaError
+from lesa.errors import LesaError, is_out_of_memory
 from lesa.files import require_writable_file, to_json, write_atomically
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -53,11 +53,27 @@ def guarded(command: Function) -> Function:
         except OSError as error:  # a disk that fills up, a folder that goes away
             complain(f"{error.filename or 'file'}: {error.strerror or error}; check the disk")
             raise typer.Exit(BAD_INPUT) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            complain(_too_small(error, kwargs))
+            raise typer.Exit(BAD_INPUT) from None
         except KeyboardInterrupt:
             complain("interrupted; what was finished is kept")
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+def _too_small(error: BaseException, options: dict[str, Any]) -> str:
+    """What to do about a device without enough memory, by the options that the command has."""
+    known = [name for name in ("batch_size", "height", "width", "frames") if name in options]
+    lower = [f"lower {', '.join('--' + name.replace('_', '-') for name in known)}"] * bool(known)
+    narrow = ["give --dtype bfloat16"] * ("dtype" in options)
+    remedies = " or ".join([*lower, *narrow, "take a larger device"])
+    named = options.get("device") or "the one in use"
+    reason = (str(error).strip() or "out of memory").splitlines()[0][:200].rstrip(" .")
+    return f"device: {named} has too little memory ({reason}); {remedies}"
 
 
 def complain(sentence: str) -> None:
