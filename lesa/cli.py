@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +14,7 @@ from lesa.errors import LesaError
 from lesa.files import read_prompts, require_writable, write_atomically
 from lesa.inputs import (
     call_settings,
+    check_target,
     embedded_name,
     load_forecaster,
     load_pipeline,
@@ -27,6 +29,9 @@ from lesa.terminal import (
     emit,
     guarded,
 )
+
+if TYPE_CHECKING:
+    from lesa.full_step import FullStep
 
 app = typer.Typer(
     name="lesa",
@@ -52,6 +57,13 @@ Json = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; CUDA where there is any.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")]
+Attention = Annotated[
+    str | None,
+    typer.Option("--attention-backend", help="diffusers' attention: flash, sage, ...; see env."),
+]
+Compile = Annotated[
+    bool, typer.Option("--compile", help="Compile the denoiser's repeated blocks (torch.compile).")
+]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale of the pipeline.")]
 Size = Annotated[int | None, typer.Option(help="In pixels; the pipeline's own by default.")]
 Seed = Annotated[int, typer.Option(help="Prompt i is drawn with seed + i.")]
@@ -99,6 +111,8 @@ def train(
     batch_size: Batch = 8,
     device: Device = None,
     dtype: Dtype = None,
+    attention_backend: Attention = None,
+    compile: Compile = False,
     json: Json = None,
 ) -> None:
     """Train a forecaster for a pipeline; an interrupted collection goes on where it stopped.
@@ -113,9 +127,12 @@ def train(
     steps = parse_counts(num_inference_steps, field="num-inference-steps")
     counts = parse_counts(full_steps, min(steps))
     texts = read_prompts(prompts)
+    full_step = _full_step(attention_backend, compile)
+    check_target(pipeline, device, dtype, full_step)
     require_writable(out)
     check_json(json)
-    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype, full_step=full_step)
+    full_step.warm_up(pipe, texts[:batch_size], settings)
     import lesa
 
     optional: dict[str, Any] = {} if tap is None else {"tap": tap}
@@ -138,7 +155,8 @@ def train(
         listed = ", ".join(map(str, schedule.full_steps))
         console(json).print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
     console(json).print(f"forecaster in {out}")
-    emit(json, {"folder": out, "calibrated": lists, "metadata": forecaster.metadata})
+    facts = {"folder": out, "calibrated": lists, "metadata": forecaster.metadata}
+    emit(json, facts | asdict(full_step))
 
 
 @app.command(cls=JsonCommand)
@@ -164,6 +182,8 @@ def generate(
     batch_size: Batch = 8,
     device: Device = None,
     dtype: Dtype = None,
+    attention_backend: Attention = None,
+    compile: Compile = False,
     json: Json = None,
 ) -> None:
     """Make pictures, plain or accelerated, as PNG files.
@@ -178,11 +198,15 @@ def generate(
     given = {"guidance_scale": guidance_scale, "height": height, "width": width}
     settings = call_settings(pipeline, {**given, "num_inference_steps": num_inference_steps})
     cache = checked_schedule(forecaster, full_steps, interval, settings["num_inference_steps"])
+    full_step = _full_step(attention_backend, compile)
+    check_target(pipeline, device, dtype, full_step)
     require_writable(out)
     check_json(json)
     learned = load_forecaster(forecaster) if forecaster else None
-    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype, full_step=full_step)
+    full_step.warm_up(pipe, texts[:batch_size], settings)
     facts = make_pictures(pipe, texts, settings, out, learned, cache, seed, batch_size)
+    facts |= asdict(full_step)
     console(json).print(f"{len(texts)} pictures in {out}, {facts['seconds']:.3g} s of denoising")
     if facts["stats"]:
         console(json).print(facts["summary"])
@@ -229,6 +253,8 @@ def compare(
     batch_size: Batch = 8,
     device: Device = None,
     dtype: Dtype = None,
+    attention_backend: Attention = None,
+    compile: Compile = False,
     flops_only: Annotated[
         bool, typer.Option("--flops-only", help="Count operations of a --model, run nothing.")
     ] = False,
@@ -270,6 +296,7 @@ def compare(
         batch_size=batch_size,
         device=device,
         dtype=dtype,
+        full_step=_full_step(attention_backend, compile),
         console=console(json),
     )
     emit(json, result)
@@ -313,7 +340,7 @@ def env(
 
     Example: lesa env --json
     """
-    from lesa.commands import environment, model_rows, models_table
+    from lesa.commands import environment, environment_lines, model_rows, models_table
 
     check_json(json)
     if models:
@@ -322,9 +349,15 @@ def env(
         emit(json, rows)
         return
     facts: dict[str, Any] = environment()
-    for name, value in facts.items():
-        console(json).print(f"{name:>16}  {value}")
+    for name, text in environment_lines(facts):
+        console(json).print(f"{name:>16}  {text}", markup=False, soft_wrap=True)
     emit(json, facts)
+
+
+def _full_step(attention: str | None, compile: bool) -> FullStep:
+    from lesa.full_step import FullStep
+
+    return FullStep(attention, compile)
 
 
 def main() -> None:

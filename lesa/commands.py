@@ -153,10 +153,12 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices and backends, by name."""
+    """Versions, devices, backends of the kernels and of diffusers' attention, by name."""
     import torch
 
     from lesa import backend
+    from lesa.full_step import attention_backends
+    from lesa.inputs import quieten
 
     found: dict[str, Any] = {**versions(), "platform": platform.platform()}
     found["cpu threads"] = torch.get_num_threads()
@@ -169,7 +171,22 @@ def environment() -> dict[str, Any]:
     for name in backend.BACKENDS:
         if reason := backend.why_not(name, kind):
             found[f"not {name}"] = reason
+    quieten()
+    attention = attention_backends(kind, torch.bfloat16 if kind == "cuda" else torch.float32)
+    found["attention"] = [name for name, reason in attention.items() if not reason]
+    found["no attention"] = {name: reason for name, reason in attention.items() if reason}
     return found
+
+
+def environment_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """`environment` for people: names and texts; what has the same reason shares a line."""
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            for at, reason in enumerate(dict.fromkeys(value.values())):
+                listed = ", ".join(key for key, why in value.items() if why == reason)
+                yield name * (at == 0), f"{listed}: {reason}"
+        else:
+            yield name, ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def model_rows() -> list[dict[str, Any]]:

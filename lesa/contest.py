@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from lesa.terminal import progress
 
 if TYPE_CHECKING:
     from lesa.evaluation.method import Bench, Method
+    from lesa.full_step import FullStep
 
 CALIBRATION = 8  # captions of an embedded pipeline where no file gives others
 FULL_STEPS = "10"
@@ -38,6 +40,7 @@ def run_compare(
     batch_size: int,
     device: str | None,
     dtype: str | None,
+    full_step: FullStep,
     console: Console,
 ) -> dict[str, Any]:
     """Measure methods on a pipeline, print the table and return all of it.
@@ -53,6 +56,7 @@ def run_compare(
     from lesa.evaluation.report import rich_table, write_report
     from lesa.inputs import (
         call_settings,
+        check_target,
         default_device,
         load_forecaster,
         load_pipeline,
@@ -64,13 +68,15 @@ def run_compare(
     counts = parse_counts(FULL_STEPS if full_steps is None else full_steps, steps)
     texts = read_prompts(prompts)
     others = calibration_prompts(pipeline, calibration, texts)
+    check_target(pipeline, device, dtype, full_step)
     if report is not None:
         require_writable(report, "report")
     trained = load_forecaster(forecaster) if forecaster else None
     check_methods(methods, Bench(steps, forecaster=trained))
     asked = [named(name, device or default_device()) for name in judges]
-    pipe = load_pipeline(pipeline, device=device, dtype=dtype)
+    pipe = load_pipeline(pipeline, device=device, dtype=dtype, full_step=full_step)
     _check_frames(pipe, settings)
+    full_step.warm_up(pipe, texts[:batch_size], settings)
     bench = Bench(steps, pipe, settings, others, trained, seed)
     contenders = prepare(methods, counts, bench, searched)
     batches = -(-len(texts) // batch_size)
@@ -89,13 +95,13 @@ def run_compare(
         rows = sum(method.name == "lesa" for method in contenders)
         with progress("limit", rows * len(texts)) as advance:
             add_limits(pipe, result, contenders, advance)
-    result.notes += left_out(methods, bench)
+    result.notes += [*left_out(methods, bench), *full_step.notes()]
     console.print(rich_table(result.rows, result.plain_seconds, steps))
     for note in result.notes:
         console.print(note, markup=False, soft_wrap=True)
     if report is not None:
         console.print(f"report: {write_report(result, report)['report.html']}")
-    return result.to_dict()
+    return result.to_dict() | asdict(full_step)
 
 
 def run_flops(

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lesa.errors import LesaError
+from lesa.errors import LesaError, is_out_of_memory
+
+if TYPE_CHECKING:
+    from lesa.full_step import FullStep
 
 TESTBED = "testbed"
 
 
-def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = None) -> Any:
+def load_pipeline(
+    name: str,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    full_step: FullStep | None = None,
+) -> Any:
     """A pipeline from a folder or a hub id, or an embedded one (see `embedded_name`).
 
     Without `device` CUDA is taken where there is any. Without `dtype` it is bfloat16 on CUDA and
-    float32 elsewhere; the embedded pipeline is always float32.
+    float32 elsewhere; the embedded pipeline is always float32. `full_step` is switched on.
 
     Raises: LesaError if it cannot be loaded or lesa does not know its denoiser.
     """
@@ -22,23 +31,37 @@ def load_pipeline(name: str, *, device: str | None = None, dtype: str | None = N
     from lesa.models import model_spec
 
     quieten()
-    device = device or default_device()
-    target = _device(device)
+    target, wanted = check_target(name, device, dtype)
     if (embedded := embedded_name(name)) is not None:
         from lesa import testbed
 
         pipe = testbed.load(embedded)
     else:
-        default = "bfloat16" if target.type == "cuda" else "float32"
-        pipe = _from_pretrained(name, _dtype(dtype or default))
+        pipe = _from_pretrained(name, wanted)
     model_spec(find_denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
-    try:
-        return pipe.to(target)
-    except (RuntimeError, AssertionError) as error:  # torch asserts when it has no CUDA
-        raise LesaError(
-            f"device: {device!r} is not usable here ({_first_line(error)}); choose cpu or cuda"
-        ) from None
+    pipe = pipe.to(target)
+    if full_step is not None:
+        full_step.apply(pipe)
+    return pipe
+
+
+def check_target(
+    name: str, device: str | None, dtype: str | None, full_step: FullStep | None = None
+) -> tuple[Any, Any]:
+    """The device and the dtype that `load_pipeline` takes, before anything is loaded or written.
+
+    Raises: LesaError if the device is not there, the dtype is unknown, or what `full_step` asks for
+        does not work with them.
+    """
+    target = _device(device or default_device())
+    wanted = _dtype(dtype or ("bfloat16" if target.type == "cuda" else "float32"))
+    if embedded_name(name) is not None:
+        wanted = _dtype("float32")
+    if full_step is not None:
+        quieten()
+        full_step.check(str(target), wanted)
+    return target, wanted
 
 
 def default_device() -> str:
@@ -140,12 +163,31 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
 
 
 def _device(name: str) -> Any:
+    """The device, once a tensor was made on it."""
     import torch
 
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise LesaError(f"device: {name!r} is unknown; choose cpu, cuda, cuda:1 or mps") from None
+        raise LesaError(f"device: {name!r} is unknown; give one of: {_devices()}") from None
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = _first_line(error)  # torch asserts when it has no CUDA
+        raise LesaError(
+            f"device: {name!r} is not usable here ({reason}); give one of: {_devices()}"
+        ) from None
+    return device
+
+
+def _devices() -> str:
+    """The devices that are there."""
+    import torch
+
+    found = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    return ", ".join(["cpu", *found, *["mps"] * torch.backends.mps.is_available()])
 
 
 def _dtype(name: str) -> Any:
