@@ -42,7 +42,8 @@ class Config(NamedTuple):
     def registers(self, sums: int, loads: int, itemsize: int) -> int:
         """Registers of a thread that has its share of `sums` in fp32 and `loads` in flight."""
         held = (sums + loads * itemsize / 4) * self.block / (LANES * self.warps)
-        return min(248, max(64, 8 * ceil((32 + held) / 8)))  # 32 for addresses and masks
+        beside = 8 + held / 4  # addresses, weights, masks: what the compiled kernels need
+        return min(248, max(64, 8 * ceil((held + beside) / 8)))
 
 
 def lookup(kernel: str, feature: Tensor, history: int) -> Config:
