@@ -21,6 +21,12 @@ from lesa.schedule import Schedule
 from lesa.versions import versions
 
 SHADES = " ░▒▓█"
+_TUNE = "python -m lesa_kernels.tune times them once"
+CONFIGURATIONS = {  # of Triton's kernels, by `lesa_kernels.config.source`
+    "tuned": "tuned: timed on this device",
+    "untimed": f"untimed: chosen from compiled code; {_TUNE}",
+    "default": f"default: safe on any device; {_TUNE}",
+}
 
 
 def checked_schedule(
@@ -155,6 +161,7 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
 def environment() -> dict[str, Any]:
     """Versions, devices, backends of the kernels and of diffusers' attention, by name."""
     import torch
+    from lesa_kernels.config import source
 
     from lesa import backend
     from lesa.full_step import attention_backends
@@ -163,9 +170,10 @@ def environment() -> dict[str, Any]:
     found: dict[str, Any] = {**versions(), "platform": platform.platform()}
     found["cpu threads"] = torch.get_num_threads()
     found["cuda"] = torch.version.cuda or "none in this torch"
-    found["devices"] = [
-        torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())
-    ] or ["cpu"]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    found["devices"] = gpus or ["cpu"]
+    if gpus:
+        found["kernel configs"] = {name: CONFIGURATIONS[source(name)] for name in gpus}
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     found["backend"] = backend.active(kind)
     for name in backend.BACKENDS:

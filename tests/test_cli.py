@@ -87,6 +87,23 @@ def test_env_prints_versions_for_people_and_for_programs(tmp_path):
     assert json.loads(path.read_text()) == facts
 
 
+@pytest.mark.parametrize("kind", ["untimed", "default", "tuned"])
+def test_env_tells_how_the_kernels_are_configured(kind, tmp_path, monkeypatch):
+    """A family that is shipped, a device of none, and one that the user has timed."""
+    name = "NVIDIA L20" if kind == "untimed" else "Unheard-of GPU"
+    if kind == "tuned":
+        shape = {"size": 64, "columns": 64, "history": 3, "itemsize": 2}
+        entry = {"shape": shape, "config": {}, "milliseconds": 0.1}
+        file = tmp_path / "unheard-of-gpu.json"
+        file.write_text(json.dumps({"kernels": {"mix": [entry]}}))
+        monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
+    text = run("env")
+    assert f"kernel configs  {name}: {kind}: " in text
+    assert ("python -m lesa_kernels.tune" in text) == (kind != "tuned")
+
+
 def test_train_writes_a_folder_that_inspect_reads(trained, tmp_path):
     assert {"model.safetensors", "config.json"} <= {path.name for path in trained.iterdir()}
     text = run("inspect", trained, "--picture", tmp_path)
