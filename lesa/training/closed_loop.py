@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from lesa.clock import Step
 from lesa.denoiser import Denoiser, make_output, read_sample
 from lesa.schedule import Schedule
 from lesa.training.job import Job, followed, parts_of
-from lesa.training.lane import Lane, Visit
+from lesa.training.lane import Lane, Tail, Visit
 from lesa.training.statistics import Statistics
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
@@ -76,7 +76,7 @@ class LockStep:
                     lane.start(step.branch, rows, parts if apart else 1)
                 tail = None
                 if self.job.tap == "hidden":
-                    tail = partial(call.tail, rows=places[:, copy].flatten().tolist())
+                    tail = call.tail(places[:, copy].flatten().tolist())
                 outputs[:, copy] = lane.forecast(
                     visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
                 )
@@ -127,6 +127,18 @@ class _Batch:
         """The call's arguments for some rows."""
         return take_rows((self.args, self.kwargs), rows, self.total, self.denoiser.spec.unbatched)
 
+    def tail(self, rows: Sequence[int]) -> Tail:
+        """From a forecast hidden feature ``[parts, pictures, ...]`` of these rows to the sample."""
+        args, kwargs = self.rows(rows)
+
+        def sample(feature: Tensor) -> Tensor:
+            run = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
+            found = read_sample(run.output)
+            assert found is not None
+            return found.unflatten(0, feature.shape[:2])
+
+        return sample
+
     def compute(self, rows: list[int], job: Job) -> tuple[type, Tensor, Tensor]:
         """Run the model on these rows, a batch at a time: class of its output, sample, feature.
 
@@ -145,31 +157,31 @@ class _Batch:
             if output is None or feature is None:
                 output = sample.new_zeros(self.total, *sample.shape[1:])
                 feature = tapped.new_zeros(self.total, *tapped.shape[1:])
-            output[part], feature[part] = sample, tapped
+            index = torch.tensor(part, device=sample.device)
+            output[index], feature[index] = sample, tapped
         assert output is not None and feature is not None
         return type(result), output, feature
-
-    def tail(self, feature: Tensor, rows: Sequence[int]) -> Tensor:
-        """The sample that a forecast hidden feature leads to, both ``[parts, pictures, ...]``."""
-        flat = self.denoiser.run_tail(feature.flatten(0, 1), *self.rows(rows))
-        sample = read_sample(flat.output)
-        assert sample is not None
-        return sample.unflatten(0, feature.shape[:2])
 
 
 def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
     """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
-    tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return value[list(rows)] if value.ndim and len(value) == total else value
-    if isinstance(value, dict):
-        return {
-            k: v if k in unbatched else take_rows(v, rows, total, unbatched)
-            for k, v in value.items()
-        }
-    if isinstance(value, (tuple, list)):
-        return type(value)(take_rows(item, rows, total, unbatched) for item in value)
-    return value
+    tuples, lists and dicts.
+
+    The numbers of the rows are copied once to each device on which such a tensor lies.
+    """
+    index = cache(lambda device: torch.tensor(rows, device=device))
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            whole = not value.ndim or len(value) != total
+            return value if whole else value[index(value.device)]
+        if isinstance(value, dict):
+            return {k: v if k in unbatched else taken(v) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(taken, value))
+        return value
+
+    return taken(value)
 
 
 def run_lanes(

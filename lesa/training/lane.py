@@ -260,8 +260,8 @@ def ridge_fit(regressors: list[Tensor], target: Tensor, start: Tensor, ridge: fl
     Inner products are taken in float64 where the tensors are, or on the host where their device
     has no float64; ``start`` and the result ``[K]`` are on the host.
     """
-    matrix = torch.stack([float64(part).flatten() for part in regressors])
-    moments = (matrix @ matrix.T).cpu()
-    onto = (matrix @ float64(target).flatten()).cpu()
+    matrix = torch.stack([float64(part).flatten() for part in (*regressors, target)])
+    products = (matrix[:-1] @ matrix.T).cpu()
+    moments, onto = products[:, :-1], products[:, -1]
     pull = ridge * moments.diagonal().mean() * torch.eye(len(start), dtype=torch.float64)
     return start + torch.linalg.solve(moments + pull, onto - moments @ start)
