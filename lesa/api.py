@@ -42,7 +42,7 @@ def enable(
     full_steps: int | None = None,
     schedule: Schedule | None = None,
     tap: Tap | None = None,
-    graph: Literal["auto", "off"] = "off",
+    graph: Literal["auto", "off"] = "auto",
 ) -> None:
     """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
 

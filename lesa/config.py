@@ -27,9 +27,8 @@ class LesaConfig:
             trained forecaster's first calibrated schedule, else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
-        graph: "off" or "auto": whether a skipped step of the hidden tap is captured as a CUDA
-            graph where the model and the device allow it, anew for each generation. That pays with
-            several hundred skipped steps or a slow host (see `lesa.replay`).
+        graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
+            graph where the model and the device allow it (see `lesa.replay`).
         num_inference_steps: steps of one's own loop around a bare model.
         sigmas: its `num_inference_steps + 1` noise levels in [0, 1].
         scheduler: the diffusers scheduler of one's own loop, instead of the two above.
@@ -42,7 +41,7 @@ class LesaConfig:
     full_steps: int | None = None
     schedule: Schedule | None = None
     tap: Tap | None = None
-    graph: Literal["auto", "off"] = "off"
+    graph: Literal["auto", "off"] = "auto"
     num_inference_steps: int | None = None
     sigmas: Sequence[float] | None = None
     scheduler: Any = None

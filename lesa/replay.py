@@ -1,8 +1,6 @@
 """A skipped step of the hidden tap as one CUDA graph: mix_modulate -> proj_out.
 
 The output tap has none: its skipped step is a single kernel, and a replay costs more than a launch.
-Here it takes 25 us of the host's time off a step (71 instead of 96, FLUX.1 on an H200), but the
-capture, of which each generation needs one for each branch, takes 9 ms: hence off by default.
 """
 
 from __future__ import annotations

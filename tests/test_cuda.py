@@ -79,7 +79,7 @@ def test_triton_agrees_with_eager_in_three_generations(name, tap, monkeypatch):
 @pytest.mark.parametrize("name", ("flux", "qwen"))
 def test_graphs_change_no_bit(name):
     pipe = pipeline(name)
-    with accelerated(pipe, "hidden", graph="auto"):
+    with accelerated(pipe, "hidden"):
         on = [generate(pipe, name, seed=seed) for seed in range(3)]
         counts = lesa.stats(pipe).graphs
     with accelerated(pipe, "hidden", graph="off"):
@@ -125,7 +125,7 @@ def test_no_skipped_step_waits_for_the_device(name, tap, monkeypatch):
 def test_captures_share_one_workspace():
     """Three sizes, three captures: what stays allocated is little beside one cuBLAS workspace."""
     pipe, held = pipeline("flux"), []
-    with accelerated(pipe, "hidden", graph="auto"):
+    with accelerated(pipe, "hidden"):
         for size in (64, 96, 128):
             for _ in range(2):
                 generate(pipe, "flux", height=size, width=size)
