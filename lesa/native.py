@@ -15,10 +15,13 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lesa_kernels.gate import Gate
 
 __all__ = [
     "gram",
@@ -27,12 +30,13 @@ __all__ = [
     "load",
     "mix",
     "mix_modulate",
+    "spline_mix",
     "status",
     "takes",
     "why_not",
 ]
 
-OPERATORS = ("mix_out", "mix_modulate_out", "gram_out")
+OPERATORS = ("mix_out", "mix_modulate_out", "gram_out", "spline_mix_out")
 REMEDY = "build it: LESA_BUILD_EXT=1 pip install --no-build-isolation -e ."
 WIDTHS = {16: "baseline", 32: "AVX2", 64: "AVX-512"}
 
@@ -91,7 +95,8 @@ def takes(name: str, feature: Tensor, options: Mapping[str, Any]) -> bool:
     The CUDA kernels get latent coefficient and bias from the host, which would have to wait.
     """
     if feature.device.type == "cpu":
-        return name in ("mix", "mix_modulate", "gram") and "band_size" not in options
+        names = ("mix", "mix_modulate", "gram", "spline_mix")
+        return name in names and "band_size" not in options
     return (
         name in ("mix", "mix_modulate")
         and feature.dtype != torch.float64
@@ -135,6 +140,29 @@ def mix_modulate(
     if scale.ndim == 3:
         scale, shift = _row(scale, step), _row(shift, step)
     torch.ops.lesa_native.mix_modulate_out(ring, slots, row, added, scale, shift, eps, out, feature)
+    return out
+
+
+def spline_mix(
+    ring: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    tau: Tensor,
+    gate: Gate,
+    step: Tensor,
+    out: Tensor,
+    *,
+    experts: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """See `lesa_kernels.spline_mix.spline_mix`; on the CPU."""
+    at = int(step)
+    expert = 0 if experts is None else int(experts[at])
+    parts = [part[expert] for part in gate[:4]]
+    added = 0.0 if bias is None else float(bias[at])
+    torch.ops.lesa_native.spline_mix_out(
+        ring, slots, weights[at], tau[at], *parts, gate.low, gate.high, added, out
+    )
     return out
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from lesa_kernels import reference as exactly
+from lesa_kernels.gate import Gate
 from torch import Tensor
 from torch.nn import functional
 
 from lesa import native
+from lesa.eager import gate_value
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -188,6 +191,56 @@ def test_mix_modulate_matches_float64(wide, dtype, own):
         assert torch.equal(ring[int(slots[1])], out)
 
 
+def experts_of(gate: Gate) -> tuple[Any, ...]:
+    """The only expert's tensors, and the ends of its grid."""
+    return *(part[0] for part in gate[:4]), gate.low, gate.high
+
+
+def gate(inputs: int, nodes: int) -> tuple[Any, ...]:
+    """tau, the tensors of one expert, and the ends of its grid."""
+    sizes = (inputs,), (inputs, nodes), (nodes,), (nodes,), (8, nodes)
+    return *(draw(*size, seed=seed) for seed, size in enumerate(sizes, 1)), -1.0, 1.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(63,), (4097,), (2, 3, 64)])
+def test_spline_mix_matches_float64(wide, dtype, shape):
+    """Nodes on the grid, at its ends and beyond; one feature without a weight, which is NaN."""
+    ring, slots, weights = problem(shape, 3, dtype)
+    weights[1] = 0
+    ring[int(slots[1])] = torch.nan
+    tau, projection, shift, base, spline, low, high = gate(4, 40)
+    shift[:2] = torch.tensor([-100.0, 100.0])
+    experts = Gate(*(part[None] for part in (projection, shift, base, spline)), low, high)
+    exact = torch.empty(shape, dtype=torch.float64)
+    kept = ring.nan_to_num()
+    exactly.spline_mix(
+        kept, slots, weights[None], tau[None], experts, torch.tensor([0]), exact,
+        bias=torch.tensor([0.3]),
+    )  # fmt: skip
+    out = poisoned(shape, dtype)
+    wide.spline_mix_out(
+        ring, slots, weights, tau, projection, shift, base, spline, low, high, 0.3, out
+    )
+    newest, alpha = kept[int(slots[0])].double(), gate_value(tau, *experts_of(experts))
+    residual = reference(kept, slots, weights)[1] + 0.3
+    terms = 5 if dtype != torch.float64 else 1000  # there the gate's own sums of 200 terms show
+    assert untouched(out) and close(out, exact, newest.abs() + abs(float(alpha)) * residual, terms)
+
+
+def test_a_gate_that_does_not_fit_is_refused(ops):
+    ring, slots, weights = problem((2, 8), 2, torch.float32)
+    tau, projection, *rest = gate(4, 6)
+    for wrong in (
+        (tau, projection.mT.contiguous(), *rest),
+        (tau[:3], projection, *rest),
+        (tau, projection, *rest[:3], 1.0, 1.0),
+        (tau.double(), projection, *rest),
+    ):
+        with pytest.raises(RuntimeError, match="the gate's tensors"):
+            ops.spline_mix_out(ring, slots, weights, *wrong, 0.0, torch.empty(2, 8))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gram_matches_float64(wide, dtype):
     for shape in ((1,), (63,), (6, 100), (2, 3, 4097)):
@@ -294,6 +347,7 @@ def test_opcheck(ops, name):
             ring, slots, coefficients, 0.1, row, row, 1e-6, out, torch.empty_like(out)
         ),
         "gram_out": (draw(2, 3, 8), ring, slots, draw(2, 3, 8), sums),
+        "spline_mix_out": (ring, slots, coefficients.float(), *gate(4, 6), 0.1, out),
     }[name]  # fmt: skip
     torch.library.opcheck(getattr(ops, name).default, arguments)
 

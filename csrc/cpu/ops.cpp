@@ -1,6 +1,7 @@
 // The operators of lesa_native and their CPU implementations, on PyTorch's own threads.
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <vector>
 
@@ -88,14 +89,9 @@ void add_latent(Terms& terms, const Tensor& latent, double weight, const Tensor&
   }
 }
 
-void mix_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients,
-             std::optional<Tensor> latent, double latent_coefficient, double bias, Tensor out) {
-  Terms terms = gather(ring, slots, coefficients, bias);
-  check_feature("out", out, ring);
-  const Dtype dtype = dtype_of("out", out);
+// Writes the sum of the terms to `out`, which may be one of the ring's slots.
+void write_mix(const Terms& terms, const Tensor& ring, const Tensor& out, Dtype dtype) {
   const int64_t size = out.numel(), bytes = bytes_of(out);
-  if (!size) return;
-  if (latent) add_latent(terms, *latent, latent_coefficient, out, dtype);
   void* to = out.data_ptr();
   const bool in_place = check_overlap("out", out, ring);
   const bool lines = reinterpret_cast<uintptr_t>(to) % 64 == 0;
@@ -104,6 +100,77 @@ void mix_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients
   share(blocks, (terms.count + 1) * kBlock * (bytes / size), [&](int64_t begin, int64_t end) {
     kernels().mix(dtype, terms, to, stream, begin * kBlock, std::min(end * kBlock, size));
   });
+}
+
+void mix_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients,
+             std::optional<Tensor> latent, double latent_coefficient, double bias, Tensor out) {
+  Terms terms = gather(ring, slots, coefficients, bias);
+  check_feature("out", out, ring);
+  const Dtype dtype = dtype_of("out", out);
+  if (!out.numel()) return;
+  if (latent) add_latent(terms, *latent, latent_coefficient, out, dtype);
+  write_mix(terms, ring, out, dtype);
+}
+
+// The gate of one expert at tau [T]: sum_m base_m silu(z_m) + sum_g spline_gm B_g(z_m) with
+// z = tau projection + shift. Cubic B-splines in closed form: four of them are not zero at z.
+double gate_value(const Tensor& tau, const Tensor& projection, const Tensor& shift,
+                  const Tensor& base, const Tensor& spline, double low, double high) {
+  const int64_t inputs = tau.numel(), nodes = shift.numel(), intervals = spline.size(0) - 3;
+  const auto* t = static_cast<const float*>(tau.data_ptr());
+  const auto* p = static_cast<const float*>(projection.data_ptr());
+  const auto* q = static_cast<const float*>(shift.data_ptr());
+  const auto* a = static_cast<const float*>(base.data_ptr());
+  const auto* c = static_cast<const float*>(spline.data_ptr());
+  double alpha = 0;
+  for (int64_t m = 0; m < nodes; ++m) {
+    double z = q[m];
+    for (int64_t i = 0; i < inputs; ++i) z += double(t[i]) * p[i * nodes + m];
+    const double place = (std::clamp(z, low, high) - low) * (intervals / (high - low));
+    const int64_t g = std::min<int64_t>(int64_t(place), intervals - 1);
+    const double u = place - g, v = 1 - u;
+    const double basis[4] = {v * v * v, 3 * u * u * (u - 2) + 4, 3 * v * v * (v - 2) + 4, u * u * u};
+    for (int j = 0; j < 4; ++j) alpha += basis[j] / 6 * c[(g + j) * nodes + m];
+    alpha += a[m] * z / (1 + std::exp(-z));
+  }
+  return alpha;
+}
+
+void check_gate(const Tensor& tau, const Tensor& projection, const Tensor& shift,
+                const Tensor& base, const Tensor& spline, double low, double high) {
+  for (const Tensor* part : {&tau, &projection, &shift, &base, &spline}) {
+    require(part->scalar_type() == ScalarType::Float && part->is_contiguous() && part->is_cpu(),
+            "the gate's tensors must be contiguous float32 on the CPU, like tau");
+  }
+  const int64_t nodes = shift.numel();
+  require(tau.dim() == 1 && projection.dim() == 2 && projection.size(0) == tau.size(0) &&
+              projection.size(1) == nodes && base.numel() == nodes && spline.dim() == 2 &&
+              spline.size(0) > 3 && spline.size(1) == nodes && low < high,
+          "the gate's tensors do not fit together: projection has shape ", Shape{projection},
+          ", spline ", Shape{spline}, ", tau ", Shape{tau});
+}
+
+// out = h + alpha (sum_k weights[k] ring[slots[k]] + bias), h = ring[slots[0]]
+void spline_mix_out(const Tensor& ring, const Tensor& slots, const Tensor& weights,
+                    const Tensor& tau, const Tensor& projection, const Tensor& shift,
+                    const Tensor& base, const Tensor& spline, double low, double high, double bias,
+                    Tensor out) {
+  Terms terms = gather(ring, slots, weights, bias);
+  check_feature("out", out, ring);
+  check_gate(tau, projection, shift, base, spline, low, high);
+  if (!out.numel()) return;
+  const double alpha = gate_value(tau, projection, shift, base, spline, low, high);
+  const void* newest = slot(ring, slots, 0);
+  terms.bias *= alpha;
+  for (int k = 0; k < terms.count; ++k) terms.weights[k] *= alpha;
+  int at = 0;
+  while (at < terms.count && terms.features[at] != newest) ++at;
+  if (at == terms.count) {
+    terms.features[terms.count++] = newest;
+    terms.weights[at] = 0;
+  }
+  terms.weights[at] += 1;
+  write_mix(terms, ring, out, dtype_of("out", out));
 }
 
 void mix_modulate_out(const Tensor& ring, const Tensor& slots, const Tensor& coefficients,
@@ -175,6 +242,10 @@ STABLE_TORCH_LIBRARY(lesa_native, library) {
       "Tensor shift, float eps, Tensor(a!) out, Tensor(b!)? feature=None) -> ()");
   library.def(
       "gram_out(Tensor feature, Tensor ring, Tensor slots, Tensor? base, Tensor(a!) out) -> ()");
+  library.def(
+      "spline_mix_out(Tensor ring, Tensor slots, Tensor weights, Tensor tau, Tensor projection, "
+      "Tensor shift, Tensor base, Tensor spline, float low, float high, float bias, "
+      "Tensor(a!) out) -> ()");
   library.def("vector_bytes(int limit=64) -> int");
 }
 
@@ -182,6 +253,7 @@ STABLE_TORCH_LIBRARY_IMPL(lesa_native, CPU, library) {
   library.impl("mix_out", TORCH_BOX(&lesa::mix_out));
   library.impl("mix_modulate_out", TORCH_BOX(&lesa::mix_modulate_out));
   library.impl("gram_out", TORCH_BOX(&lesa::gram_out));
+  library.impl("spline_mix_out", TORCH_BOX(&lesa::spline_mix_out));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lesa_native, CompositeExplicitAutograd, library) {
