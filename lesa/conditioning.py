@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,7 +27,7 @@ class Conditioning:
     def __init__(self, call: Call, ended: Callable[[Any], None]) -> None:
         self._ended = ended
         self._kinds = _kinds(call)
-        self._known = [(self._held(value), _version(value)) for _, value in _parts(call)]
+        self._known = [_Known(self._held(value), _version(value)) for _, value in _parts(call)]
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
         self._places = [weakref.ref(place) for place in _places(call)]
         self._watched: list[weakref.ref[Tensor]] = []
@@ -36,8 +36,8 @@ class Conditioning:
         """What is not as at the first call, if anything."""
         if _kinds(call) != self._kinds:
             return "an argument appeared or vanished"
-        for (name, value), (known, version) in zip(_parts(call), self._known, strict=False):
-            if not _is(value, known) or _version(value) != version:
+        for (name, value), known in zip(_parts(call), self._known, strict=False):
+            if not known.is_still(value):
                 return f"{name} changed"
         if self._places:
             self._watch_places(call)
@@ -63,23 +63,32 @@ def _places(call: Call) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _parts(call: Call) -> Iterator[tuple[str, Any]]:
+def _parts(call: Call) -> list[tuple[str, Any]]:
     """The arguments that stay the same at every step, and the parts of those that are dicts."""
-    for name in call.denoiser.spec.conditioning:
-        yield name, call.argument(name)
+    parts = [(name, call.argument(name)) for name in call.denoiser.spec.conditioning]
     for name, value in call.kwargs.items():
         if value.__class__ is dict:  # image embeddings, time ids, LoRA scales
             for key, part in value.items():
                 for item in part if part.__class__ is list else (part,):
-                    yield f"{name}[{key!r}]", item
-
-
-def _is(value: Any, held: Any) -> bool:
-    if isinstance(value, Tensor):
-        return isinstance(held, weakref.ref) and held() is value
-    return value is held or (value.__class__ in _NUMBERS and value == held)
+                    parts.append((f"{name}[{key!r}]", item))
+    return parts
 
 
 def _version(value: Any) -> int:
     """Counts in-place writes; inference tensors have no such counter."""
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+class _Known(NamedTuple):
+    """A conditioning argument at the first call: a tensor by a weak reference and its version."""
+
+    held: Any
+    version: int
+
+    def is_still(self, value: Any) -> bool:
+        """Whether `value` is the same object, unwritten, or an equal number."""
+        if isinstance(value, Tensor):
+            held = self.held
+            same = held.__class__ is weakref.ref and held() is value
+            return same and (value.is_inference() or value._version == self.version)
+        return value is self.held or (value.__class__ in _NUMBERS and value == self.held)
