@@ -18,8 +18,8 @@ class Stats:
     `full` and `skipped` count calls, so each guidance branch by itself; `fallbacks` counts, by
     reason, the calls that had to be computed in full. `ring_bytes` is the cache of one generation,
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
-    `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed, and
-    refused with the reason).
+    `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
+    and refused with the reason).
     """
 
     forecaster: str = ""

@@ -14,6 +14,7 @@ from lesa import eager, native, ops, ranges
 from lesa.errors import LesaError
 from lesa.plan import Plan
 from lesa.ring import Ring
+from lesa.table import GatedRows
 
 __all__ = ["Mixer", "Modulation"]
 
@@ -63,6 +64,7 @@ class Mixer:
         # Functions, not bound methods: those would make a cycle that keeps the ring alive.
         self._write, self._write_modulated = Mixer._eager, Mixer._launch_modulated
         if self._mix is eager.mix or feature.dtype == torch.float64:  # whose rows stay float64
+            table = table._replace(gated=None)
             if plan.parts > 1:
                 self._parts = list(zip(*(f.chunk(plan.parts) for f in ring.features), strict=True))
                 self._write = Mixer._eager_parts
@@ -73,16 +75,26 @@ class Mixer:
             if device.type == "cpu":
                 self._modulate = torch.ops.lesa_native.mix_modulate_out.default
                 self._write_modulated = Mixer._native_modulated
+                if table.gated is not None:
+                    self._gates, self._write = _by_step(table.gated), Mixer._native_gated
         else:
             self._write, self._write_modulated = Mixer._triton, Mixer._triton_modulated
+            if table.gated is not None:
+                self._write = Mixer._triton_gated
             self._prepare()
+        self._range = ranges.mix if table.gated is None else ranges.spline_mix
 
     def _prepare(self) -> None:
         """Launches that are checked at their first step only."""
         from lesa_kernels.mix import prepare_mix  # no Triton on macOS and Windows
         from lesa_kernels.mix_modulate import prepare_mix_modulate
+        from lesa_kernels.spline_mix import prepare_spline_mix
 
-        data, (coefficients, bias, _) = self.ring.data, self.table
+        data, (coefficients, bias, _, gated) = self.ring.data, self.table
+        if gated is not None:
+            self._spline_mix = prepare_spline_mix(
+                data, gated.weights, gated.tau, gated.gate, experts=gated.experts, bias=gated.bias
+            )
         self._mix = prepare_mix(data, coefficients, bias=bias, band_size=self._band)
         modulate = partial(prepare_mix_modulate, data, coefficients, bias=bias)
         self._modulates = cache(lambda eps: modulate(eps=eps))
@@ -91,7 +103,7 @@ class Mixer:
         """The forecast of the plan's step `index`, which must be a skipped one."""
         if latent is not None:
             latent = latent.contiguous()
-        with ranges.mix:
+        with self._range:
             self._write(self, index, out, latent)
         return out
 
@@ -147,6 +159,15 @@ class Mixer:
         ring = self.ring
         self._mix(ring.data, ring.slots, self._rows[index], latent, own, bias, out)
 
+    def _native_gated(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        ring = self.ring
+        torch.ops.lesa_native.spline_mix_out.default(
+            ring.data, ring.slots, *self._gates[index], out
+        )
+
+    def _triton_gated(self, index: int, out: Tensor, latent: Tensor | None) -> None:
+        self._spline_mix(self.ring.slots, self.table.steps[index], out)
+
     def _triton(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         self._mix(self.ring.slots, self.table.steps[index], out, latent)
 
@@ -155,3 +176,14 @@ class Mixer:
     ) -> None:
         ring, step = self.ring, self.table.steps[index]
         self._modulates(eps)(ring.slots, step, modulation.scale, modulation.shift, out, feature)
+
+
+def _by_step(gated: GatedRows) -> list[tuple[Any, ...]]:
+    """Of each step weights, tau, its expert's gate and the bias, for the compiled kernel."""
+    *parts, low, high = gated.gate
+    experts = gated.experts.tolist()
+    rows = zip(gated.weights.unbind(0), gated.tau.unbind(0), gated.bias.tolist(), strict=True)
+    return [
+        (weights, tau, *(part[expert] for part in parts), low, high, bias)
+        for expert, (weights, tau, bias) in zip(experts, rows, strict=True)
+    ]

@@ -13,7 +13,7 @@ from lesa.clock import Step
 from lesa.config import LesaConfig
 from lesa.errors import LesaError
 from lesa.schedule import Schedule
-from lesa.table import Table
+from lesa.table import GatedRows, Table
 
 __all__ = ["DeviceTable", "Plan", "Planner", "Row"]
 
@@ -32,12 +32,13 @@ class DeviceTable(NamedTuple):
     """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)] and [S] or None, with a last
     dimension more for several parts; S step numbers.
 
-    A row of a full step is zero.
+    A row of a full step is zero. `gated` is the paper's form of the rows, fp32 and int32, if any.
     """
 
     coefficients: Tensor
     bias: Tensor | None
     steps: tuple[Tensor, ...]
+    gated: GatedRows | None = None
 
 
 class Plan:
@@ -91,9 +92,30 @@ class Plan:
                 steps = torch.arange(len(self.rows), dtype=torch.int32, device=device)
                 rows = table.coefficients if table.split is None else table.split
                 coefficients = rows.float().contiguous().to(device)
-            found = DeviceTable(coefficients, bias, steps.unbind(0))
+                gated = table.gated and _moved(table.gated, device)
+            found = DeviceTable(coefficients, bias, steps.unbind(0), gated)
             self._devices[device] = found
         return found
+
+
+def _moved(gated: GatedRows, device: torch.device) -> GatedRows:
+    def number(values: Tensor) -> Tensor:
+        return values.float().contiguous().to(device)
+
+    gate = gated.gate
+    moved = gate._replace(
+        projection=number(gate.projection),
+        shift=number(gate.shift),
+        base=number(gate.base),
+        spline=number(gate.spline),
+    )
+    return GatedRows(
+        number(gated.weights),
+        number(gated.bias),
+        number(gated.tau),
+        gated.experts.to(device),
+        moved,
+    )
 
 
 class Planner:

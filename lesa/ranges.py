@@ -3,8 +3,9 @@
     with ranges.mix:
         ...
 
-`full` is a full step, `push` a feature's copy into the ring, `mix` a forecast, `tail` the modules
-behind it; `capture` and `replay` are those of a CUDA graph, whose parts a replay does not show.
+`full` is a full step, `push` a feature's copy into the ring, `mix` a forecast (`spline_mix` one of
+the paper's form, whose kernel evaluates the gate), `tail` the modules behind it; `capture` and
+`replay` are those of a CUDA graph, whose parts a replay does not show.
 
 When this module is imported it asks nvtx whether a profiler listens. Where none does, where nvtx is
 not installed, and with LESA_NVTX=0 in the environment, a range does nothing (0.1 us).
@@ -16,7 +17,18 @@ import os
 from types import TracebackType
 from typing import Any, NamedTuple
 
-__all__ = ["Range", "Ranges", "build", "capture", "full", "mix", "push", "replay", "tail"]
+__all__ = [
+    "Range",
+    "Ranges",
+    "build",
+    "capture",
+    "full",
+    "mix",
+    "push",
+    "replay",
+    "spline_mix",
+    "tail",
+]
 
 VARIABLE = "LESA_NVTX"
 DOMAIN = "lesa"
@@ -65,6 +77,7 @@ class Ranges(NamedTuple):
     full: Range
     push: Range
     mix: Range
+    spline_mix: Range
     tail: Range
     capture: Range
     replay: Range
@@ -74,6 +87,7 @@ _EVENTS = {  # message, category and colour, registered once
     "full": ("full step", "step", "blue"),
     "push": ("push", "step", "cyan"),
     "mix": ("mix", "step", "green"),
+    "spline_mix": ("spline_mix", "step", "green"),
     "tail": ("tail", "step", "yellow"),
     "capture": ("capture", "graph", "red"),
     "replay": ("replay", "graph", "purple"),
@@ -103,4 +117,4 @@ def _range(domain: Any, message: str, category: str, color: str) -> Range:
     return Range() if event is None else _Marked(domain, event)  # None: nobody listens
 
 
-full, push, mix, tail, capture, replay = build()
+full, push, mix, spline_mix, tail, capture, replay = build()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +12,28 @@ from torch import Tensor
 from lesa.errors import LesaError
 from lesa.schedule import Schedule
 
+if TYPE_CHECKING:
+    from lesa_kernels.gate import Gate
+
 Row = Callable[[int, tuple[int, ...]], Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class GatedRows:
+    """The rows of a table as the paper writes them, for a kernel that evaluates the gate itself:
+
+        h_hat_s = ring[0] + gate(tau[s]) * (sum_k weights[s, k] * ring[k] + bias[s])
+
+    with the gate of expert experts[s]. `weights` [S, K] and `bias` [S] are float64, `tau` is
+    [S, T], `experts` [S] integers. Within rounding it is what the table's own coefficients say.
+    Source: LESA (arXiv 2602.20497), eqs. 4-7.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    tau: Tensor
+    experts: Tensor
+    gate: Gate
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +45,8 @@ class Table:
     [S] or None. With `autoregressive` every step is pushed into the ring, forecasts included;
     otherwise only full steps are. `split` [S, K + uses_latent, P] holds coefficients of their own
     for each of the P guidance parts of a batched call; they are run where the pipeline tells that
-    its calls have so many. Raises LesaError for a wrong shape, a value that is not finite,
+    its calls have so many. `gated` says the same rows once more, for kernels that evaluate the
+    paper's gate. Raises LesaError for a wrong shape, a value that is not finite,
     a weight at a full step or on a feature that the ring does not hold yet.
     """
 
@@ -33,6 +56,7 @@ class Table:
     bias: Tensor | None = None
     autoregressive: bool = False
     split: Tensor | None = None
+    gated: GatedRows | None = None
 
     def __post_init__(self) -> None:
         steps = self.schedule.steps
@@ -109,7 +133,8 @@ class Table:
         width = 1 + max(used[:, : self.history].any(0).nonzero().flatten().tolist(), default=0)
         kept = [*range(width), *range(self.history, used.shape[1])]
         split = None if self.split is None else self.split[:, kept]
-        return replace(self, coefficients=self.coefficients[:, kept], split=split)
+        gated = self.gated and replace(self.gated, weights=self.gated.weights[:, :width])
+        return replace(self, coefficients=self.coefficients[:, kept], split=split, gated=gated)
 
     def available(self, step: int) -> int:
         """How many of the K features the ring holds when `step` begins."""

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from paper_form import STEPS, gated_table
 
 from lesa import Schedule, Table, ops
 from lesa.errors import LesaError
@@ -49,6 +50,38 @@ def test_forecasts(name, dtype, uses_latent, bias, request, monkeypatch):
         exact = made.apply(newest_first, step, latent)
         eps = max(torch.finfo(dtype).eps, 1e-15)
         torch.testing.assert_close(out.double(), exact, rtol=eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("name", ["eager", "native"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_papers_form(name, dtype, request, monkeypatch):
+    """Its gate is evaluated in the kernel where there is one, and equals the table's rows."""
+    if name == "native":
+        request.getfixturevalue("native_kernels")
+    monkeypatch.setenv("LESA_BACKEND", name)
+    made = gated_table()
+    plan, ring = Plan(made), Ring(3, torch.empty(2, 33, dtype=dtype))
+    mixer, generator = Mixer(plan, ring), torch.Generator().manual_seed(0)
+    kernel = name == "native" and dtype != torch.float64
+    assert (mixer._write is Mixer._native_gated) == kernel
+    gates = made.coefficients[3:, 0] - 1
+    assert gates.abs().max() > 0.05
+    for step in range(STEPS):
+        feature = torch.randn(2, 33, generator=generator).to(dtype)
+        if not made.schedule.is_full(step):
+            newest_first = [ring.features[slot] for slot in ring.order]
+            found = mixer(step, torch.full((2, 33), float("nan"), dtype=dtype))
+            exact = made.apply(newest_first, step)
+            eps = torch.finfo(dtype).eps if dtype == torch.float64 else 2e-6
+            eps = max(torch.finfo(dtype).eps, eps)
+            torch.testing.assert_close(found.double(), exact, rtol=4 * eps, atol=8 * eps)
+        if plan.pushes[step]:
+            ring.push(feature)
+
+
+@pytest.mark.parametrize("fields", [{"gate": "mlp"}, {"spline": "edge"}])
+def test_a_gate_that_is_not_made_of_ridges_is_run_as_a_table(fields):
+    assert gated_table().gated is not None and gated_table(**fields).gated is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ import pytest
 
 from lesa import ranges
 
-NAMES = ("full", "push", "mix", "tail", "capture", "replay")
+NAMES = ("full", "push", "mix", "spline_mix", "tail", "capture", "replay")
 
 
 class Domain:
@@ -56,11 +56,11 @@ def names_of(built):
 
 def test_events_are_built_once_and_only_pushed_afterwards(domain):
     built = ranges.build()
-    assert built._fields == NAMES and len(domain.made) == len(set(domain.made)) == 6
+    assert built._fields == NAMES and len(domain.made) == len(set(domain.made)) == 7
     for _ in range(3):
         with built.mix:
             assert domain.open == ["mix"]
-    assert domain.log == ["mix", "end"] * 3 and len(domain.made) == 6
+    assert domain.log == ["mix", "end"] * 3 and len(domain.made) == 7
 
 
 def test_every_range_has_its_own_message(domain):
@@ -68,7 +68,7 @@ def test_every_range_has_its_own_message(domain):
         with part:
             pass
     messages = [event for event in domain.log if event != "end"]
-    assert messages == ["full step", "push", "mix", "tail", "capture", "replay"]
+    assert messages == ["full step", "push", "mix", "spline_mix", "tail", "capture", "replay"]
     assert dict(domain.made)["replay"] == "graph" and dict(domain.made)["mix"] == "step"
 
 

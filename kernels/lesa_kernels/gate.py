@@ -29,12 +29,23 @@ class Gate(NamedTuple):
 class Ridge(Protocol):
     """What `lesa.forecasters.kan.RidgeSpline` has."""
 
-    grid: tuple[float, float]
-    projection: Tensor
-    shift: Tensor
-    base: Tensor
-    spline: Tensor
-    output: Tensor
+    @property
+    def grid(self) -> tuple[float, float]: ...
+
+    @property
+    def projection(self) -> Tensor: ...
+
+    @property
+    def shift(self) -> Tensor: ...
+
+    @property
+    def base(self) -> Tensor: ...
+
+    @property
+    def spline(self) -> Tensor: ...
+
+    @property
+    def output(self) -> Tensor: ...
 
 
 def pack_gate(ridges: Sequence[Ridge]) -> Gate:

@@ -112,7 +112,10 @@ class LesaForecaster(FullPrecision):
             return Table(schedule, entry.rows[branch], self.uses_latent, split=split)
         with torch.no_grad():
             rows, bias = self.net.rows(schedule, levels, branch)
-        return Table(schedule, rows, self.uses_latent, bias, self.net.autoregressive)
+        gated = None
+        if isinstance(self.net, PaperForm):
+            gated = self.net.gated(schedule, levels, branch)
+        return Table(schedule, rows, self.uses_latent, bias, self.net.autoregressive, gated=gated)
 
     def correct(
         self,

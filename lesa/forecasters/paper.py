@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from lesa_kernels.gate import fold_times, pack_gate
 from torch import Tensor, nn
 
 from lesa.errors import LesaError
 from lesa.forecasters.kan import KAN, MLP, FullPrecision, RidgeSpline
 from lesa.forecasters.settings import Settings
 from lesa.schedule import Schedule
+from lesa.table import GatedRows
 
 INTERVALS = 5  # as in LESA's release
 
@@ -91,6 +93,22 @@ class PaperForm(FullPrecision):
             coefficients = coefficients.index_copy(0, at, found)
             bias = bias.index_copy(0, at, alpha * self.b[branch][stage].double())
         return coefficients, bias
+
+    def gated(self, schedule: Schedule, sigmas: Sequence[float], branch: str) -> GatedRows | None:
+        """The same rows with the gate left to a kernel; None where it is not made of ridges."""
+        gates = [gate for gate in self.gates[branch].children() if isinstance(gate, RidgeSpline)]
+        if len(gates) < len(self.windows):
+            return None
+        stages = [self.stage_of(sigma) for sigma in sigmas[:-1]]
+        weights = torch.zeros(schedule.steps, self.history, dtype=torch.float64)
+        for s in schedule.skipped_steps:
+            w = self.w[branch][stages[s]].detach()  # type: ignore[index]
+            weights[s] = self._fitted(w.to("cpu", torch.float64), s)
+        bias = self.b[branch].detach().to("cpu", torch.float64)[stages]
+        times = torch.as_tensor(sigmas, dtype=torch.float64)
+        gate = fold_times(pack_gate(gates), times)
+        experts = torch.tensor(stages, dtype=torch.int32)
+        return GatedRows(weights, bias, times[:-1, None], experts, gate)
 
     def _fitted(self, w: Tensor, step: int) -> Tensor:
         """w on the features that exist before `step`, padded to the widest window."""

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from paper_form import STEPS, gated_table
 
 from lesa import Schedule, Table
 from lesa.mixer import Mixer, Modulation
@@ -54,6 +55,22 @@ def test_every_skipped_step_is_what_eager_gives(device, monkeypatch, uses_latent
         found = mixer(step, torch.full_like(ring.features[0], torch.nan), latent)
         wanted = eager(step, torch.full_like(ring.features[0], torch.nan), latent)
         torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_the_papers_gate_is_evaluated_in_the_kernel(device, monkeypatch):
+    table = gated_table()
+    ring, mixers = Ring(3, torch.empty(2, 5, 16, device=device)), []
+    for backend in ("triton", "eager"):
+        monkeypatch.setenv("LESA_BACKEND", backend)
+        mixers.append(Mixer(Plan(table), ring))
+    mixer, eager = mixers
+    assert mixer._write is Mixer._triton_gated and eager._write is not Mixer._triton_gated
+    for step in range(STEPS):
+        if not table.schedule.is_full(step):
+            found = mixer(step, torch.full_like(ring.features[0], torch.nan))
+            wanted = eager(step, torch.full_like(ring.features[0], torch.nan))
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        ring.push(draw(device, 2, 5, 16))
 
 
 @pytest.mark.parametrize("bias", [False, True])
