@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,3 +43,12 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Pl
         pytest.skip(reason)
     monkeypatch.setenv(backend.VARIABLE, name)
     return Place(torch.device(kind), name)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """On a CPU: small models gain nothing from more, and wait for a busy neighbour with each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from _cases import CASES, HISTORY, SHAPES, Case, another, arguments, expected, nbytes
 from _suite import LIMIT, PLACES, buffer_sets, in_turn, label, relative_error, share_of_copy
 
@@ -45,7 +46,7 @@ def test_kernel(benchmark: Any, place: Any, case: Case) -> None:
         benchmark.extra_info["share_of_copy"] = share_of_copy(calls, size, device)
     benchmark.extra_info.update(
         device=str(device), backend=place.backend, shape=list(shape), history=HISTORY,
-        dtype="bfloat16", bytes=size, relative_error=error,
+        dtype="bfloat16", threads=torch.get_num_threads(), bytes=size, relative_error=error,
     )  # fmt: skip
     benchmark.group = f"{case} {list(shape)} on {device}"
     benchmark(in_turn(calls, device))

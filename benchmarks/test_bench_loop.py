@@ -70,6 +70,7 @@ def variant(pipe: Any, tap: Any) -> AbstractContextManager[Any]:
     return lesa.accelerate(pipe, lesa.Taylor(1), full_steps=FULL, tap=tap)
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("place", "tap"),
     RUNS,

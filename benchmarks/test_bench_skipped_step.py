@@ -117,6 +117,7 @@ def expected(model: Any, calls: list[dict[str, Any]], tap: str) -> Tensor:
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("place", "tap", "graph"),
     VARIANTS,
