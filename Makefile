@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-oldest lint bench profile clean
+.PHONY: help demo test test-oldest lint bench gpu profile clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,12 +31,15 @@ bench: $(STAMP)  ## build csrc/ where a compiler is found, run the suites and ev
 	$(BIN)/python -m pytest benchmarks --benchmark-only
 	@set -e; for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
+gpu: $(STAMP)  ## all that only a GPU can tell, in eight minutes, into gpu-evidence/
+	$(BIN)/python benchmarks/gpu_evidence.py --out gpu-evidence
+
 profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys and ncu
 	PYTHON=$(BIN)/python benchmarks/profile_nsys.sh
 	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
 
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv $(OLDEST) build dist *.egg-info lesa-demo profiles .benchmarks \
+	rm -rf .venv $(OLDEST) build dist *.egg-info lesa-demo profiles gpu-evidence .benchmarks \
 	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lesa kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
 

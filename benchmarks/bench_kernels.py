@@ -6,23 +6,30 @@ graphs that rotate through buffers of three L2 caches or more; `launched` is the
 makes it. Writes kernels_<device>.json after each row. Without a GPU it times nothing, and writes
 what can be counted and compiled into kernels_analytic.json.
 
-A suite of pytest-benchmark too, for one's own records: `python -m pytest` on this file.
+For one's own records there are suites of pytest-benchmark: `test_bench_kernels.py` and others.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import _analytic
-import pytest
 import torch
-from _contenders import COPIES, KERNELS, SHAPES, check, contenders, kernels_at, tensors
+from _contenders import (
+    COPIES,
+    KERNELS,
+    SHAPES,
+    Call,
+    check,
+    contenders,
+    kernels_at,
+    tensors,
+)
 from _environment import RESULTS, environment, slug, write
 from _timing import (
     LEAD_BYTES,
@@ -33,12 +40,16 @@ from _timing import (
     repeats,
     rotation,
     summary,
+    wall_timer,
 )
 from lesa_kernels.config import lookup
 from lesa_kernels.examples import Example
 
+TINY = (1, 8, 64)
 LAUNCHES = 64  # calls of one `launched` time
 LAUNCH_ROUNDS = 5
+
+Seconds = dict[str, list[float]]
 
 
 def measure(
@@ -48,13 +59,8 @@ def measure(
     example, size = sets[0], sets[0].nbytes
     calls = contenders(name, sets, compile=options.compile)
     errors = check(name, example, calls)
-    lead = torch.empty(LEAD_BYTES, dtype=torch.uint8, device="cuda")
-    pool, rounds = torch.cuda.graph_pool_handle(), repeats(len(sets), size)
-    graphs = {key: graph_timer(found, rounds, pool, lead) for key, found in calls.items()}
-    seconds = interleaved(graphs, options.rounds)
-    often = -(-LAUNCHES // len(sets))
-    launches = {key: launch_timer(found * often, lead) for key, found in calls.items()}
-    launched = interleaved(launches, LAUNCH_ROUNDS)
+    rounds = 1 if options.tiny else repeats(len(sets), size)
+    seconds, launched = (_by_the_clock if options.tiny else _on_device)(calls, rounds, options)
     seconds["best copy"] = [min(pair) for pair in zip(*(seconds[c] for c in COPIES), strict=True)]
     return {
         "kernel": name,
@@ -82,13 +88,36 @@ def measure(
     }
 
 
+def _on_device(
+    calls: dict[str, list[Call]], rounds: int, options: argparse.Namespace
+) -> tuple[Seconds, Seconds]:
+    """Seconds of every contender on the device, and as Python launches it."""
+    lead = torch.empty(LEAD_BYTES, dtype=torch.uint8, device="cuda")
+    pool = torch.cuda.graph_pool_handle()
+    graphs = {key: graph_timer(found, rounds, pool, lead) for key, found in calls.items()}
+    seconds = interleaved(graphs, options.rounds)
+    often = -(-LAUNCHES // len(next(iter(calls.values()))))
+    launches = {key: launch_timer(found * often, lead) for key, found in calls.items()}
+    return seconds, interleaved(launches, LAUNCH_ROUNDS)
+
+
+def _by_the_clock(
+    calls: dict[str, list[Call]], rounds: int, options: argparse.Namespace
+) -> tuple[Seconds, Seconds]:
+    """The same by the host's clock, for the logic: Triton's interpreter is among the contenders."""
+    timers = {key: wall_timer(found[0]) for key, found in calls.items()}
+    return interleaved(timers, options.rounds, warmup=0), {}
+
+
 def run(options: argparse.Namespace, path: Path) -> None:
     """All rows that fit into the time and memory given; the file is whole after each."""
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu")
+    if not options.tiny:
+        device = torch.device("cuda", torch.cuda.current_device())
     deadline = time.perf_counter() + options.seconds
     content: dict[str, Any] = {"environment": environment(device), "rows": [], "left_out": []}
     for place, history in product(options.places, options.histories):
-        reason = _obstacle(place, history, device)
+        reason = "" if options.tiny else _obstacle(place, history, device)
         sets = [] if reason or time.perf_counter() > deadline else _sets(place, history, device)
         for name in (name for name in kernels_at(place) if name in options.kernels):
             if not sets or time.perf_counter() > deadline:
@@ -105,7 +134,8 @@ def run(options: argparse.Namespace, path: Path) -> None:
                 show(row)
             write(path, content)
         del sets
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     write(path, content)
     for left in content["left_out"]:
         print("left out:", *left)
@@ -121,6 +151,8 @@ def show(row: dict[str, Any]) -> None:
 
 
 def _sets(place: str, history: int, device: torch.device) -> list[dict[str, Example]]:
+    if device.type == "cpu":
+        return [tensors(TINY, history, device)]
     first = tensors(SHAPES[place], history, device)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size
     count = rotation(min(example.nbytes for example in first.values()), l2)
@@ -145,32 +177,6 @@ def _scaled(found: dict[str, Any], factor: float) -> dict[str, Any]:
     return {**found, "median": found["median"] * factor, "quartiles": quartiles}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("place", [*SHAPES][:2])
-@pytest.mark.parametrize("name", KERNELS)
-def test_kernel(benchmark: Any, name: str, place: str) -> None:
-    """Wall time of one call and its synchronisation, over rotating buffers."""
-    if name not in kernels_at(place):
-        pytest.skip("it does not run there")
-    device = torch.device("cuda")
-    sets = [made[name] for made in _sets(place, 3, device)]
-    calls = contenders(name, sets, compile=False)
-    benchmark.extra_info["bytes"] = sets[0].nbytes
-    benchmark.extra_info["relative_error"] = check(name, sets[0], calls)["triton"]
-    benchmark.group = f"{name}, {place}"
-    benchmark.pedantic(_rotated(calls["triton"]), rounds=200, warmup_rounds=20)
-
-
-def _rotated(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-    turn = iter(range(10**9))
-
-    def once() -> None:
-        calls[next(turn) % len(calls)]()
-        torch.cuda.synchronize()
-
-    return once
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON")
@@ -180,8 +186,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=150, help="begin no row after these")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument(
+        "--tiny", action="store_true", help="small features in Triton's interpreter, for the logic"
+    )
     parser.add_argument("--analytic", action="store_true", help="what needs no GPU, also on one")
     options = parser.parse_args()
+    if options.tiny:
+        run(options, options.out / "kernels_cpu_tiny.json")
+        return
     if options.analytic or not torch.cuda.is_available():
         path = options.out / "kernels_analytic.json"
         found = _analytic.analysis()

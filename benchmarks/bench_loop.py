@@ -15,8 +15,8 @@ import argparse
 import json
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,10 @@ from _timing import Timer, interleaved, ratios, summary, wall_timer
 from diffusers import TaylorSeerCacheConfig
 
 import lesa
+from lesa.errors import LesaError
+from lesa.full_step import set_attention, why_not
 
+FLASH = "plain, flash-attn"
 WARM_UP = 3  # steps in which a library loads its kernels
 
 
@@ -44,8 +47,10 @@ class Variant(NamedTuple):
 def variants(pipe: Any, steps: int, full: int) -> dict[str, Variant]:
     """The contenders; the peers at their own full steps, as near to `full` as they come."""
 
-    def ours(forecaster: Any, count: int = full, **options: Any) -> Variant:
-        return Variant(count, steps, partial(lesa.accelerate, pipe, forecaster, **options), True)
+    def ours(forecaster: Any, count: int = full, flash: bool = False, **options: Any) -> Variant:
+        switches = [partial(lesa.accelerate, pipe, forecaster, **options)]
+        switches += [partial(_flash, pipe)] * flash
+        return Variant(count, steps, partial(_all, switches), True)
 
     taylor, interval = lesa.Taylor(order=2), -(-steps // full)
     fora = lesa.Schedule.fora(interval, steps)
@@ -61,6 +66,8 @@ def variants(pipe: Any, steps: int, full: int) -> dict[str, Variant]:
             lesa.Reuse(), len(fora.full_steps), schedule=fora, tap="output"
         ),
         "TaylorSeer-Lite of diffusers": Variant(lite_full, steps, partial(_cached, pipe, lite)),
+        FLASH: Variant(steps, steps, partial(_flash, pipe)),
+        "lesa, output tap, flash-attn": ours(taylor, full_steps=full, tap="output", flash=True),
     }
 
 
@@ -136,6 +143,27 @@ def _timer(
         return seconds
 
     return once
+
+
+@contextmanager
+def _all(switches: Sequence[Callable[[], AbstractContextManager[Any]]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for switch in switches:
+            stack.enter_context(switch())
+        yield
+
+
+@contextmanager
+def _flash(pipe: Any) -> Iterator[None]:
+    """The attention of the package flash-attn, where it is usable; LesaError says why not."""
+    parameter = next(pipe.transformer.parameters())
+    if reason := why_not("flash", parameter.device.type, parameter.dtype):
+        raise LesaError(reason)
+    set_attention(pipe, "flash")
+    try:
+        yield
+    finally:
+        set_attention(pipe, "native")
 
 
 @contextmanager

@@ -80,6 +80,7 @@ def parts(out: Path) -> list[Part]:
         return [python, "-m", "pytest", "-q", "-p", "_at_once", *many, *files, *options]
 
     tune = [python, "-m", "lesa_kernels.tune", "--folder", str(out), "--seconds", "{seconds}"]
+    interpreted = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     small = ("bench_skipped_step.py", "--out", str(scratch))
     return [
         Part("smoke", 25, script("_smoke.py"), script("_smoke.py")),
@@ -87,7 +88,7 @@ def parts(out: Path) -> list[Part]:
             "kernel tests", 60,
             pytest("kernels", "tests/kernels", "tests/test_graph.py", "--ignore",
                    "tests/kernels/test_aot.py"),
-            pytest("kernels", "tests/kernels/test_config.py"),
+            pytest("kernels", "tests/kernels/test_reference.py"),
         ),
         Part(
             "CUDA tests", 60,
@@ -99,7 +100,8 @@ def parts(out: Path) -> list[Part]:
             "tune", 45,
             [*tune, "--kernels", "mix", "mix_modulate", "gram", "spline_mix",
              "--shapes", "1x4096x3072", "1x4096x64", "1x8192x5120"],
-            None,
+            [*tune, "--kernels", "mix", "--shapes", "1x4x64"],
+            environment=interpreted,
         ),
         Part(
             "kernels", 75,
@@ -108,13 +110,15 @@ def parts(out: Path) -> list[Part]:
                    "--kernels", "mix", "mix_modulate", "gram", "spline_mix", "mix_fp8",
                    "--places", "FLUX.1-dev 1024x1024, hidden", "FLUX.1-dev 1024x1024, output",
                    "HunyuanVideo 720x1280x129, hidden", "HunyuanVideo 720x1280x129, output"),
-            None,
+            script("bench_kernels.py", "--out", str(scratch), "--tiny", "--no-compile",
+                   "--rounds", "1", "--places", "FLUX.1-dev 1024x1024, hidden"),
+            environment=interpreted,
         ),
-        Part("skipped step", 40, script(*small), script(*small, "--tiny", "--steps", "12")),
+        Part("skipped step", 40, script(*small), script(*small, "--tiny", "--steps", "8", "--rounds", "2")),
         Part(
             "FLUX.1-dev loop", 80,
             script("bench_loop.py", *models, "flux.1-dev"),
-            script("bench_loop.py", "--tiny", "--steps", "12", "--full-steps", "4",
+            script("bench_loop.py", "--tiny", "--steps", "6", "--full-steps", "2",
                    "--rounds", "1", *models, "flux.1-dev"),
         ),
         Part(

@@ -182,6 +182,13 @@ def replayed(run: Callable[[], Any]) -> float:
     return triton.testing.do_bench(graph.replay, warmup=1, rep=10, return_mode="median")
 
 
+def by_the_clock(run: Callable[[], Any]) -> float:
+    """Milliseconds of the host."""
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
 def _shape(text: str) -> tuple[int, ...]:
     shape = tuple(int(size) if size.isdecimal() else 0 for size in text.split("x"))
     if len(shape) < 2 or min(shape) < 1:
@@ -209,13 +216,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=_seconds, default=math.inf,
                         help="begin no search after this time; no limit by default")  # fmt: skip
     chosen = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
+    if triton.knobs.runtime.interpret:  # tries the command out, no more
+        device, name, timer = torch.device("cpu"), "interpreter", by_the_clock
+    elif torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+        name, timer = torch.cuda.get_device_name(device), replayed
+    else:
         print("lesa_kernels.tune times kernels on a GPU, and PyTorch sees none here.",
               file=sys.stderr)  # fmt: skip
         raise SystemExit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
-    print(tune(chosen.folder, device, torch.cuda.get_device_name(device), replayed, chosen.shapes,
-               kernels=chosen.kernels, seconds=chosen.seconds))  # fmt: skip
+    print(tune(chosen.folder, device, name, timer, chosen.shapes, kernels=chosen.kernels,
+               seconds=chosen.seconds))  # fmt: skip
 
 
 if __name__ == "__main__":
