@@ -10,6 +10,7 @@ that is what the papers describe, and it is the better of the two for each of th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import torch
@@ -78,9 +79,8 @@ class DuCa(ToCa):
 
     def score(self, cell: Cell, stream: str) -> Tensor:
         """Uniform random numbers [1, N], other ones at every step."""
-        draw = torch.Generator().manual_seed(cell.moment.step)
         ages = cell.ages[stream]
-        return torch.rand(1, ages.shape[1], generator=draw).to(ages)
+        return _drawn(cell.moment.step, ages.shape[1], ages.device).to(ages)
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,13 @@ class ClusCa:
         index = torch.cat([texts[0], images[0] + text.shape[1]], 1)
         member = torch.cat([texts[1], images[1] + texts[0].shape[1]], 1)
         moment.clusters = {"text": texts, "image": images, "joint": (index, member)}
+
+
+@lru_cache(maxsize=8)
+def _drawn(step: int, tokens: int, device: torch.device) -> Tensor:
+    """The random numbers [1, N] of a step, drawn on the host and copied once for all blocks."""
+    draw = torch.Generator().manual_seed(step)
+    return torch.rand(1, tokens, generator=draw).to(device)
 
 
 def kmeans(tokens: Tensor, clusters: int, rounds: int = 10) -> Clusters:
