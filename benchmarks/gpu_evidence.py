@@ -100,7 +100,7 @@ def parts(out: Path) -> list[Part]:
             "tune", 45,
             [*tune, "--kernels", "mix", "mix_modulate", "gram", "spline_mix",
              "--shapes", "1x4096x3072", "1x4096x64", "1x8192x5120"],
-            [*tune, "--kernels", "mix", "--shapes", "1x4x64"],
+            [*tune, "--dry", "--kernels", "mix", "--shapes", "1x4x64"],
             environment=interpreted,
         ),
         Part(

@@ -215,8 +215,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="features' shapes, such as 1x4096x3072")  # fmt: skip
     parser.add_argument("--seconds", type=_seconds, default=math.inf,
                         help="begin no search after this time; no limit by default")  # fmt: skip
+    parser.add_argument("--dry", action="store_true",
+                        help="by the host's clock in Triton's interpreter (TRITON_INTERPRET=1), "
+                             "to try the command out")  # fmt: skip
     chosen = parser.parse_args(arguments)
-    if triton.knobs.runtime.interpret:  # tries the command out, no more
+    if chosen.dry:
         device, name, timer = torch.device("cpu"), "interpreter", by_the_clock
     elif torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
