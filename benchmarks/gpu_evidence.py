@@ -114,7 +114,10 @@ def parts(out: Path) -> list[Part]:
                    "--rounds", "1", "--places", "FLUX.1-dev 1024x1024, hidden"),
             environment=interpreted,
         ),
-        Part("skipped step", 40, script(*small), script(*small, "--tiny", "--steps", "8", "--rounds", "2")),
+        Part(
+            "skipped step", 40,
+            script(*small), script(*small, "--tiny", "--steps", "8", "--rounds", "2"),
+        ),
         Part(
             "FLUX.1-dev loop", 80,
             script("bench_loop.py", *models, "flux.1-dev"),
