@@ -69,15 +69,16 @@ class PretendTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, held: Tensor, device: torch.device, gpu: PretendGpu) -> PretendTensor:
         assert not isinstance(held, PretendTensor)
-        made = torch.Tensor._make_wrapper_subclass(
-            cls,
-            held.size(),
-            strides=held.stride(),
-            storage_offset=held.storage_offset(),
-            dtype=held.dtype,
-            layout=held.layout,
-            device=device,
-        )
+        with torch.inference_mode(held.is_inference()):  # so that it is what its values are
+            made = torch.Tensor._make_wrapper_subclass(
+                cls,
+                held.size(),
+                strides=held.stride(),
+                storage_offset=held.storage_offset(),
+                dtype=held.dtype,
+                layout=held.layout,
+                device=device,
+            )
         made.held, made.gpu = held, gpu
         return made
 
@@ -97,7 +98,7 @@ class PretendTensor(torch.Tensor):
         self.gpu.check_indices(self, index, value)
         with _disable_current_modes():
             self.held[held(index)] = held(value)
-        torch.autograd.graph.increment_version(self)
+        self._count_write()
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.unbind(0))
@@ -109,11 +110,15 @@ class PretendTensor(torch.Tensor):
     def copy_(self, source: Tensor, non_blocking: bool = False) -> PretendTensor:
         with _disable_current_modes():
             self.gpu.run(torch.ops.aten.copy_.default, (self, source, non_blocking), {})
-        torch.autograd.graph.increment_version(self)
+        self._count_write()
         return self
 
     def nonzero(self) -> Tensor:
         return torch.ops.aten.nonzero.default(self)
+
+    def _count_write(self) -> None:
+        if not self.is_inference():  # which has no counter
+            torch.autograd.graph.increment_version(self)
 
     def item(self) -> Any:
         self.gpu.note("value")
