@@ -48,10 +48,11 @@ def fetch(
     """
     found = ()
     for k in tl.static_range(FIRST, K):
-        known = count
-        if not EAGER:
-            known = tl.where(weights[k] != 0, count, 0)
-        found += (tl.load(ring + (bases[k] + begin) + lane, lane < known, other=0.0),)
+        place = ring + (bases[k] + begin) + lane
+        if EAGER:
+            found += (tl.load(place, lane < count, other=0.0),)
+        else:
+            found += (tl.load(place, lane < tl.where(weights[k] != 0, count, 0), other=0.0),)
     return found
 
 

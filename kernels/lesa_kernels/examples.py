@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lesa_kernels.config import Config
 from lesa_kernels.fp8 import FP8, mix_fp8, push_fp8
-from lesa_kernels.gate import Gate
+from lesa_kernels.gate import Gate, fold_times
 from lesa_kernels.gram import gram
 from lesa_kernels.mix import mix
 from lesa_kernels.mix_backward import mix_grad_features, mix_grad_table
@@ -106,7 +106,7 @@ def examples(
 
 
 def _gated(common: dict[str, Tensor], numbers: Callable[..., Tensor]) -> dict[str, Any]:
-    """Arguments of `spline_mix` at the paper's size: 51 inputs, 256 nodes, 3 stages."""
+    """Arguments of `spline_mix` at the paper's size: 51 times (folded), 256 nodes, 3 stages."""
     gate = Gate(
         numbers(3, STEPS + 1, NODES),
         numbers(3, NODES),
@@ -115,7 +115,10 @@ def _gated(common: dict[str, Tensor], numbers: Callable[..., Tensor]) -> dict[st
         -3.0,
         3.0,
     )
-    stages = torch.arange(STEPS, device=common["step"].device) * 3 // STEPS
-    arguments = {**common, "weights": common["table"], "tau": numbers(STEPS, STEPS + 1)}
+    device = common["step"].device
+    times = torch.linspace(1, 0, STEPS + 1, device=device)
+    stages = torch.arange(STEPS, device=device) * 3 // STEPS
+    arguments = {**common, "weights": common["table"], "tau": times[:-1, None].contiguous()}
     del arguments["table"]
+    gate = fold_times(gate, times)
     return {**arguments, "gate": gate, "experts": stages.int(), "bias": numbers(STEPS)}

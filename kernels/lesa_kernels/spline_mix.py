@@ -46,12 +46,23 @@ def _ridge(
 
 
 @triton.jit
-def _tile(ring, bases, weights, size, block, lane, K: tl.constexpr, BLOCK: tl.constexpr):
-    """The newest feature's part of a tile and those of the others; nothing of one past the end."""
-    begin = tl.cast(block, tl.int64) * BLOCK
-    count = tail(size, begin, BLOCK)
+def _fetch_tile(ring, bases, weights, size, begin, K: tl.constexpr, BLOCK: tl.constexpr):
+    """The newest feature's part of a tile, which is always read, and those of the others."""
+    lane, count = tl.arange(0, BLOCK), tail(size, begin, BLOCK)
     newest = tl.load(ring + (bases[0] + begin) + lane, lane < count, other=0.0)
     return newest, fetch(ring, bases, weights, begin, lane, count, 1, K, False)
+
+
+@triton.jit
+def _write_tile(
+    out, newest, older, weights, added, alpha, size, begin, K: tl.constexpr, BLOCK: tl.constexpr
+):
+    lane = tl.arange(0, BLOCK)
+    h = newest.to(tl.float32)
+    z = weigh(tl.fma(weights[0], h, added), older, weights, 1, K, False)
+    total = tl.fma(alpha, z, h)
+    inside = lane < tail(size, begin, BLOCK)
+    tl.store(out + begin + lane, total.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots", "step"])
@@ -65,29 +76,24 @@ def _kernel(
     expert = s * 0
     if experts is not None:
         expert = tl.load(experts + s).to(tl.int64)
-    lane = tl.arange(0, BLOCK)
     bases = slot_bases(slots, size, K)
     w = read(weights + s * K, K)
-    b = 0.0
+    added = 0.0
     if bias is not None:
-        b = tl.load(bias + s)
+        added = tl.load(bias + s)
     first = tl.program_id(0)
-    newest, older = _tile(ring, bases, w, size, first, lane, K, BLOCK)
+    begin = first.to(tl.int64) * BLOCK
+    newest, older = _fetch_tile(ring, bases, w, size, begin, K, BLOCK)  # meanwhile, the gate
     alpha = _ridge(
         projection + expert * inputs * nodes, shift + expert * nodes, base + expert * nodes,
         spline + expert * (INTERVALS + 3) * nodes, tau + s * inputs, inputs, nodes, low, high,
         INTERVALS, NODES, CHUNK,
     )  # fmt: skip
-    for block in range(first, blocks, tl.num_programs(0)):
-        next = block + tl.num_programs(0)
-        found, others = _tile(ring, bases, w, size, next, lane, K, BLOCK)
+    _write_tile(out, newest, older, w, added, alpha, size, begin, K, BLOCK)
+    for block in range(first + tl.num_programs(0), blocks, tl.num_programs(0)):
         begin = tl.cast(block, tl.int64) * BLOCK
-        h = newest.to(tl.float32)
-        z = weigh(tl.fma(w[0], h, b), older, w, 1, K, False)
-        total = tl.fma(alpha, z, h)
-        inside = lane < tail(size, begin, BLOCK)
-        tl.store(out + begin + lane, total.to(out.dtype.element_ty), inside)
-        newest, older = found, others
+        newest, older = _fetch_tile(ring, bases, w, size, begin, K, BLOCK)
+        _write_tile(out, newest, older, w, added, alpha, size, begin, K, BLOCK)
 
 
 def spline_mix(
