@@ -65,6 +65,24 @@ def test_a_device_is_trained_on_as_the_host_is(host, gpu, pipe, monkeypatch):
     torch.testing.assert_close(rows, others, rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("tap", ["output", "hidden"])
+def test_the_papers_form_is_trained_and_run_without_a_wait(gpu, pipe, monkeypatch, tap):
+    module = sys.modules["lesa.training.train"]
+    monkeypatch.setattr(module, "fit_paper", partial(module.fit_paper, iterations=3))
+    schedule, texts = lesa.Schedule.fora(2, STEPS), prompts("flux", 1)
+    forecaster = lesa.train(
+        pipe, texts, STEPS, 2, form="paper", tap=tap, schedule=schedule,
+        call=settings("flux"), progress=False,
+    )  # fmt: skip
+    with lesa.accelerate(pipe, forecaster, schedule=schedule):
+        generate(pipe, texts, [0], CALL)
+        with gpu.watched("lesa") as reads:
+            generate(pipe, texts, [0], CALL)
+        assert lesa.stats(pipe).fallbacks == {}
+    here = [read for read in reads if not read.place.startswith("evaluation/")]
+    assert [read.place.split(":")[0] for read in here] == ["noise.py"]
+
+
 def test_without_float64_sums_are_taken_on_the_host(gpu, monkeypatch):
     torch.manual_seed(0)
     basis = torch.randn(4, 50)
