@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -42,7 +41,7 @@ def _levels_of_alphas(scheduler: Any) -> list[float]:
     alphas = getattr(scheduler, "alphas_cumprod", None)
     if alphas is None:
         return []
-    kept = alphas.double().cpu()[torch.tensor(_values(scheduler.timesteps)).long()]
+    kept = alphas.cpu().double()[[int(time) for time in _values(scheduler.timesteps)]]
     return ((1 - kept) / kept).sqrt().tolist()
 
 

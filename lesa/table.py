@@ -86,9 +86,10 @@ class Table:
         rows = coefficients
         if self.bias is not None:
             rows = torch.cat([rows, self.bias[:, None]], dim=1)
-        held = torch.tensor([self.available(step) for step in range(self.schedule.steps)])
+        counts = [self.available(step) for step in range(self.schedule.steps)]
+        held = torch.tensor(counts, device="cpu")
         features = coefficients[:, : self.history] != 0
-        early = features & (torch.arange(self.history) >= held[:, None])
+        early = features & (torch.arange(self.history, device="cpu") >= held[:, None])
         full = list(self.schedule.full_steps)
         if (step := _first(~rows.isfinite())) is not None:
             raise LesaError(f"coefficients of step {step} are not finite; fit or set them again")
@@ -103,10 +104,10 @@ class Table:
     @classmethod
     def from_rows(cls, schedule: Schedule, history: int, row: Row) -> Table:
         """A table whose skipped step s weighs its cached steps (newest first) by row(s, cached)."""
-        coefficients = torch.zeros(schedule.steps, history, dtype=torch.float64)
+        coefficients = torch.zeros(schedule.steps, history, dtype=torch.float64, device="cpu")
         for step in schedule.skipped_steps:
             weights = row(step, schedule.cached_before(step, history))
-            coefficients[step, : len(weights)] = torch.tensor(weights, dtype=torch.float64)
+            coefficients[step, : len(weights)] = coefficients.new_tensor(weights)
         return cls(schedule, coefficients)
 
     @property

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lesa import LesaForecaster
 from lesa.errors import LesaError
 from lesa.forecasters import Forecaster, HiCache, Reuse, Spectrum, Taylor
 from lesa.forecasters.hicache import hermite
@@ -60,6 +61,18 @@ def test_protocol_and_short_history(forecaster):
     schedule = Schedule.every(4, 4)  # a single full step
     table = forecaster.table(schedule, [1.0, 0.8, 0.5, 0.3, 0.0])
     assert table.history == forecaster.history(schedule) == 1
+
+
+@pytest.mark.parametrize(
+    "make", [Reuse, Taylor, HiCache, Spectrum, lambda: LesaForecaster("paper", num_steps=12)]
+)
+def test_tables_lie_on_the_host_whatever_the_default_device(make):
+    """Users set torch's default device to their GPU; here it is one that holds no numbers."""
+    schedule, sigmas = Schedule.explicit([0, 1, 4, 8], 12), [1 - s / 12 for s in range(13)]
+    forecaster = make()
+    wanted = forecaster.table(schedule, sigmas).coefficients
+    with torch.device("meta"):
+        assert torch.equal(forecaster.table(schedule, sigmas).coefficients, wanted)
 
 
 @pytest.mark.parametrize("forecaster", [Reuse(), Taylor(), HiCache(), Spectrum()])

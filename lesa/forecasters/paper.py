@@ -57,7 +57,7 @@ class PaperForm(FullPrecision):
 
     def offsets(self, sigmas: Sequence[float] | Tensor) -> Tensor:
         """tau [S, S + 1], tau[s, i] = t_s - t_i, in the parameters' dtype and device."""
-        times = torch.as_tensor(sigmas, dtype=torch.float64)
+        times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         return (times[:-1, None] - times[None, :]).to(next(self.parameters()))
 
     def gate(self, branch: str, stage: int, tau: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class PaperForm(FullPrecision):
             )
         stages = [self.stage_of(sigma) for sigma in sigmas[:-1]]
         tau = self.offsets(sigmas)
-        coefficients = torch.zeros(schedule.steps, self.history).to(tau.device, torch.float64)
+        coefficients = tau.new_zeros(schedule.steps, self.history, dtype=torch.float64)
         bias = coefficients.new_zeros(schedule.steps)
         for stage in set(stages):
             steps = [s for s in schedule.skipped_steps if stages[s] == stage]
@@ -100,14 +100,14 @@ class PaperForm(FullPrecision):
         if len(gates) < len(self.windows):
             return None
         stages = [self.stage_of(sigma) for sigma in sigmas[:-1]]
-        weights = torch.zeros(schedule.steps, self.history, dtype=torch.float64)
+        weights = torch.zeros(schedule.steps, self.history, dtype=torch.float64, device="cpu")
         for s in schedule.skipped_steps:
             w = self.w[branch][stages[s]].detach()  # type: ignore[index]
             weights[s] = self._fitted(w.to("cpu", torch.float64), s)
         bias = self.b[branch].detach().to("cpu", torch.float64)[stages]
-        times = torch.as_tensor(sigmas, dtype=torch.float64)
+        times = torch.as_tensor(sigmas, dtype=torch.float64, device="cpu")
         gate = fold_times(pack_gate(gates), times)
-        experts = torch.tensor(stages, dtype=torch.int32)
+        experts = torch.tensor(stages, dtype=torch.int32, device="cpu")
         return GatedRows(weights, bias, times[:-1, None], experts, gate)
 
     def _fitted(self, w: Tensor, step: int) -> Tensor:

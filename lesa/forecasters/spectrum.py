@@ -53,12 +53,14 @@ class Spectrum:
         steps = schedule.steps
 
         def row(step: int, cached: tuple[int, ...]) -> list[float]:
-            design = chebyshev(torch.tensor(cached), steps, self.degree)  # [n, degree + 1]
-            gram = design.T @ design + self.ridge * torch.eye(self.degree + 1, dtype=torch.float64)
-            target = chebyshev(torch.tensor([step]), steps, self.degree)[0]
+            places = torch.tensor([*cached, step], device="cpu")
+            *_, target = basis = chebyshev(places, steps, self.degree)  # [n + 1, degree + 1]
+            design = basis[:-1]
+            gram = design.T @ design
+            gram.diagonal().add_(self.ridge)
             weights = self.weight * (design @ torch.linalg.solve(gram, target))
             line = lagrange(step, cached[:2])
-            weights[: len(line)] += (1 - self.weight) * torch.tensor(line, dtype=torch.float64)
+            weights[: len(line)] += (1 - self.weight) * weights.new_tensor(line)
             return weights.tolist()
 
         return Table.from_rows(schedule, self.history(schedule), row)
