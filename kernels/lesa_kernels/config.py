@@ -25,6 +25,7 @@ __all__ = ["Config", "file_of", "lookup", "multiprocessors", "programs", "source
 DEFAULT = "default"  # the device of the last file in the search, and of the interpreter
 FOLDER = Path(__file__).parent / "configs"
 LOG = logging.getLogger(__name__)
+REGISTERS = 65_536  # of a multiprocessor, on all CUDA devices from sm_80 on
 LANES = 64 if torch.version.hip else 32  # threads of a warp
 
 
@@ -43,7 +44,8 @@ class Config(NamedTuple):
         """Registers of a thread that has its share of `sums` in fp32 and `loads` in flight."""
         held = (sums + loads * itemsize / 4) * self.block / (LANES * self.warps)
         beside = 8 + held / 4  # addresses, weights, masks: what the compiled kernels need
-        return min(248, max(64, 8 * ceil((held + beside) / 8)))
+        most = min(248, REGISTERS // (LANES * self.warps))
+        return min(most, max(64, 8 * ceil((held + beside) / 8)))
 
 
 def lookup(kernel: str, feature: Tensor, history: int) -> Config:

@@ -96,6 +96,7 @@ def gram(
     arguments = (partials, feature, ring, slots, base, size, length, blocks, samples)
     constants = {"K": history, "BLOCK": config.block}
     grid = share, min(samples, GRID_Y)
-    registers = config.registers(width, width - 1, feature.element_size())
+    # the feature in fp32 beside the sums; 168 leave three programs of 128 threads resident
+    registers = min(168, config.registers(width + 1, width - 1, feature.element_size()))
     Launch(_kernel, grid, feature.device, config.warps, arguments, constants, registers).run()
     return torch.sum(partials, dim=1, dtype=torch.float64, out=out)

@@ -41,7 +41,7 @@ CANDIDATES = tuple(
     for threads in (64, 128, 256)
     for block in (8 * threads, 16 * threads, 32 * threads)  # one to four loads of 128 bits in bf16
     for programs in (2, 4, 8, 16, 32)
-    if 256 <= threads * programs <= 2048
+    if 256 <= threads * programs <= 4096  # what is resident, and up to twice as many
 )
 ROUNDS, FINALISTS = 5, 6
 COMPILERS = 4  # threads: the compiler holds the interpreter's lock for about half of its time
