@@ -40,12 +40,15 @@ class Config(NamedTuple):
     def warps(self) -> int:
         return max(1, self.threads // LANES)
 
-    def registers(self, sums: int, loads: int, itemsize: int) -> int:
-        """Registers of a thread that has its share of `sums` in fp32 and `loads` in flight."""
+    def registers(self, sums: int, loads: int, itemsize: int, beside: int = 0) -> int:
+        """Registers of a thread for its elements' fp32 `sums`, its `loads` in flight, and others.
+
+        Without as many the assembler puts loads off until others have come. The formula is fitted
+        to what the kernels compile to: a quarter more for halves of pairs, masks and addresses.
+        """
         held = (sums + loads * itemsize / 4) * self.block / (LANES * self.warps)
-        beside = 8 + held / 4  # addresses, weights, masks: what the compiled kernels need
         most = min(248, REGISTERS // (LANES * self.warps))
-        return min(most, max(64, 8 * ceil((held + beside) / 8)))
+        return min(most, max(64, 8 * ceil((8 + 1.25 * held + beside) / 8)))
 
 
 def lookup(kernel: str, feature: Tensor, history: int) -> Config:

@@ -176,7 +176,8 @@ def mix_fp8(
     )  # fmt: skip
     constants = {"K": history, "ROWS": height, "COLUMNS": width}
     grid = blocks, triton.cdiv(most, blocks)
-    Launch(_mix_kernel, grid, out.device, config.warps, arguments, constants).run()
+    registers = config.registers(1, history, ring.element_size())
+    Launch(_mix_kernel, grid, out.device, config.warps, arguments, constants, registers).run()
     return out
 
 

