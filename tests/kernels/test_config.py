@@ -11,6 +11,7 @@ import torch
 from lesa_kernels import config, tune
 from lesa_kernels.config import Config, file_of, lookup, programs
 from lesa_kernels.examples import examples
+from lesa_kernels.search import search
 
 from lesa.errors import LesaError
 
@@ -131,7 +132,7 @@ def test_search_takes_the_fastest_and_refuses_a_wrong_one(device):
         seen.append(config)
         example.launch(**rest, config=config)
 
-    best, time = tune.search(
+    best, time = search(
         replace(example, launch=watched), lambda run: run() or speeds[seen[-1].block], candidates, 1
     )
     assert (best, time) == (candidates[1], 1.0)
@@ -141,7 +142,7 @@ def test_search_takes_the_fastest_and_refuses_a_wrong_one(device):
         out[-1, -1, -1] += config is candidates[2]
 
     with pytest.raises(LesaError, match="mix is wrong with Config.block=512"):
-        tune.search(replace(example, launch=wrong), lambda run: 1.0, candidates)
+        search(replace(example, launch=wrong), lambda run: 1.0, candidates)
 
 
 @pytest.fixture
