@@ -50,12 +50,13 @@ def tune(
     """
     deadline, path = time.monotonic() + seconds, file_of(device_name, folder)
     left = []
-    for key, example in _cases(shapes, kernels, device):
-        label = f"{example.kernel} {'x'.join(map(str, example.result.shape))} K={key['history']}"
+    for shape, history, example in _cases(shapes, kernels, device):
+        label = f"{example.kernel} {'x'.join(map(str, shape))} K={history}"
         if time.monotonic() > deadline:
             left.append(label)
             continue
         config, milliseconds = search(example, timer, candidates, deadline=deadline)
+        key = {"size": math.prod(shape), "columns": shape[-1], "history": history, "itemsize": 2}
         entry = {
             "shape": key,
             "config": config._asdict(),
@@ -72,16 +73,15 @@ def tune(
 
 def _cases(
     shapes: Iterable[tuple[int, ...]], kernels: Sequence[str], device: torch.device
-) -> Iterator[tuple[dict[str, int], Example]]:
-    """Shape class and call of all that is searched; the shortest history first."""
+) -> Iterator[tuple[tuple[int, ...], int, Example]]:
+    """Shape, history and call of all that is searched; the shortest history first."""
     shapes = list(shapes)
     for history in HISTORIES:
         for shape in shapes:
-            key = {"size": math.prod(shape), "columns": shape[-1], "history": history}
             for example in examples(shape, history, device=device).values():
                 # grad_table shares its configuration with grad_features
                 if example.kernel in kernels and "grad_table" not in example.launch.__name__:
-                    yield key | {"itemsize": 2}, example
+                    yield shape, history, example
 
 
 def _copy(nbytes: int, device: torch.device, timer: Timer) -> float:

@@ -197,4 +197,4 @@ def test_a_search_that_no_longer_fits_is_named(searched, capsys, monkeypatch):
 
     path = searched(slow, kernels=["mix", "gram"], seconds=0.5)
     assert set(json.loads(path.read_text())["kernels"]) == {"mix"}
-    assert "no time was left for gram 1x4 K=1" in capsys.readouterr().err
+    assert "no time was left for gram 1x4x32 K=1" in capsys.readouterr().err

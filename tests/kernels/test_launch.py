@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lesa_kernels.examples import examples
 from lesa_kernels.launch import Launch, on_device
 from lesa_kernels.mix import mix, prepare_mix
 
@@ -57,6 +58,15 @@ def test_it_writes_what_the_ordinary_launch_writes(rand, integers, poisoned):
         assert torch.equal(out, mix(ring, slots, table, step, poisoned(4, 16), latent=latent))
     with pytest.raises(LesaError, match=r"out has shape|ring has shape"):
         prepared(slots, integers(1), poisoned(4, 8), latent)
+
+
+@pytest.mark.parametrize("name", examples((1, 4, 32), fill=torch.empty))
+def test_every_launcher_minds_the_device(name, device, monkeypatch):
+    original, seen = Launch.run, []
+    monkeypatch.setattr(Launch, "run", lambda self: seen.append(self.device) or original(self))
+    example = examples((1, 4, 32), device=device)[name]
+    example.run()
+    assert seen == [example.result.device]
 
 
 def test_a_launch_goes_to_the_device_of_its_tensors(monkeypatch):
