@@ -1,7 +1,11 @@
-"""Real diffusers pipelines for the tests: small, with random weights, nothing downloaded."""
+"""Real diffusers pipelines for the tests: small, with random weights, nothing downloaded.
+
+Triton is told before anybody imports it: its kernels run in the interpreter where there is no GPU.
+"""
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from native_build import native_kernels as native_kernels
+
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
 @pytest.fixture
