@@ -146,7 +146,7 @@ def mix_modulate(
 def gram(
     feature: Tensor, ring: Tensor, slots: Tensor, out: Tensor, *, base: Tensor | None = None
 ) -> Tensor:
-    """See `lesa_kernels.gram.gram`; every product is summed in float64."""
+    """See `lesa_kernels.experimental.gram.gram`; every product is summed in float64."""
     f = feature.double().view(len(out), -1)
     others = [f, *(x.double().view(f.shape) for x in _features(ring, slots))]
     if base is not None:

@@ -169,7 +169,7 @@ def spline_mix(
 def gram(
     feature: Tensor, ring: Tensor, slots: Tensor, out: Tensor, *, base: Tensor | None = None
 ) -> Tensor:
-    """See `lesa_kernels.gram.gram`."""
+    """See `lesa_kernels.experimental.gram.gram`."""
     torch.ops.lesa_native.gram_out(feature, ring, slots, base, out)
     return out
 

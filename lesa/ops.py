@@ -114,7 +114,7 @@ def gram(
 ) -> Tensor:
     """out[p] = (sum f, <f, f>, <f, ring[slots[k]]> for each k (, <f, base>)) in float64.
 
-    See `lesa_kernels.gram.gram`. Without `out` it is made with `samples` rows.
+    See `lesa_kernels.experimental.gram.gram`. Without `out` it is made with `samples` rows.
     """
     if out is None:
         return torch.ops.lesa.gram(feature, ring, slots, base, samples)
@@ -289,5 +289,6 @@ def implementation(
 def _triton(name: str) -> Callable[..., Any]:
     """Imported on first use: Triton has no wheel for macOS and Windows."""
     if name == "mix_backward":
-        return import_module("lesa_kernels.mix_backward").mix_gradients
-    return getattr(import_module(f"lesa_kernels.{name}"), name)
+        return import_module("lesa_kernels.experimental.mix_backward").mix_gradients
+    folder = "lesa_kernels.experimental" if name == "gram" else "lesa_kernels"
+    return getattr(import_module(f"{folder}.{name}"), name)

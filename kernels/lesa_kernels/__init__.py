@@ -1,6 +1,7 @@
 """Triton kernels of lesa: what runs on a skipped step, at the speed of memory.
 
-    from lesa_kernels.mix import mix            # likewise spline_mix, mix_modulate, gram, ...
+    from lesa_kernels.mix import mix            # likewise spline_mix and mix_modulate
+    from lesa_kernels.experimental.gram import gram    # what no pipeline runs: fp8, gradients, gram
     from lesa_kernels import reference          # the same functions in float64
 
 All launchers take what varies from step to step as device tensors, so that a CUDA graph can replay

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lesa_kernels.config import Config
-from lesa_kernels.fp8 import FP8, mix_fp8, push_fp8
+from lesa_kernels.experimental.fp8 import FP8, mix_fp8, push_fp8
+from lesa_kernels.experimental.gram import gram
+from lesa_kernels.experimental.mix_backward import mix_grad_features, mix_grad_table
 from lesa_kernels.gate import Gate, fold_times
-from lesa_kernels.gram import gram
 from lesa_kernels.mix import mix
-from lesa_kernels.mix_backward import mix_grad_features, mix_grad_table
 from lesa_kernels.mix_modulate import mix_modulate
 from lesa_kernels.spline_mix import spline_mix
 

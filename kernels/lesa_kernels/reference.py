@@ -57,7 +57,7 @@ def mix_differentiable(
     bias: Tensor | None = None,
     band_size: int | None = None,
 ) -> Tensor:
-    """See `lesa_kernels.mix_backward.mix_differentiable`; float64."""
+    """See `lesa_kernels.experimental.mix_backward.mix_differentiable`; float64."""
     s, shape = int(step), ring.shape[1:]
     rows = table[s].double()  # [K'] or [K', G]
     bands = rows.shape[1] if rows.ndim == 2 else 1
@@ -145,7 +145,7 @@ def gram(
     base: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
-    """See `lesa_kernels.gram.gram`."""
+    """See `lesa_kernels.experimental.gram.gram`."""
     others = [torch.ones_like(feature), feature, *(ring[i] for i in slots.tolist())]
     others += [] if base is None else [base]
     rows = [(feature.double() * other.double()).view(len(out), -1).sum(1) for other in others]
@@ -162,7 +162,7 @@ def mix_grad_table(
     band_size: int | None = None,
     config: Any = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `lesa_kernels.mix_backward.mix_grad_table`."""
+    """See `lesa_kernels.experimental.mix_backward.mix_grad_table`."""
     band_size = band_size or max(1, grad.shape[-1] // bands)
     others = [torch.ones_like(grad), *(ring[i] for i in slots.tolist())]
     others += [] if latent is None else [latent]
@@ -181,7 +181,7 @@ def mix_grad_features(
     band_size: int | None = None,
     config: Any = None,
 ) -> Tensor:
-    """See `lesa_kernels.mix_backward.mix_grad_features`."""
+    """See `lesa_kernels.experimental.mix_backward.mix_grad_features`."""
     rows = table[int(step)].double().view(table.shape[1], -1)  # [K', G]
     bands = rows.shape[1]
     cut = grad.double().view(-1, bands, band_size or max(1, grad.shape[-1] // bands))
@@ -195,7 +195,7 @@ def mix_grad_features(
 def push_fp8(
     feature: Tensor, ring: Tensor, scales: Tensor, slot: Tensor, *, config: Any = None
 ) -> None:
-    """See `lesa_kernels.fp8.push_fp8`; rounds fp32 quotients, as the kernel does."""
+    """See `lesa_kernels.experimental.fp8.push_fp8`; rounds fp32 quotients, as the kernel does."""
     tokens = feature.float().flatten(0, -2)
     scale = tokens.abs().amax(1).clamp(min=1e-30) / 448
     scales[int(slot)] = scale
@@ -214,6 +214,6 @@ def mix_fp8(
     bias: Tensor | None = None,
     config: Any = None,
 ) -> Tensor:
-    """See `lesa_kernels.fp8.mix_fp8`."""
+    """See `lesa_kernels.experimental.fp8.mix_fp8`."""
     wide = ring.double() * scales.double().view(*ring.shape[:-1], 1)
     return mix(wide, slots, table, step, out, latent=latent, bias=bias)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels.fp8 import mix_fp8, push_fp8
+from lesa_kernels.experimental.fp8 import mix_fp8, push_fp8
+from lesa_kernels.experimental.gram import gram
 from lesa_kernels.gate import pack_gate
-from lesa_kernels.gram import gram
 from lesa_kernels.mix import mix
 from lesa_kernels.mix_modulate import mix_modulate
 from lesa_kernels.spline_mix import spline_mix

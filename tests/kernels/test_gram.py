@@ -4,7 +4,7 @@ import pytest
 import torch
 from lesa_kernels import reference
 from lesa_kernels.config import Config
-from lesa_kernels.gram import gram
+from lesa_kernels.experimental.gram import gram
 
 TWO = Config(256, 128, 2)
 
@@ -43,7 +43,7 @@ def test_is_what_least_squares_needs(rand, integers, device):
 
 def test_more_samples_than_a_grid_is_high(rand, integers, device, monkeypatch):
     """CUDA takes 65,535 programs in y; here 3, for the interpreter's sake."""
-    monkeypatch.setattr("lesa_kernels.gram.GRID_Y", 3)
+    monkeypatch.setattr("lesa_kernels.experimental.gram.GRID_Y", 3)
     feature, ring = rand(10, 8), rand(2, 10, 8)
     out, exact = (torch.full((10, 3), torch.nan).double().to(device) for _ in "ab")
     gram(feature, ring, integers(1), out, config=TWO)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from lesa_kernels import reference
 from lesa_kernels.config import Config
-from lesa_kernels.mix_backward import mix_grad_features, mix_grad_table
+from lesa_kernels.experimental.mix_backward import mix_grad_features, mix_grad_table
 
 from lesa import ops
 

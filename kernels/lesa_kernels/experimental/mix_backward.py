@@ -19,7 +19,7 @@ from lesa_kernels.checks import (
 )
 from lesa_kernels.config import Config, lookup, programs
 from lesa_kernels.device import fetch, slot_bases, tail
-from lesa_kernels.gram import gram
+from lesa_kernels.experimental.gram import gram
 from lesa_kernels.launch import Launch
 
 __all__ = ["mix_gradients", "mix_grad_features", "mix_grad_table"]
