@@ -1,7 +1,7 @@
 """What an fp8 ring costs in fidelity: `python benchmarks/bench_fp8_ring.py`, 4 minutes on 2 cores.
 
-Features are rounded to float8_e4m3fn with one scale per token as they enter the ring (half the bytes
-of a bf16 ring, see `lesa_kernels.experimental.fp8`); forecasts are then those that `mix_fp8`
+Features are rounded to float8_e4m3fn with one scale per token as they enter the ring, half the
+bytes of a bf16 ring (see `lesa_kernels.experimental.fp8`); forecasts are then those that `mix_fp8`
 computes. Unseen prompts of the embedded pipeline, 10 of 50 steps in full, against the plain run.
 Writes benchmarks/results/fp8_ring.json.
 """
