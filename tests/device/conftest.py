@@ -15,8 +15,13 @@ if find_spec("triton") is None or torch.cuda.is_available():  # a true device is
 
 @pytest.fixture(scope="module")
 def gpu() -> Iterator[Any]:
-    """The devices cuda:0 and cuda:1."""
+    """The devices cuda:0 and cuda:1, computed on one thread: tensors are small, operators many."""
     from device.pretend_cuda import pretend_gpu  # Triton only now: tests/kernels sets it up first
 
-    with pretend_gpu() as made:
-        yield made
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pretend_gpu() as made:
+            yield made
+    finally:
+        torch.set_num_threads(threads)
