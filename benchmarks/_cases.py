@@ -9,7 +9,7 @@ from lesa_kernels import reference
 from lesa_kernels.gate import Gate, fold_times
 from torch import Tensor
 
-from lesa import native
+from lesa.ops import native
 
 HISTORY, STEPS, STEP = 3, 50, 7
 NODES, INTERVALS, STAGES = 256, 5, 3  # the paper's gate

@@ -12,7 +12,7 @@ from lesa_kernels import reference
 from lesa_kernels.examples import Example, examples
 from torch import Tensor
 
-from lesa import native
+from lesa.ops import native
 
 KERNELS = (
     "mix", "mix_modulate", "spline_mix", "gram", "mix_fp8", "push_fp8", "mix per channel"

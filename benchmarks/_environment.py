@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lesa import backend, native
-from lesa.files import to_json, write_atomically
-from lesa.versions import versions
+from lesa.ops import backend, native
+from lesa.util.files import to_json, write_atomically
+from lesa.util.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

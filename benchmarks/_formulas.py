@@ -14,7 +14,7 @@ from lesa_kernels.gate import Gate
 from torch import Tensor
 from torch.nn import functional
 
-from lesa.eager import gate_value
+from lesa.ops.eager import gate_value
 
 Features = Sequence[Tensor]
 

@@ -14,8 +14,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
+from lesa.cli.inputs import quieten
 from lesa.evaluation.flops import published
-from lesa.inputs import quieten
 
 Shape = tuple["int | str", ...]  # a name stands for that field of the transformer's configuration
 

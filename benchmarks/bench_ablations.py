@@ -25,9 +25,9 @@ from _environment import RESULTS, environment, write
 from _richer import GroupedLane, WatchedLane
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.intervals import bootstrap, mean
 from lesa.forecasters import LesaForecaster
-from lesa.schedule import Schedule
 from lesa.testbed import load, prompts, settings
 from lesa.training import search
 from lesa.training.calibrate import Calibrator

@@ -22,8 +22,8 @@ from _environment import RESULTS, environment, write
 from rich.console import Console
 
 import lesa
-from lesa.contest import left_out, prepare
-from lesa.demo import FULL_STEPS, UNET_FULL_STEPS
+from lesa.cli.run_compare import left_out, prepare
+from lesa.cli.run_demo import FULL_STEPS, UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method

@@ -20,10 +20,10 @@ from lesa_kernels import reference
 from torch import Tensor
 
 import lesa
-from lesa import trajectory
+from lesa.engine import trajectory
+from lesa.engine.ring import Ring
 from lesa.evaluation.compare import compare
 from lesa.evaluation.method import Method
-from lesa.ring import Ring
 from lesa.testbed import captions, load, settings
 
 FULL_STEPS = 10

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from _environment import RESULTS, environment, write
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.compare import Comparison
 from lesa.evaluation.limit import add_limits
 from lesa.evaluation.method import Method
 from lesa.evaluation.standing import ours
 from lesa.forecasters import LesaForecaster
-from lesa.schedule import Schedule
 from lesa.testbed import load
 
 

@@ -28,8 +28,8 @@ from _timing import Timer, interleaved, ratios, summary, wall_timer
 from diffusers import TaylorSeerCacheConfig
 
 import lesa
+from lesa.cli.full_step import set_attention, why_not
 from lesa.errors import LesaError
-from lesa.full_step import set_attention, why_not
 
 FLASH = "plain, flash-attn"
 WARM_UP = 3  # steps in which a library loads its kernels

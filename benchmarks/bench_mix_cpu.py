@@ -21,7 +21,7 @@ from _environment import RESULTS, environment, write
 from _timing import interleaved, wall_timer
 from torch import Tensor
 
-from lesa import eager, native
+from lesa.ops import eager, native
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

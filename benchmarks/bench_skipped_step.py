@@ -24,7 +24,7 @@ from _models import MODELS, build
 from _timing import interleaved, summary
 
 import lesa
-from lesa.config import LesaConfig
+from lesa.engine.config import LesaConfig
 
 KINDS = ("host", "latency", "throughput")
 FULL = (0, 1, 2)  # full steps; all others are skipped

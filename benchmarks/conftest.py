@@ -11,7 +11,7 @@ import pytest
 import torch
 from native_build import native_kernels as native_kernels
 
-from lesa import backend
+from lesa.ops import backend
 
 sys.path.insert(0, str(Path(__file__).parent))
 

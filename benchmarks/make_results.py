@@ -28,7 +28,7 @@ from lesa.evaluation.standing import (  # noqa: E402
     ours,
     wanted,
 )
-from lesa.files import write_atomically  # noqa: E402
+from lesa.util.files import write_atomically  # noqa: E402
 
 RESULTS, OUT = ROOT / "benchmarks" / "results", ROOT / "docs" / "results.md"
 SEED = 1000  # of the unseen prompts, in all scripts

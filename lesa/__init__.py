@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lesa._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lesa.api import (
         accelerate,
@@ -18,17 +20,16 @@ if TYPE_CHECKING:
         remove_lesa_cache,
         stats,
     )
-    from lesa.config import LesaConfig
-    from lesa.counters import Stats
+    from lesa.core.schedule import Schedule
+    from lesa.core.table import Table
+    from lesa.engine.config import LesaConfig
+    from lesa.engine.stats import Stats
     from lesa.errors import LesaError
     from lesa.forecasters import FoCa, HiCache, Reuse, Spectrum, Taylor
     from lesa.forecasters.lesa import LesaForecaster
-    from lesa.models import ModelSpec, register_model
-    from lesa.schedule import Schedule
-    from lesa.table import Table
+    from lesa.hooks.model_specs import ModelSpec, register_model
     from lesa.training.train import train
 
-__version__ = "0.1.0"
 
 _HOME = {
     "accelerate": "api",
@@ -38,8 +39,8 @@ _HOME = {
     "patch_diffusers": "api",
     "remove_lesa_cache": "api",
     "stats": "api",
-    "LesaConfig": "config",
-    "Stats": "counters",
+    "LesaConfig": "engine.config",
+    "Stats": "engine.stats",
     "LesaError": "errors",
     "FoCa": "forecasters",
     "HiCache": "forecasters",
@@ -47,10 +48,10 @@ _HOME = {
     "Spectrum": "forecasters",
     "Taylor": "forecasters",
     "LesaForecaster": "forecasters.lesa",
-    "ModelSpec": "models",
-    "register_model": "models",
-    "Schedule": "schedule",
-    "Table": "table",
+    "ModelSpec": "hooks.model_specs",
+    "register_model": "hooks.model_specs",
+    "Schedule": "core.schedule",
+    "Table": "core.table",
     "train": "training.train",
 }
 _FOLDERS = ("evaluation", "forecasters", "testbed", "training")

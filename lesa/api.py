@@ -12,16 +12,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lesa.clock import StepClock
-from lesa.config import LesaConfig
-from lesa.counters import Stats
-from lesa.denoiser import Denoiser, core_of
-from lesa.engine import CacheController
+from lesa.core.forecaster import Forecaster, Tap
+from lesa.core.schedule import Schedule
+from lesa.engine.config import LesaConfig
+from lesa.engine.controller import CacheController
+from lesa.engine.stats import Stats
 from lesa.errors import LesaError
-from lesa.forecasters.base import Forecaster, Tap
-from lesa.hooks import attach, attached, detach, refuse_other_cache
-from lesa.models import model_spec
-from lesa.schedule import Schedule
+from lesa.hooks.attach import attach, attached, detach, refuse_other_cache
+from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.model_specs import model_spec
+from lesa.hooks.pipeline import find_denoiser, find_denoisers
+from lesa.hooks.step_clock import StepClock
+from lesa.hooks.weights_hash import weights_hash
 
 __all__ = [
     "accelerate",
@@ -132,25 +134,6 @@ def patch_diffusers() -> None:
     CacheMixin.enable_cache = enable_cache
 
 
-def find_denoiser(pipe: Any) -> nn.Module:
-    """The `transformer` or `unet` of a pipeline; a module is returned as it is."""
-    return find_denoisers(pipe)[0]
-
-
-def find_denoisers(pipe: Any) -> list[nn.Module]:
-    """All of them: Wan 2.2 has one transformer for high noise and one for low, or one of them."""
-    if isinstance(pipe, nn.Module):
-        return [pipe]
-    parts = [getattr(pipe, name, None) for name in ("transformer", "transformer_2", "unet")]
-    models = [part for part in parts if isinstance(part, nn.Module)]
-    if models:
-        return models
-    raise LesaError(
-        f"pipe: {type(pipe).__name__} has neither a transformer nor a unet; give a diffusers "
-        "pipeline, or use lesa.apply_lesa_cache on the denoiser."
-    )
-
-
 def _install(models: Sequence[nn.Module], config: LesaConfig, pipe: Any = None) -> None:
     """One clock and one controller for these models."""
     clock, controller = _clock(config), CacheController(config)
@@ -214,8 +197,6 @@ def _difference(model: nn.Module, trained: str | None) -> str | None:
         return f"this {type(model).__name__} has the adapters {', '.join(adapters)}"
     if not _has_plain_weights(model):
         return None
-    from lesa.training.job import weights_hash
-
     found = weights_hash(model)
     if found in trained.split("+"):  # one of each transformer
         return None

@@ -16,8 +16,8 @@ from torch import nn
 
 import lesa
 from lesa.api import find_denoiser
-from lesa.hooks import attach, detach
-from lesa.models import ModelSpec, model_spec
+from lesa.hooks.attach import attach, detach
+from lesa.hooks.model_specs import ModelSpec, model_spec
 
 SCHEDULE = lesa.Schedule.explicit([0, 2, 3])  # of six: single ones, neighbours, a skipped end
 

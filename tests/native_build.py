@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lesa import backend, native
+from lesa.ops import backend, native
 
 ROOT = Path(__file__).parents[1]
 

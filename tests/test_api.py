@@ -11,7 +11,7 @@ import torch
 
 import lesa
 from lesa import LesaConfig, LesaError, LesaForecaster, Reuse, Schedule, Taylor
-from lesa.hooks import attach
+from lesa.hooks.attach import attach
 
 
 def test_import_is_light():

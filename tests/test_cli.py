@@ -257,7 +257,9 @@ def test_compare_of_what(options, words):
     ],
 )
 def test_compare_refuses_before_a_pipeline_is_loaded(options, words, prompts, monkeypatch):
-    monkeypatch.setattr("lesa.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "lesa.cli.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun")
+    )
     options = [prompts if option == "SAME" else option for option in options]
     line = refused("compare", "--pipeline", "testbed", "--prompts", prompts, *options)
     assert words in line
@@ -270,7 +272,7 @@ def test_frames_of_a_picture(prompts):
 
 @pytest.mark.parametrize("name", ["testbed", "testbed:flux", "flux"])
 def test_one_way_to_name_an_embedded_pipeline(name):
-    from lesa.inputs import call_settings, embedded_name
+    from lesa.cli.inputs import call_settings, embedded_name
 
     assert embedded_name(name) == "flux"
     assert call_settings(name, {}) == testbed.settings("flux")
@@ -281,9 +283,9 @@ def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):
     """The demo's own size takes minutes: here 8 steps, 3 in full, 2 prompts."""
     settings = {**testbed.settings("flux"), "num_inference_steps": 8}
     monkeypatch.setattr(testbed, "settings", lambda name: settings)
-    monkeypatch.setattr("lesa.demo.UNSEEN", 2)
+    monkeypatch.setattr("lesa.cli.run_demo.UNSEEN", 2)
     names = ("fewer-steps", "taylorseer-1", "deepcache", "lesa")  # DeepCache: no U-Net, no package
-    monkeypatch.setattr("lesa.demo.contest", lambda pipe, steps: ((3,), names))
+    monkeypatch.setattr("lesa.cli.run_demo.contest", lambda pipe, steps: ((3,), names))
     out, facts = tmp_path / "lesa-demo", tmp_path / "facts.json"
     text = run("demo", "--out", out, "--prompts-count", "2", "--json", facts)
     assert "deepcache is left out: it " in text
@@ -357,7 +359,9 @@ def test_full_steps_lists(command, text, prompts, tmp_path):
 
 def test_unwritable_folders_are_refused_before_any_work(prompts, tmp_path, monkeypatch):
     """A file stands where the folder should be: also root cannot write there."""
-    monkeypatch.setattr("lesa.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "lesa.cli.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun")
+    )
     blocked = tmp_path / "file" / "out"
     blocked.parent.write_text("")
     for line in (

@@ -18,11 +18,11 @@ from diffusers import (
 )
 from tiny_pipelines import build
 
-from lesa import noise
-from lesa.clock import StepClock
 from lesa.errors import LesaError
-from lesa.hooks import attach
-from lesa.noise import noise_levels
+from lesa.hooks import noise_levels as noise
+from lesa.hooks.attach import attach
+from lesa.hooks.noise_levels import noise_levels
+from lesa.hooks.step_clock import StepClock
 
 
 class Recorder:

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import lesa
-from lesa.engine import CacheController
+from lesa.engine.controller import CacheController
+from lesa.engine.trajectory import Trajectory
 from lesa.evaluation.compare import compare
 from lesa.evaluation.method import Bench
 from lesa.evaluation.methods import build_all, parse
 from lesa.testbed import captions, load, settings
-from lesa.trajectory import Trajectory
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lesa import Schedule, Table
-from lesa.eager import mix_row as mix
-from lesa.ring import Ring
+from lesa.engine.ring import Ring
+from lesa.ops.eager import mix_row as mix
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

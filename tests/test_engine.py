@@ -17,9 +17,9 @@ from diffusers import (
 
 import lesa
 from lesa import LesaConfig, Reuse, Schedule, Table, Taylor
-from lesa.engine import CacheController
-from lesa.hooks import attach
-from lesa.ring import Ring
+from lesa.engine.controller import CacheController
+from lesa.engine.ring import Ring
+from lesa.hooks.attach import attach
 
 FULL = Schedule.explicit([0, 4, 8, 11])
 TAPS = ["output", "hidden"]

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters import FoCa, Forecaster
-from lesa.schedule import Schedule
 
 schedules = st.builds(
     lambda full, steps: Schedule.explicit({0, *(s for s in full if s < steps)}, steps),

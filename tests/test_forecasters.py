@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lesa import LesaForecaster
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import Forecaster, HiCache, Reuse, Spectrum, Taylor
 from lesa.forecasters.hicache import hermite
-from lesa.schedule import Schedule
 
 schedules = st.builds(
     lambda full, steps: Schedule.explicit({0, *(s for s in full if s < steps)}, steps),

@@ -13,11 +13,11 @@ from tiny_pipelines import build, run
 from typer.testing import CliRunner
 
 import lesa
-from lesa import Schedule, Taylor, full_step, testbed
+from lesa import Schedule, Taylor, testbed
 from lesa.api import find_denoiser
-from lesa.cli import app
-from lesa.full_step import FullStep, attention_backends, compile_blocks, set_attention, why_not
-from lesa.inputs import load_pipeline
+from lesa.cli import app, full_step
+from lesa.cli.full_step import FullStep, attention_backends, compile_blocks, set_attention, why_not
+from lesa.cli.inputs import load_pipeline
 
 STEPS = ("--num-inference-steps", "4")
 OTHER = "_native_math"  # another way through attention that a CPU has too
@@ -189,7 +189,9 @@ def test_what_cannot_be_had_is_told_before_any_work(
         raise RuntimeError("no compiler\nand a long explanation")
 
     monkeypatch.setattr("torch.compile", no_compiler)
-    monkeypatch.setattr("lesa.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "lesa.cli.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun")
+    )
     monkeypatch.setattr("lesa.cli.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
     out = tmp_path / "out"
     place = ("testbed", "--out", out)

@@ -16,11 +16,11 @@ from torch.nn.functional import layer_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lesa.graph import GraphKey, State, StepGraphs
-from lesa.recorder import CudaRecorder, Recording
-from lesa.refusal import refusal
-from lesa.signature import signature
-from lesa.swap import Slot, Tap
+from lesa.engine.graphs.capture import CudaRecorder, Recording
+from lesa.engine.graphs.refusal import refusal
+from lesa.engine.graphs.step_graphs import GraphKey, State, StepGraphs
+from lesa.engine.graphs.weights_state import signature
+from lesa.hooks.class_swap import Slot, Tap
 
 CPU = torch.device("cpu")
 B, L, C, OUT, K, STEPS = 1, 5, 8, 3, 3, 6
@@ -486,7 +486,7 @@ def test_a_body_that_raised_is_made_anew(graphs, projection):
 
 
 def test_what_is_known_of_keys_has_a_limit(graphs, recorder, projection, monkeypatch):
-    monkeypatch.setattr("lesa.graph._MAX_KNOWN", 2)
+    monkeypatch.setattr("lesa.engine.graphs.step_graphs._MAX_KNOWN", 2)
     for branch in "abca":
         run(lend(graphs, projection, KEY._replace(branch=branch)), projection, range(2))
     assert len(graphs._known) <= 2 and recorder.warm_ups == 4

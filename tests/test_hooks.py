@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from lesa.denoiser import make_output, read_sample
 from lesa.errors import LesaError
-from lesa.hooks import attach, attached, detach
-from lesa.models import ModelSpec, known_models, model_spec, register_model
+from lesa.hooks.attach import attach, attached, detach
+from lesa.hooks.denoiser import make_output, read_sample
+from lesa.hooks.model_specs import ModelSpec, known_models, model_spec, register_model
 
 
 def plain(denoiser, args, kwargs):

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import Forecaster, LesaForecaster
 from lesa.forecasters.continuous import extrapolation, fold, time_inputs
 from lesa.forecasters.kan import KAN, MLP, RidgeSpline
-from lesa.schedule import Schedule
 
 PLAN = Schedule.every(7, 50)
 GATES: dict[str, dict[str, Any]] = {"ridge": {}, "edge": {"spline": "edge"}, "mlp": {"gate": "mlp"}}

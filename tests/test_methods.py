@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
 from lesa.evaluation.methods import NAMES, build, build_all, parse
 from lesa.evaluation.peers.forecasters import FORECASTERS
-from lesa.schedule import Schedule
 
 PUBLISHED = {
     ("fora", 10): (0, 5, 10, 15, 20, 25, 30, 35, 40, 45),

@@ -9,10 +9,10 @@ import torch
 from paper_form import STEPS, gated_table
 
 from lesa import Schedule, Table, ops
+from lesa.engine.mixer import Mixer
+from lesa.engine.ring import Ring
+from lesa.engine.step_table import Plan
 from lesa.errors import LesaError
-from lesa.mixer import Mixer
-from lesa.plan import Plan
-from lesa.ring import Ring
 
 
 def table(uses_latent: bool, bias: bool) -> Table:

@@ -22,10 +22,10 @@ from typer.testing import CliRunner
 
 import lesa
 from lesa.cli import app
-from lesa.discovery import Unclear, read_structure
-from lesa.hooks import attach
-from lesa.inputs import load_pipeline
-from lesa.models import known_models, model_spec
+from lesa.cli.inputs import load_pipeline
+from lesa.hooks.attach import attach
+from lesa.hooks.model_specs import known_models, model_spec
+from lesa.hooks.spec_discovery import Unclear, read_structure
 
 SHIPPED = known_models()
 

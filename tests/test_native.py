@@ -12,8 +12,8 @@ from lesa_kernels.gate import Gate
 from torch import Tensor
 from torch.nn import functional
 
-from lesa import native
-from lesa.eager import gate_value
+from lesa.ops import native
+from lesa.ops.eager import gate_value
 
 ROOT = Path(__file__).parents[1]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

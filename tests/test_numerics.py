@@ -8,10 +8,10 @@ import torch
 import lesa
 from lesa.evaluation.peers.learned import fit_l2p
 from lesa.forecasters import LesaForecaster
-from lesa.numerics import float64, gradients
 from lesa.testbed import captions, load, settings
 from lesa.training import Job, collect
 from lesa.training.fit import fit_continuous
+from lesa.util.numerics import float64, gradients
 
 MODES = {
     "no_grad": torch.no_grad,

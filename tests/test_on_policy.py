@@ -6,9 +6,9 @@ import torch
 from test_training_pipelines import STEPS, make_job
 
 import lesa
-from lesa.denoiser import read_sample
+from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
-from lesa.schedule import Schedule
+from lesa.hooks.denoiser import read_sample
 from lesa.training.collect import collect
 from lesa.training.fit import fit_paper
 from lesa.training.on_policy import visited_gram

@@ -7,8 +7,9 @@ import torch
 from lesa_kernels import reference
 from lesa_kernels.gate import Gate
 
-from lesa import backend, eager, ops
+from lesa import ops
 from lesa.errors import LesaError
+from lesa.ops import backend, eager
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STEP = torch.tensor(2, dtype=torch.int32)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lesa
-from lesa.denoiser import core_of
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Use
 from lesa.evaluation.peers import thresholds
 from lesa.evaluation.peers.adaptive import ADAPTIVE
@@ -20,8 +20,8 @@ from lesa.evaluation.peers.teacache import fit_polynomial, polynomial_for, teaca
 from lesa.evaluation.peers.thresholds import threshold_for
 from lesa.evaluation.runs import step_flops
 from lesa.forecasters import HiCache, Taylor
-from lesa.models import model_spec
-from lesa.schedule import Schedule
+from lesa.hooks.denoiser import core_of
+from lesa.hooks.model_specs import model_spec
 from tests.tiny_pipelines import build, run
 
 PIPELINES = ("flux", "qwen", "hunyuan-video")

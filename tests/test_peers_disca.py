@@ -7,7 +7,7 @@ import torch
 from tiny_pipelines import build as tiny
 
 import lesa
-from lesa.denoiser import core_of
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation import Bench, build
 from lesa.evaluation.methods import unfit
@@ -15,7 +15,7 @@ from lesa.evaluation.peers import disca as disca_module
 from lesa.evaluation.peers.disca import Predictor, count_parameters, disca, train_predictor
 from lesa.evaluation.runs import generate
 from lesa.forecasters.reuse import Reuse
-from lesa.schedule import Schedule
+from lesa.hooks.denoiser import core_of
 
 STEPS, PROMPTS = 4, 3
 SCHEDULE = Schedule.explicit((0, 2), STEPS)

@@ -11,6 +11,7 @@ import torch
 from tiny_pipelines import build, run
 
 from lesa import accelerate
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation import Bench
 from lesa.evaluation import build as method
@@ -20,7 +21,6 @@ from lesa.evaluation.peers.cache_dit import dbcache, mask_steps
 from lesa.evaluation.peers.diffusers_caches import _taylor_steps, cached, magnitude_ratios
 from lesa.evaluation.peers.metering import blocks_of
 from lesa.forecasters.taylor import Taylor
-from lesa.schedule import Schedule
 
 STEPS = 6
 PIPELINES = ("flux", "qwen", "hunyuan-video")

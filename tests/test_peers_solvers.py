@@ -15,12 +15,12 @@ from diffusers import (
 )
 from tiny_pipelines import build, run
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation import Bench
 from lesa.evaluation import build as method
 from lesa.evaluation.methods import parse
 from lesa.evaluation.peers.solvers import sampler
-from lesa.schedule import Schedule
 
 PIPELINES = ("flux", "qwen", "hunyuan-video", "sdxl")
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_pipelines import build as tiny
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation import Bench, build
 from lesa.evaluation.methods import unfit
@@ -16,7 +17,6 @@ from lesa.evaluation.peers.tokenwise import ClusCa, DuCa, ToCa, tokenwise
 from lesa.evaluation.peers.tokenwise.memory import Cell, Moment
 from lesa.evaluation.peers.tokenwise.rules import kmeans
 from lesa.evaluation.runs import step_flops
-from lesa.schedule import Schedule
 
 STEPS = 6
 SCHEDULE = Schedule.explicit((0, 2), STEPS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_training_pipelines import STEPS, make_job, reuse
 
-from lesa.schedule import Schedule
+from lesa.core.schedule import Schedule
 from lesa.training import closed_loop
 from lesa.training import polish as polishing
 from lesa.training.closed_loop import run_lanes

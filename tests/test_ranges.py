@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lesa import ranges
+from lesa.engine import nvtx_ranges as ranges
 
 NAMES = ("full", "push", "mix", "spline_mix", "tail", "capture", "replay")
 

@@ -10,11 +10,11 @@ import torch
 
 import lesa
 from lesa import Schedule, Taylor
-from lesa.graph import StepGraphs
-from lesa.hooks import attached
-from lesa.recorder import Recording
-from lesa.replay import TailBuffers
-from lesa.ring import Ring
+from lesa.engine.graphs.capture import Recording
+from lesa.engine.graphs.step_graphs import StepGraphs
+from lesa.engine.graphs.tail_graph import TailBuffers
+from lesa.engine.ring import Ring
+from lesa.hooks.attach import attached
 
 FULL = Schedule.explicit([0, 1, 2, 5, 9])
 

@@ -23,8 +23,8 @@ from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.report import _in_grid, _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
-from lesa.evaluation.standing import best_peer, duels, opponents, paired
-from lesa.files import read_prompts, to_json, write_atomically
+from lesa.evaluation.standing import best_peer, duels, opponents
+from lesa.util.files import read_prompts, to_json, write_atomically
 
 STEPS = 8
 PROMPTS = testbed.captions(3, seed=5)
@@ -224,15 +224,6 @@ def test_worst_prompts_are_those_of_lesa_made_once_more(contest):
     for label, pictures in worst.pictures.items():
         assert torch.allclose(pictures, contest.pictures[label][order], atol=1e-4)
     assert worst.decibels["lesa @4"] == [row["psnr"][i] for i in order]
-
-
-def test_paired_differences_are_those_of_the_pictures(contest):
-    found = paired(contest, "lesa @4", "fora @4")
-    plain, ours, peer = (contest.pictures[label] for label in (PLAIN, "lesa @4", "fora @4"))
-    expected = (psnr(plain, ours) - psnr(plain, peer)).mean().item()
-    assert found["mean"]["value"] == pytest.approx(expected, abs=1e-3)
-    with pytest.raises(LesaError, match="unknown 'fora @5'"):
-        paired(contest, "lesa @4", "fora @5")
 
 
 def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lesa.engine.ring import Ring
 from lesa.errors import LesaError
-from lesa.ring import Ring
 
 
 @given(history=st.integers(1, 8), pushes=st.integers(0, 25), reset_at=st.integers(0, 25))

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
-from lesa.schedule import Schedule, spread
 
 rules = st.one_of(
     st.builds(Schedule.every, st.integers(1, 30)),

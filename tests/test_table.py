@@ -3,9 +3,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 SCHEDULE = Schedule.explicit((0, 1, 4), 8)
 

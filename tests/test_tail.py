@@ -15,8 +15,8 @@ from diffusers import (
 
 import lesa
 from lesa import Schedule, Taylor
-from lesa.hooks import attach, attached, detach
-from lesa.tail import ModulatedTail
+from lesa.engine.tail import ModulatedTail
+from lesa.hooks.attach import attach, attached, detach
 
 FULL = Schedule.explicit([0, 1, 2, 5, 9])
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import lesa
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
-from lesa.schedule import Schedule
 from lesa.testbed import captions, load, settings
 from lesa.training.closed_loop import run_lanes, take_rows
 from lesa.training.collect import collect

@@ -9,10 +9,10 @@ import torch
 from tiny_pipelines import build, wan_22
 
 import lesa
-from lesa.denoiser import read_sample
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
-from lesa.prompts import count_prompts, prompt_arguments
-from lesa.schedule import Schedule
+from lesa.hooks.denoiser import read_sample
+from lesa.hooks.prompt_inputs import count_prompts, prompt_arguments
 from lesa.training.closed_loop import run_lanes
 from lesa.training.collect import collect
 from lesa.training.job import Job, parts_of

@@ -11,8 +11,8 @@ from tiny_pipelines import build
 
 import lesa
 from lesa import Schedule, Taylor
-from lesa.engine import CacheController
-from lesa.ring import Ring
+from lesa.engine.controller import CacheController
+from lesa.engine.ring import Ring
 
 FULL = Schedule.explicit([0, 1, 3])
 LAST_SKIPPED = 4  # of 6 steps, of which the last one is full as well
@@ -124,7 +124,7 @@ def test_an_interrupt_within_a_skipped_step_leaves_no_ring(rings, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lesa.mixer.Mixer.__call__", interrupted)
+        patch.setattr("lesa.engine.mixer.Mixer.__call__", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             pipe(**kept)
     del caught

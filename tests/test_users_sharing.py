@@ -14,7 +14,7 @@ from user_checks import at_step, check_nothing_stale, fresh, new_fallbacks
 
 import lesa
 from lesa import LesaError, Schedule, Taylor
-from lesa.hooks import attached
+from lesa.hooks.attach import attached
 
 THIRD = Schedule.fora(3)  # of six steps 0 and 3 are full
 

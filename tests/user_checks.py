@@ -10,7 +10,7 @@ import torch
 from tiny_pipelines import run
 
 import lesa
-from lesa.hooks import attached
+from lesa.hooks.attach import attached
 
 Calls = Callable[..., dict[str, Any]]
 

@@ -19,7 +19,7 @@ from lesa.evaluation.rounds import Chunk, run_method, run_tflops
 from lesa.evaluation.runs import step_flops
 from lesa.evaluation.standing import best_peer, ours, wanted
 from lesa.evaluation.tally import Tally
-from lesa.prompts import pictures_per_prompt, settings_of
+from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
 
 PLAIN = "plain"
 WORST = 4  # prompts that are shown where lesa is worst

@@ -19,15 +19,15 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lesa.denoiser import Denoiser, Run, read_sample
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import check_count
+from lesa.engine.ring import Ring
+from lesa.engine.tail import ModulatedTail
 from lesa.errors import LesaError
 from lesa.evaluation.full_size import MODELS, FullSize, Size
 from lesa.evaluation.report import readable_bytes
-from lesa.forecasters.base import Tap
-from lesa.hooks import attach, detach
-from lesa.inputs import check_count
-from lesa.ring import Ring
-from lesa.tail import ModulatedTail
+from lesa.hooks.attach import attach, detach
+from lesa.hooks.denoiser import Denoiser, Run, read_sample
 
 Result = TypeVar("Result")
 HISTORY = 3

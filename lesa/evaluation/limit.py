@@ -12,7 +12,7 @@ from lesa.evaluation.metrics import psnr
 from lesa.evaluation.rounds import Chunk, run_method
 from lesa.evaluation.tally import Tally
 from lesa.forecasters.lesa import LesaForecaster
-from lesa.prompts import pictures_per_prompt
+from lesa.hooks.prompt_inputs import pictures_per_prompt
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments

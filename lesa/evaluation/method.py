@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from lesa.schedule import Schedule
+from lesa.core.schedule import Schedule
 
 Origin = Literal["own", "searched"]
 

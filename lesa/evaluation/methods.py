@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import product
 
+from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.adaptive import ADAPTIVE
@@ -16,8 +17,6 @@ from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.evaluation.peers.tokenwise import TOKENWISE
-from lesa.inputs import check_count
-from lesa.schedule import Schedule
 
 PEERS: dict[str, Peer] = {
     **SOLVERS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.numerics import float64
+from lesa.util.numerics import float64
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 

@@ -26,8 +26,8 @@ from lesa.evaluation.standing import (
     ours,
     wanted,
 )
-from lesa.files import require_writable, to_json, write_atomically
-from lesa.versions import versions
+from lesa.util.files import require_writable, to_json, write_atomically
+from lesa.util.versions import versions
 
 GRID_COLUMNS, GRID_ROWS = 8, 16
 

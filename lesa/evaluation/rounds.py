@@ -12,7 +12,7 @@ import torch
 from lesa.evaluation.method import Method
 from lesa.evaluation.runs import Run, generate, step_flops
 from lesa.evaluation.tally import Tally
-from lesa.prompts import settings_of
+from lesa.hooks.prompt_inputs import settings_of
 
 
 @dataclass(frozen=True)

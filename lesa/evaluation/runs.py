@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from lesa.prompts import pictures_per_prompt, prompt_arguments
+from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 
 
 @dataclass

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lesa.errors import LesaError
 from lesa.evaluation.intervals import bootstrap, mean, worst_decile
-
-if TYPE_CHECKING:
-    from lesa.evaluation.compare import Comparison
 
 Row = Mapping[str, Any]
 OURS = "lesa"
@@ -89,18 +85,6 @@ def difference(a: Row, b: Row) -> dict[str, Any]:
         "p10": bootstrap(lambda x, y: _minus(worst_decile(x), worst_decile(y)), first, second),
         "won": (first > second).double().mean().item(),
     }
-
-
-def paired(result: Comparison, a: str, b: str) -> dict[str, Any]:
-    """`difference` of two methods of a comparison by their labels, e.g. "lesa @10", "fora @10".
-
-    Raises: LesaError if the comparison has no such label.
-    """
-    rows = {row["label"]: row for row in result.rows}
-    for label in (a, b):
-        if label not in rows:
-            raise LesaError(f"label: unknown {label!r}; choose from {', '.join(rows)}")
-    return difference(rows[a], rows[b])
 
 
 def duels(rows: Sequence[Row]) -> list[dict[str, Any]]:

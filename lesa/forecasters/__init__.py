@@ -1,6 +1,6 @@
 """Forecasters: each makes a table of coefficients from a schedule and its noise levels."""
 
-from lesa.forecasters.base import Forecaster
+from lesa.core.forecaster import Forecaster
 from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
 from lesa.forecasters.lesa import LesaForecaster

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
-from lesa.schedule import Schedule, spread
 
 SIGMA_TOLERANCE = 1e-4
 

@@ -15,12 +15,12 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
-import lesa
+from lesa._version import __version__
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
-from lesa.files import write_atomically
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.lesa import LesaForecaster
-from lesa.schedule import Schedule
+from lesa.util.files import write_atomically
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -89,7 +89,7 @@ def _config(forecaster: LesaForecaster, weights: bytes) -> dict[str, Any]:
     parameter = next(forecaster.parameters(), torch.empty(0))
     return {
         "format_version": FORMAT_VERSION,
-        "lesa_version": getattr(lesa, "__version__", "unknown"),
+        "lesa_version": __version__,
         "metadata": forecaster.metadata,
         "settings": forecaster.settings.to_dict(),
         "dtype": str(parameter.dtype).removeprefix("torch."),

@@ -8,9 +8,9 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters.kan import KAN, FullPrecision
 from lesa.forecasters.settings import Settings
-from lesa.schedule import Schedule
 
 SMALLEST_GAP = 1 / 256
 INTERVALS = 8

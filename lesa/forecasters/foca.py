@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lesa.forecasters.base import Tap
-from lesa.schedule import Schedule
-from lesa.table import Table
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 
 HORIZON = 3  # steps that a straight line is trusted for
 

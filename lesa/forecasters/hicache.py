@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import factorial
 
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.base import Tap
 from lesa.forecasters.taylor import check_order, difference_table
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lesa.core.forecaster import Tap, check_sigmas
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.base import Tap, check_sigmas
 from lesa.forecasters.calibration import Calibration, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.kan import FullPrecision
 from lesa.forecasters.paper import PaperForm
 from lesa.forecasters.settings import Settings
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 _NETS: dict[str, type[TableForm] | type[PaperForm]] = {
     "continuous": ContinuousForm,

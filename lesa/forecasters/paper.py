@@ -8,11 +8,11 @@ import torch
 from lesa_kernels.gate import fold_times, pack_gate
 from torch import Tensor, nn
 
+from lesa.core.schedule import Schedule
+from lesa.core.table import GatedRows
 from lesa.errors import LesaError
 from lesa.forecasters.kan import KAN, MLP, FullPrecision, RidgeSpline
 from lesa.forecasters.settings import Settings
-from lesa.schedule import Schedule
-from lesa.table import GatedRows
 
 INTERVALS = 5  # as in LESA's release
 

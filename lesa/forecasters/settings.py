@@ -6,8 +6,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+from lesa.core.forecaster import Tap
 from lesa.errors import LesaError
-from lesa.forecasters.base import Tap
 
 FORMS = ("continuous", "paper", "table")
 GATES = ("kan", "mlp")

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.base import Tap
 from lesa.forecasters.taylor import lagrange
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
 
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.base import Tap
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 MAX_ORDER = 4
 

@@ -184,7 +184,7 @@ def unseen(count: int, name: str = "flux") -> list[str]:
 def main() -> None:
     import torch
 
-    from lesa.prompts import prompt_arguments
+    from lesa.hooks.prompt_inputs import prompt_arguments
     from lesa.testbed import load, settings
 
     parser = argparse.ArgumentParser(

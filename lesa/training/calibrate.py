@@ -10,8 +10,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
-from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane, quality

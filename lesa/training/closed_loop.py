@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.clock import Step
-from lesa.denoiser import Denoiser, make_output, read_sample
-from lesa.schedule import Schedule
+from lesa.core.schedule import Schedule
+from lesa.hooks.denoiser import Denoiser, make_output, read_sample
+from lesa.hooks.step_clock import Step
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.lane import Lane, Tail, Visit
 from lesa.training.statistics import Statistics

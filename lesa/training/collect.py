@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.denoiser import Denoiser, read_sample
 from lesa.errors import LesaError
+from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, gram

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
-from lesa.numerics import gradients
-from lesa.schedule import Schedule
 from lesa.training.progress import Progress
 from lesa.training.statistics import Statistics
+from lesa.util.numerics import gradients
 
 LONGEST_GAP = 12  # steps between full steps that random step lists reach
 

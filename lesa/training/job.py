@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from lesa.api import find_denoisers
-from lesa.clock import Step
-from lesa.denoiser import Controller, Denoiser
 from lesa.errors import LesaError
-from lesa.hooks import controlled
-from lesa.prompts import pictures_per_prompt, prompt_arguments
+from lesa.hooks.attach import controlled
+from lesa.hooks.denoiser import Controller, Denoiser
+from lesa.hooks.pipeline import find_denoisers
+from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
+from lesa.hooks.step_clock import Step
+from lesa.hooks.weights_hash import weights_hash
 from lesa.training.progress import Progress
 
 
@@ -126,33 +127,3 @@ def _digest(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
-
-
-def weights_hash(model: torch.nn.Module) -> str:
-    """Hash of names, shapes and first values of all weights, rounded to bfloat16.
-
-    The rounding makes it the same for any dtype that the weights are loaded in.
-    """
-    digest, weights = hashlib.sha256(), model.state_dict()
-    first = _on_host(
-        {
-            name: weight.detach().flatten()[:16].float()
-            for name, weight in weights.items()
-            if weight.device.type != "meta" and weight.is_floating_point()
-        }
-    )
-    for name, weight in sorted(weights.items()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        if name in first:
-            digest.update(first[name].bfloat16().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _on_host(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same vectors on the host, each device being waited for once."""
-    found: dict[str, torch.Tensor] = {}
-    for device in {vector.device for vector in vectors.values()}:
-        there = {name: vector for name, vector in vectors.items() if vector.device == device}
-        parts = torch.cat([*there.values()]).cpu().split([len(part) for part in there.values()])
-        found |= zip(there, parts, strict=True)
-    return found

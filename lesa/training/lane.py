@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters.taylor import lagrange
-from lesa.numerics import float64
-from lesa.schedule import Schedule
 from lesa.training.search import balanced
+from lesa.util.numerics import float64
 
 EARLY = 0.85  # noise level above which a row is fitted with caution
 GAUSS_NEWTON = 2  # rounds of linearising the tail

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters.paper import PaperForm
-from lesa.schedule import Schedule
 from lesa.training.closed_loop import run_lanes
 from lesa.training.job import Job
 from lesa.training.lane import Lane, Tail, Visit, mixed

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
-from lesa.schedule import Schedule, spread
 from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]

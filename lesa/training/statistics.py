@@ -17,9 +17,9 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.files import write_atomically
-from lesa.numerics import float64
 from lesa.training.sampler import Sampler, identify
+from lesa.util.files import write_atomically
+from lesa.util.numerics import float64
 
 FORMAT = 2
 
@@ -195,7 +195,7 @@ class Statistics:
 
 def gram(basis: Tensor, chunk: int = 1 << 20) -> Tensor:
     """Inner products of the rows of ``[M, D]``, divided by D, on the host; taken in float64 where
-    the rows lie (`lesa.numerics.float64`), ``chunk`` elements being upcast at a time."""
+    the rows lie (`lesa.util.numerics.float64`), ``chunk`` elements being upcast at a time."""
     total = torch.zeros(basis.shape[0], basis.shape[0], dtype=torch.float64)
     width = max(1, chunk // basis.shape[0])
     for part in basis.split(width, dim=1):

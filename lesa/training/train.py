@@ -9,12 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
-from lesa.numerics import gradients
-from lesa.prompts import count_prompts
-from lesa.schedule import Schedule
+from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous, fit_paper
@@ -23,6 +22,7 @@ from lesa.training.on_policy import visited_gram
 from lesa.training.progress import Progress
 from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
+from lesa.util.numerics import gradients
 
 
 @gradients()

@@ -21,8 +21,9 @@ from device.pretend import HOST, PretendGpu, constructors, held
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from lesa import numerics, ring
+from lesa.engine import ring
 from lesa.evaluation.peers.tokenwise import rules
+from lesa.util import numerics
 
 DEVICES = 2
 KERNELS = ("mix", "mix_modulate", "spline_mix")  # those that a pipeline launches

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 import lesa
-from lesa import numerics
+from lesa.cli.inputs import load_pipeline
 from lesa.evaluation import Bench, build
 from lesa.evaluation.metrics import psnr
 from lesa.evaluation.peers.speca import speca
 from lesa.evaluation.peers.teacache import FLUX, teacache
 from lesa.evaluation.runs import generate
-from lesa.inputs import load_pipeline
-from lesa.numerics import float64
 from lesa.testbed import prompts, settings
 from lesa.training.lane import ridge_fit
 from lesa.training.statistics import gram
+from lesa.util import numerics
+from lesa.util.numerics import float64
 
 STEPS = 4
 CALL = {**settings("flux"), "num_inference_steps": STEPS, "output_type": "latent"}

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import lesa
-from lesa import ring
+from lesa.cli.inputs import load_pipeline
+from lesa.engine import ring
 from lesa.evaluation import Method, compare
-from lesa.inputs import load_pipeline
 from lesa.testbed import prompts, settings
 from lesa.training.progress import Progress
 

@@ -98,7 +98,7 @@ def test_other_work_makes_nobody_wait(gpu, work):
 
 
 def test_a_read_tells_whose_code_it_was(gpu):
-    from lesa.noise import own_noise_levels
+    from lesa.hooks.noise_levels import own_noise_levels
 
     with gpu.watched("lesa") as reads:
         own_noise_levels(None, torch.tensor([1.0, 0.5, 0.0], device="cuda"))

@@ -6,7 +6,7 @@ from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.mix import _flat_kernel, mix
 
-from lesa.ring import Ring
+from lesa.engine.ring import Ring
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ONE = Config(1024, 128, 1)

@@ -10,9 +10,9 @@ import torch
 from paper_form import STEPS, gated_table
 
 from lesa import Schedule, Table
-from lesa.mixer import Mixer, Modulation
-from lesa.plan import Plan
-from lesa.ring import Ring
+from lesa.engine.mixer import Mixer, Modulation
+from lesa.engine.ring import Ring
+from lesa.engine.step_table import Plan
 
 FULL = (0, 1, 4)
 

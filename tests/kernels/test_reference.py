@@ -6,9 +6,9 @@ import torch
 from lesa_kernels import reference
 from lesa_kernels.gate import pack_gate
 
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.forecasters.kan import RidgeSpline
-from lesa.schedule import Schedule
-from lesa.table import Table
 
 
 def test_mix_is_table_apply(rand, integers, device):

@@ -8,10 +8,10 @@ from lesa_kernels.gate import fold_times, pack_gate
 from lesa_kernels.mix import mix
 from lesa_kernels.spline_mix import spline_mix
 
+from lesa.core.schedule import Schedule
 from lesa.forecasters.kan import RidgeSpline
 from lesa.forecasters.paper import PaperForm
 from lesa.forecasters.settings import Settings
-from lesa.schedule import Schedule
 
 TWO = Config(512, 128, 2)
 SHAPE = (3, 5, 67)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.freqca import freqca
@@ -12,7 +13,6 @@ from lesa.evaluation.peers.layouts import unfit_layout
 from lesa.evaluation.peers.speca import speca
 from lesa.evaluation.peers.teacache import polynomial_for, teacache
 from lesa.evaluation.peers.thresholds import Applied, adaptive, needs_calibration
-from lesa.schedule import Schedule
 
 
 @dataclass(frozen=True)

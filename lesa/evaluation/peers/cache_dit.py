@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Origin, Peer, Use
 from lesa.evaluation.peers.diffusers_caches import calls_in_a_step
 from lesa.evaluation.peers.metering import blocks_of, metered, restored
 from lesa.evaluation.peers.thresholds import Applied, adaptive, needs_calibration
-from lesa.schedule import Schedule
 
 _FIRST_BLOCKS = 8 / 57  # F8 of FLUX.1's blocks
 _WARMUP = 8  # published for 28 to 50 steps

@@ -10,15 +10,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lesa import hooks
-from lesa.api import find_denoiser
-from lesa.clock import Step
-from lesa.denoiser import Denoiser, core_of
 from lesa.errors import RunError
 from lesa.evaluation.method import Use
 from lesa.evaluation.peers.layouts import Layout, known_layout
 from lesa.evaluation.peers.metering import held_bytes
-from lesa.models import ModelSpec, model_spec
+from lesa.hooks import attach as hooks
+from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.model_specs import ModelSpec, model_spec
+from lesa.hooks.pipeline import find_denoiser
+from lesa.hooks.step_clock import Step
 
 S = TypeVar("S")
 

@@ -9,9 +9,9 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.peers.metering import held_bytes
-from lesa.schedule import Schedule
 
 
 @dataclass(frozen=True)

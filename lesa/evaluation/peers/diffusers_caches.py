@@ -11,6 +11,7 @@ from io import StringIO
 from statistics import fmean
 from typing import Any
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Peer, Use
 from lesa.evaluation.peers.metering import blocks_of, metered, restored
 from lesa.evaluation.peers.thresholds import (
@@ -20,8 +21,7 @@ from lesa.evaluation.peers.thresholds import (
     needs_calibration,
 )
 from lesa.evaluation.runs import step_flops
-from lesa.prompts import settings_of
-from lesa.schedule import Schedule
+from lesa.hooks.prompt_inputs import settings_of
 
 _BROADCASTS = (9, 7, 5, 3, 2)  # the attention ranges of PAB 579 and 235
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from lesa.api import find_denoiser
-from lesa.denoiser import Denoiser, core_of
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.runs import generate
-from lesa.hooks import controlled
-from lesa.models import model_spec
-from lesa.numerics import gradients
-from lesa.prompts import pictures_per_prompt, settings_of
-from lesa.schedule import Schedule
+from lesa.hooks.attach import controlled
+from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.model_specs import model_spec
+from lesa.hooks.pipeline import find_denoiser
+from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
+from lesa.util.numerics import gradients
 
 MOST_STEPS = 16
 PROMPTS = 32

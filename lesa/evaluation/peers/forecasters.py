@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method
 from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
 from lesa.forecasters.reuse import Reuse
 from lesa.forecasters.spectrum import Spectrum
 from lesa.forecasters.taylor import Taylor
-from lesa.schedule import Schedule
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa.clock import Step
-from lesa.denoiser import Denoiser
+from lesa.core.schedule import Schedule
+from lesa.engine.mixer import Mixer
+from lesa.engine.ring import Ring
+from lesa.engine.step_table import Plan
 from lesa.errors import LesaError
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.thresholds import Applied
 from lesa.forecasters.hicache import HiCache
-from lesa.mixer import Mixer
-from lesa.plan import Plan
-from lesa.ring import Ring
-from lesa.schedule import Schedule
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.step_clock import Step
 
 CUTOFF = 0.1  # of the highest frequency
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lesa.api import find_denoiser
-from lesa.denoiser import Denoiser, core_of
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
-from lesa.models import ModelSpec
+from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.model_specs import ModelSpec
+from lesa.hooks.pipeline import find_denoiser
 
 Arguments = tuple[Denoiser, tuple[Any, ...], dict[str, Any]]
 

@@ -9,21 +9,21 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
+from lesa.core.forecaster import Tap
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.forecasters import ScheduledPeer
 from lesa.evaluation.peers.memo import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
-from lesa.forecasters.base import Tap
 from lesa.forecasters.calibration import thinned
 from lesa.forecasters.reuse import Reuse
-from lesa.numerics import gradients
-from lesa.schedule import Schedule
-from lesa.table import Table
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 from lesa.training.statistics import Statistics
 from lesa.training.train import train
+from lesa.util.numerics import gradients
 
 EPOCHS, RATE = 201, 0.01  # L2P's release
 _PAPER_RULE = ScheduledPeer(Reuse, Schedule.every, (5, 7, 10))

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Use
-from lesa.schedule import Schedule
 
 # log(1 - sigma) must be finite: UniPC solves a linear system in it.
 _LARGEST_FLOW_TIME = 1 - 1e-6

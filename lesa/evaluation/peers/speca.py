@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa.clock import Step
-from lesa.denoiser import Denoiser
+from lesa.core.schedule import Schedule
+from lesa.core.table import Table
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.layouts import bound_arguments, last_block
 from lesa.evaluation.peers.thresholds import Applied
 from lesa.forecasters.taylor import Taylor
-from lesa.schedule import Schedule
-from lesa.table import Table
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.step_clock import Step
 
 ORDER, LEADING = 2, 3
 BASE, FLOOR, DECAY = 7.0, 0.1, 0.3  # published for FLUX.1-dev

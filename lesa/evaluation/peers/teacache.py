@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa.api import find_denoiser
-from lesa.clock import Step
-from lesa.denoiser import Denoiser, core_of, read_sample
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.layouts import first_block
 from lesa.evaluation.peers.memo import once_per_bench
 from lesa.evaluation.peers.thresholds import Applied, mean_full_steps
+from lesa.hooks.denoiser import Denoiser, core_of, read_sample
+from lesa.hooks.pipeline import find_denoiser
+from lesa.hooks.step_clock import Step
 
 # Powers 0 to 4, fitted by the authors to FLUX.1-dev
 FLUX = (0.264230861, -3.82021401, 55.8554382, -283.781631, 498.651651)

@@ -10,7 +10,7 @@ from typing import Any
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.runs import generate
-from lesa.prompts import pictures_per_prompt, settings_of
+from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
 
 Applied = Callable[[Any], AbstractContextManager[Use]]
 

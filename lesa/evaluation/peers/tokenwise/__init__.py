@@ -10,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lesa.api import find_denoiser
-from lesa.denoiser import Denoiser, core_of
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Use
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.tokenwise.blocks import Rotary, run_double, run_single
 from lesa.evaluation.peers.tokenwise.memory import Cell, Moment, Rule
 from lesa.evaluation.peers.tokenwise.rules import ClusCa, DuCa, ToCa
-from lesa.hooks import controlled
-from lesa.schedule import Schedule
+from lesa.hooks.attach import controlled
+from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.pipeline import find_denoiser
 
 __all__ = ["TOKENWISE", "ClusCa", "DuCa", "ToCa", "Tokenwise", "tokenwise"]
 

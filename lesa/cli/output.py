@@ -1,0 +1,111 @@
+"""How commands talk: text for people, JSON for programs, one sentence for mistakes."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+from typer.core import TyperCommand
+
+from lesa.errors import LesaError, is_out_of_memory
+from lesa.util.files import require_writable_file, to_json, write_atomically
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+BAD_INPUT, INTERRUPTED = 2, 130
+STDOUT = Path("-")
+
+
+class JsonCommand(TyperCommand):
+    """A command whose `--json` may stand alone (then "-", standard output) or name a file.
+
+    Where the command takes an argument too, only a name that ends in .json is taken for the file.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the missing "-" after a lone `--json`."""
+        positional = any(parameter.param_type_name == "argument" for parameter in self.params)
+        completed = []
+        for at, arg in enumerate(args):
+            completed.append(arg)
+            following = args[at + 1] if at + 1 < len(args) else "-"
+            named = following.endswith(".json") if positional else not following.startswith("-")
+            if arg == "--json" and not named and args[at + 1 : at + 2] != ["-"]:
+                completed.append("-")
+        return super().parse_args(ctx, completed)
+
+
+def guarded(command: Function) -> Function:
+    """Turn bad input into one line on stderr and exit status 2, Ctrl-C into 130; no traceback."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except LesaError as error:
+            complain(str(error))
+            raise typer.Exit(BAD_INPUT) from None
+        except OSError as error:  # a disk that fills up, a folder that goes away
+            complain(f"{error.filename or 'file'}: {error.strerror or error}; check the disk")
+            raise typer.Exit(BAD_INPUT) from None
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            complain(_too_small(error, kwargs))
+            raise typer.Exit(BAD_INPUT) from None
+        except KeyboardInterrupt:
+            complain("interrupted; what was finished is kept")
+            raise typer.Exit(INTERRUPTED) from None
+
+    return wrapper  # type: ignore[return-value]
+
+
+def _too_small(error: BaseException, options: dict[str, Any]) -> str:
+    """What to do about a device without enough memory, by the options that the command has."""
+    known = [name for name in ("batch_size", "height", "width", "frames") if name in options]
+    lower = [f"lower {', '.join('--' + name.replace('_', '-') for name in known)}"] * bool(known)
+    narrow = ["give --dtype bfloat16"] * ("dtype" in options)
+    remedies = " or ".join([*lower, *narrow, "take a larger device"])
+    named = options.get("device") or "the one in use"
+    reason = (str(error).strip() or "out of memory").splitlines()[0][:200].rstrip(" .")
+    return f"device: {named} has too little memory ({reason}); {remedies}"
+
+
+def complain(sentence: str) -> None:
+    """One line on stderr."""
+    print(f"lesa: {' '.join(sentence.split())}", file=sys.stderr)
+
+
+def check_json(target: Path | None) -> None:
+    """Raises LesaError if a JSON file cannot be written, before any work is done."""
+    if target is not None and target != STDOUT:
+        require_writable_file(target, "json")
+
+
+def console(target: Path | None) -> Console:
+    """Where text for people goes: stderr while standard output carries JSON."""
+    return Console(stderr=target == STDOUT, highlight=False)
+
+
+def emit(target: Path | None, value: Any) -> None:
+    """Write `value` as JSON to a file or to standard output; nothing without a target."""
+    if target == STDOUT:
+        sys.stdout.write(to_json(value))
+    elif target is not None:
+        write_atomically(target, to_json(value))
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[str], object]]:
+    """A bar on stderr; the yielded function is told what has just ended."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, advance=1, description=f"{title}: {done}")

@@ -1,0 +1,91 @@
+"""The main job in one go: train on a few prompts, skip most steps of unseen ones, show both."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+UNSEEN = 16
+FULL_STEPS = {50: (10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps of the sampler, as in the paper
+UNET_FULL_STEPS = (17, 10, 5)  # DeepCache at intervals 3, 5 and 10 of 50 steps
+FEW = 8  # steps up to which no published schedule of TaylorSeer leaves much to skip
+
+
+def contest(pipe: Any, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Numbers of full steps to compare at, and the methods that apply to this pipeline."""
+    if getattr(pipe, "unet", None) is not None and num_steps == 50:
+        return UNET_FULL_STEPS, ("fewer-steps", "taylorseer-1", "deepcache", "lesa")
+    counts = FULL_STEPS.get(num_steps, (max(1, num_steps // 5),))
+    if num_steps <= FEW:
+        return counts, ("fewer-steps", "fora", "taylorseer-1", "lesa")
+    return counts, ("fewer-steps", "taylorseer-1", "lesa")
+
+
+def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> dict[str, Any]:
+    """Write the report of a fresh forecaster into `out`, print what was gained, return the facts.
+
+    Trains on `prompts_count` captions of the embedded pipeline, then generates unseen captions
+    plain and accelerated at the numbers of full steps that the paper reports for its step count.
+
+    Raises: LesaError for an unknown pipeline or an unwritable folder.
+    """
+    import lesa
+    from lesa.cli.inputs import quieten
+    from lesa.cli.output import progress
+    from lesa.evaluation.compare import compare
+    from lesa.evaluation.judges import attributes
+    from lesa.evaluation.method import Bench
+    from lesa.evaluation.methods import build_all, left_out
+    from lesa.evaluation.report import rich_table, write_report
+
+    quieten()
+    begun = time.perf_counter()
+    pipe, settings = lesa.testbed.load(pipeline), lesa.testbed.settings(pipeline)
+    steps = settings["num_inference_steps"]
+    counts, names = contest(pipe, steps)
+    bench = Bench(steps, pipe, settings)
+    missing = left_out([name for name in names if name != "lesa"], bench)
+    names = tuple(name for name in names if name not in missing)
+    console.print(*missing.values(), sep="\n", end="\n" * bool(missing), markup=False)
+    console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
+    forecaster = lesa.train(
+        pipe,
+        lesa.testbed.prompts(pipeline, prompts_count, seed=0, split="train"),
+        num_inference_steps=steps,
+        full_steps=counts,
+        call=settings,
+    )
+    forecaster.save_pretrained(out / "forecaster")
+    trained = time.perf_counter() - begun
+
+    unseen = lesa.testbed.prompts(pipeline, UNSEEN, seed=1)
+    methods = build_all(names, counts, replace(bench, forecaster=forecaster))
+    console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
+    batch = UNSEEN // 2
+    with progress("compare", 2 * (len(methods) + 1)) as advance:
+        result = compare(
+            pipe,
+            unseen,
+            methods,
+            settings,
+            seed=1000,
+            batch_size=batch,
+            keep_pictures=UNSEEN,
+            judges=[attributes],
+            advance=advance,
+        )
+    right = result.scores()
+    seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
+    facts = {**seconds, "attributes": right}
+    shown = ("deepcache" if "deepcache" in names else "taylorseer-1", "lesa")
+    files = write_report(result, out, title=f"lesa demo: {pipeline}", shown=shown, extra=facts)
+    console.print(f"Pictures and curves: {files['report.html']}")
+    for label, shares in right.items():
+        listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        console.print(f"{label}: {listed} as in the captions", highlight=False)
+    console.print(*result.notes, rich_table(result.rows, result.plain_seconds, steps), sep="\n")
+    return {**result.to_dict(), **facts, "files": list(files.values())}

@@ -1,0 +1,1 @@
+"""Numbers only: which steps are full, and the coefficients of the others."""

@@ -1,0 +1,1 @@
+"""Runs tables: one call of the denoiser is full or skipped."""

@@ -1,0 +1,1 @@
+"""A skipped step as a CUDA graph."""

@@ -1,0 +1,116 @@
+"""A skipped step of the hidden tap as one CUDA graph: mix_modulate -> proj_out.
+
+The output tap has none: its skipped step is a single kernel, and a replay costs more than a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lesa.engine.graphs.capture import Body
+from lesa.engine.graphs.step_graphs import GraphKey, Lease, StepGraphs
+from lesa.engine.mixer import Mixer, Modulation
+from lesa.engine.step_table import Plan
+
+if TYPE_CHECKING:
+    from lesa.engine.tail import ModulatedTail
+
+__all__ = ["TailBuffers", "TailGraph"]
+
+
+class TailBuffers:
+    """The tensors that the graph reads: all that varies from step to step is in them.
+
+    ring [K, *feature], slots [K] and step, table [S, K], bias [S], rows [S, B, 2 C] of scale and
+    shift. `normed`, as large as a feature, is written: inside a graph's memory it would outlive it.
+    """
+
+    def __init__(self, plan: Plan, steps: int, feature: Tensor) -> None:
+        table = plan.on(feature.device)
+        self.ring = feature.new_empty(plan.history, *feature.shape)
+        self.slots = feature.new_zeros(plan.history, dtype=torch.int32)
+        self.step = feature.new_zeros((), dtype=torch.int32)
+        self.table, self.bias = table.coefficients, table.bias
+        self.rows = feature.new_empty(steps, feature.shape[0], 2 * feature.shape[-1])
+        self.normed = torch.empty_like(feature, memory_format=torch.contiguous_format)
+
+
+class TailGraph:
+    """The graph for one trajectory, from its first full step on.
+
+    Attributes:
+        ring: memory for the trajectory's ring, which the graph reads.
+    """
+
+    def __init__(self, lease: Lease[TailBuffers]) -> None:
+        self._lease = lease
+        self._pushed = -1
+        self._modulation: Modulation | None = None
+        self.ring = lease.buffers.ring
+
+    @classmethod
+    def acquire(
+        cls,
+        graphs: StepGraphs[TailBuffers],
+        tail: ModulatedTail,
+        plan: Plan,
+        branch: str,
+        feature: Tensor,
+        run: Callable[..., Tensor],
+    ) -> TailGraph | None:
+        """A graph of `run`, the `mix_modulate` of the active backend, and the model's last layer.
+
+        `feature` gives the layout of what goes into the ring. None where nothing is to be recorded.
+        """
+        steps = len(plan.rows)
+        variant = plan.on(feature.device).bias is None, run
+        key = GraphKey(
+            tuple(feature.shape),
+            feature.dtype,
+            feature.device,
+            branch,
+            plan.history,
+            steps,
+            variant,
+        )
+        lease = graphs.acquire(
+            key,
+            (tail.projection,),
+            partial(TailBuffers, plan, steps, feature),
+            partial(_body, tail, run),
+            model=tail.model,
+        )
+        if lease.reason is not None:
+            graphs.count(f"refused: {lease.reason}")
+            return None
+        return cls(lease)
+
+    def run(self, index: int, mixer: Mixer, modulation: Modulation) -> Tensor:
+        """The model's output at the plan's step `index`."""
+        buffers, ring = self._lease.buffers, mixer.ring
+        if self._modulation is not modulation:
+            self._modulation = modulation
+            scale, shift = buffers.rows.chunk(2, dim=-1)
+            scale.copy_(modulation.scale)
+            shift.copy_(modulation.shift)
+        if self._pushed != ring.pushed:
+            self._pushed = ring.pushed
+            buffers.slots.copy_(ring.slots)
+        buffers.step.copy_(mixer.table.steps[index])
+        return self._lease.run()
+
+
+def _body(tail: ModulatedTail, run: Callable[..., Tensor], buffers: TailBuffers) -> Body:
+    scale, shift = buffers.rows.chunk(2, dim=-1)
+    given = (buffers.ring, buffers.slots, buffers.table, buffers.step, scale, shift)
+
+    def body() -> Tensor:
+        run(*given, buffers.normed, bias=buffers.bias, eps=tail.eps)
+        return tail.projection(buffers.normed)
+
+    return body

@@ -1,0 +1,152 @@
+"""A table unpacked for the step path, and where to get it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.core.schedule import Schedule
+from lesa.core.table import GatedRows, Table
+from lesa.engine.config import LesaConfig
+from lesa.errors import LesaError
+from lesa.hooks.step_clock import Step
+
+__all__ = ["DeviceTable", "Plan", "Planner", "Row"]
+
+_MAX_PLANS = 64
+
+
+class Row(NamedTuple):
+    """One skipped step's coefficients as plain floats: nothing is converted on the step path."""
+
+    coefficients: tuple[float, ...]
+    latent: float
+    bias: float
+
+
+class DeviceTable(NamedTuple):
+    """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)] and [S] or None, with a last
+    dimension more for several parts; S step numbers.
+
+    A row of a full step is zero. `gated` is the paper's form of the rows, fp32 and int32, if any.
+    """
+
+    coefficients: Tensor
+    bias: Tensor | None
+    steps: tuple[Tensor, ...]
+    gated: GatedRows | None = None
+
+
+class Plan:
+    """A table, unpacked.
+
+    `rows[s]` is None at a full step, else one row for each of the `parts` of a call: 1, or as many
+    guidance parts as the table has rows of their own for, where calls hold that many. `pushes[s]`
+    says whether step s's feature enters the ring and `expected[s]` how many have entered before it.
+    Features that no later step needs do not enter, and `history` is no more than any row reaches
+    back. `last` is the last skipped step (0 where there is none), after which no ring is needed.
+    """
+
+    def __init__(self, table: Table, parts: int = 1) -> None:
+        self.parts = parts if parts == table.parts else 1
+        table = (table if self.parts > 1 else replace(table, split=None)).trimmed()
+        schedule, width = table.schedule, table.history
+        self.history = width
+        self.uses_latent = table.uses_latent
+        self.autoregressive = table.autoregressive
+        self.rows: list[tuple[Row, ...] | None] = [None] * schedule.steps
+        tables = [table.part(p).coefficients.tolist() for p in range(self.parts)]
+        biases = [0.0] * schedule.steps if table.bias is None else table.bias.tolist()
+        for s in schedule.skipped_steps:
+            self.rows[s] = tuple(
+                Row(tuple(rows[s][:width]), rows[s][-1] if table.uses_latent else 0.0, biases[s])
+                for rows in tables
+            )
+        self.last = last = max(schedule.skipped_steps, default=0)
+        enters = [table.autoregressive or row is None for row in self.rows]
+        self.pushes = [enter and s < last for s, enter in enumerate(enters)]
+        self.expected = list(accumulate(self.pushes, initial=0))
+        self._table = table
+        self._devices: dict[torch.device, DeviceTable] = {}
+
+    def of(self, index: int) -> tuple[Row, ...]:
+        """The coefficients of a skipped step, part by part."""
+        rows = self.rows[index]
+        if rows is None:
+            raise LesaError(f"step {index} is full and has no forecast; ask for skipped steps only")
+        return rows
+
+    def on(self, device: torch.device) -> DeviceTable:
+        """The rows on a device; copied there once."""
+        found = self._devices.get(device)
+        if found is None:
+            table = self._table
+            with torch.inference_mode(False):  # it outlives the generation that asked first
+                bias = None if table.bias is None else table.bias.float().to(device)
+                if bias is not None and self.parts > 1:
+                    bias = bias[:, None].repeat(1, self.parts)
+                steps = torch.arange(len(self.rows), dtype=torch.int32, device=device)
+                rows = table.coefficients if table.split is None else table.split
+                coefficients = rows.float().contiguous().to(device)
+                gated = table.gated and _moved(table.gated, device)
+            found = DeviceTable(coefficients, bias, steps.unbind(0), gated)
+            self._devices[device] = found
+        return found
+
+
+def _moved(gated: GatedRows, device: torch.device) -> GatedRows:
+    def number(values: Tensor) -> Tensor:
+        return values.float().contiguous().to(device)
+
+    gate = gated.gate
+    moved = gate._replace(
+        projection=number(gate.projection),
+        shift=number(gate.shift),
+        base=number(gate.base),
+        spline=number(gate.spline),
+    )
+    return GatedRows(
+        number(gated.weights),
+        number(gated.bias),
+        number(gated.tau),
+        gated.experts.to(device),
+        moved,
+    )
+
+
+class Planner:
+    """Asks the forecaster for tables and remembers them."""
+
+    def __init__(self, config: LesaConfig) -> None:
+        self._config = config
+        self._plans: dict[tuple[Any, ...], Plan | str] = {}
+
+    def schedule(self, step: Step) -> Schedule:
+        """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
+        return self._config.bound_schedule(step.num_steps, step.sigmas)
+
+    def plan(self, step: Step) -> Plan | str:
+        """Plan for the steps from `step` on, as a run of their own, or why there is none."""
+        key = (step.num_steps, step.sigmas, step.branch, step.index, step.parts)
+        found = self._plans.get(key)
+        if found is None:
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            found = self._plans[key] = self._make(step)
+        return found
+
+    def _make(self, step: Step) -> Plan | str:
+        start = step.index
+        try:
+            schedule = self.schedule(step)
+            if start:
+                later = [s - start for s in schedule.full_steps if s > start]
+                schedule = Schedule.explicit([0, *later], step.num_steps - start)
+            table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
+        except LesaError as error:
+            return f"no table: {error}"
+        return Plan(table, step.parts)

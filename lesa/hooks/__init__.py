@@ -1,0 +1,1 @@
+"""All that touches diffusers: finding, hooking and timing a denoiser."""

@@ -1,0 +1,181 @@
+"""A model under a controller: how one call of it is run, whole or without its blocks."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from lesa.errors import LesaError
+from lesa.hooks.class_swap import ControlListener, Slot
+from lesa.hooks.model_specs import ModelSpec
+from lesa.hooks.step_clock import StepClock
+
+__all__ = ["Controller", "Denoiser", "Run", "core_of", "make_output", "read_sample"]
+
+
+class Controller(Protocol):
+    """Decides one call of the model: `denoiser.run(...)`, `denoiser.run_tail(...)` or neither.
+
+    An optional method `reset()` is told when a pipeline call has ended.
+    """
+
+    def __call__(
+        self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], /
+    ) -> Any: ...
+
+
+class Run(NamedTuple):
+    """What one call of the model gave.
+
+    `feature` is the one before the tail ([B, L, C]; perhaps a view of a larger tensor, so copy it
+    to keep it), `embedded` the arguments of the time embedding; None where they were not reached.
+    """
+
+    output: Any
+    feature: torch.Tensor | None = None
+    embedded: tuple[Any, ...] | None = None
+
+
+class Denoiser:
+    """A model under a controller.
+
+    Attributes:
+        spec: its row in `lesa.hooks.model_specs`.
+        clock: tells the step of each call.
+        controller: decides each call.
+        turn: lock that is held while the model or a watched part of it runs.
+        revision: counts what was done to the model's adapters and attention processors.
+        original_class: the class of the model before `attach`.
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: ModelSpec, controller: Controller, clock: StepClock
+    ) -> None:
+        self.spec = spec
+        self.clock = clock
+        self.controller = controller
+        self.original_class = type(model)
+        self._model = weakref.ref(model)
+        self.revision = 0
+        self._merged_at = -1
+        self._merged: Sequence[Any] = ()
+        self._call: Callable[..., Any] = type(model).__call__
+        self._slot = Slot()
+        # The slot is one per model: two threads that share it take turns, also in parts of it.
+        self.turn = threading.RLock()
+        names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
+        self._position = {name: position for position, name in enumerate(names)}
+        self._controls: list[ControlListener] = []
+
+    @property
+    def model(self) -> nn.Module:
+        """The denoiser; held weakly, the controller never keeps it alive."""
+        model = self._model()
+        if model is None:
+            raise LesaError("model: it has been freed; attach to a live one.")
+        return model
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """What the model's features depend on besides its arguments; compared by value."""
+        if self._merged_at != self.revision:
+            self._merged_at, self._merged = self.revision, _merged_adapters(self.model)
+        return (self.revision, len(self._merged), *[control.scale for control in self._controls])
+
+    def watch(self, pipe: Any) -> None:
+        """Take note of the scale of the pipeline's ControlNet, if it has one."""
+        control = getattr(pipe, "controlnet", None)
+        if isinstance(control, nn.Module) and not any(c.is_on(control) for c in self._controls):
+            self._controls.append(ControlListener(control))
+
+    def unwatch(self) -> None:
+        """Undo `watch`."""
+        for control in self._controls:
+            control.remove()
+        self._controls.clear()
+
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Value of the forward's argument `name` in this call, or None."""
+        if name in kwargs or not args:
+            return kwargs.get(name)
+        position = self._position.get(name, len(args))
+        return args[position] if position < len(args) else None
+
+    def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The current latent in this call."""
+        return self.argument(self.spec.latent, args, kwargs)
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False) -> Run:
+        """Run the whole model; feature and embedding are noted with `tap` only."""
+        slot = self._slot
+        with self.turn:
+            slot.capture = tap
+            try:
+                output = self._call(self.model, *args, **kwargs)
+                feature, embedded = slot.captured, slot.embedded
+            finally:
+                slot.capture, slot.captured, slot.embedded = False, None, None
+        if feature is not None and self.spec.upcast:
+            latent = self.latent(args, kwargs)
+            feature = feature.to(latent.dtype)
+        return Run(output, feature, embedded)
+
+    def run_tail(self, feature: torch.Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Run:
+        """Run the model without its blocks, with `feature` in front of the tail.
+
+        The output is None where the shape of `feature` is not the one that the tail gets.
+        """
+        slot = self._slot
+        for name in self.spec.zeroed:
+            if kwargs.get(name) is not None:
+                kwargs = {**kwargs, name: torch.zeros_like(kwargs[name][:1, :1, :1, :1])}
+        with self.turn:
+            slot.skip, slot.feature, slot.mismatch = True, feature, False
+            slot.sharded = getattr(core_of(self.model), "_parallel_config", None) is not None
+            try:
+                output = self._call(self.model, *args, **kwargs)
+                return Run(None if slot.mismatch else output, feature, slot.embedded)
+            finally:
+                slot.skip, slot.feature, slot.embedded = False, None, None
+
+    def reset(self) -> None:
+        """Tell the clock and the controller that this thread's generation is over."""
+        self.clock.reset()
+        reset = getattr(self.controller, "reset", None)
+        if reset is not None:
+            reset()
+
+
+def core_of(model: nn.Module) -> nn.Module:
+    """The denoiser inside `torch.compile(denoiser)`, or the model itself."""
+    core = model.__dict__.get("_modules", {}).get("_orig_mod")
+    return model if core is None else core
+
+
+def read_sample(output: Any) -> torch.Tensor | None:
+    """The one tensor of a model output (tensor, 1-tuple or `.sample`), or None if it has others."""
+    if isinstance(output, torch.Tensor):
+        return output
+    if isinstance(output, (tuple, dict)) and len(output) != 1:
+        return None
+    sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+    return sample if isinstance(sample, torch.Tensor) else None
+
+
+def make_output(kind: Any, sample: torch.Tensor) -> Any:
+    """An output of class `kind` around `sample`: the inverse of `read_sample`."""
+    if issubclass(kind, torch.Tensor):
+        return sample
+    return (sample,) if issubclass(kind, tuple) else kind(sample=sample)
+
+
+def _merged_adapters(model: nn.Module) -> Sequence[Any]:
+    """PEFT's own list on the first adapted layer: pipelines unfuse without asking the model."""
+    found = (vars(module).get("merged_adapters") for module in model.modules())
+    return next((merged for merged in found if merged is not None), ())

@@ -1,0 +1,225 @@
+"""What must be known about each denoiser class: data, one row per class, no code per family."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from torch import nn
+
+from lesa.core.forecaster import Tap
+from lesa.errors import LesaError
+from lesa.hooks.class_swap import Identity, OnlyLast, Skippable
+from lesa.hooks.spec_discovery import Unclear, read_structure
+
+__all__ = ["ModelSpec", "known_models", "model_spec", "register_model"]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Where a denoiser class keeps its blocks, its tail and its latent: its row.
+
+    A class whose forward ends in `proj_out(norm_out(h, temb))`, after a loop over `self.stages`:
+
+        lesa.register_model(lesa.ModelSpec("MyTransformer", blocks=("stages",)))
+
+    Attributes:
+        name: name of the class.
+        blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
+        tail: the module after the blocks; the *hidden* feature is its first argument.
+        latent: the argument of the forward that holds the current latent.
+        conditioning: the arguments whose identity tells a changed prompt.
+        unbatched: arguments without a batch dimension.
+        identities: modules that a skipped step passes through.
+        last: the `ModuleList`s of which a skipped step runs the last module only.
+        joined: the module whose output is concatenated behind the feature, along the channels.
+        zeroed: arguments that are 0 on a skipped step where they are given.
+        embedding: the module that turns (time, ...) into what modulates `tail`, for models that
+            return `proj_out(tail(h, embedding(...)))` as it is.
+        upcast: whether the tail gets an fp32 copy of a narrower feature.
+        taps: where a feature can be taken, the best one first.
+        notes: what a reader of the table should know.
+    """
+
+    name: str
+    blocks: tuple[str, ...]
+    tail: str = "norm_out"
+    latent: str = "hidden_states"
+    conditioning: tuple[str, ...] = ("encoder_hidden_states",)
+    unbatched: tuple[str, ...] = ()
+    identities: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    joined: str = ""
+    zeroed: tuple[str, ...] = ()
+    embedding: str = ""
+    upcast: bool = False
+    taps: tuple[Tap, ...] = ("output", "hidden")
+    notes: str = ""
+
+    def module(self, core: nn.Module, path: str) -> nn.Module:
+        """A part of the denoiser by its path, in which -1 stands for the last of a list."""
+        part = core
+        for name in path.split("."):
+            part = list(part.children())[-1] if name == "-1" else part.get_submodule(name)
+        return part
+
+    def swapped(self, core: nn.Module) -> dict[type, list[nn.Module]]:
+        """The parts whose class is swapped, by what they become; inner ones come first."""
+        last = []
+        for path in self.last[::-1]:
+            with suppress(AttributeError):  # a U-Net whose last block has no attention
+                last.append(self.module(core, path))
+        paths = {Skippable: self.blocks, Identity: self.identities}
+        found: dict[type, list[nn.Module]] = {OnlyLast: last}
+        return found | {mixin: [self.module(core, p) for p in paths[mixin]] for mixin in paths}
+
+
+_DOUBLE_SINGLE = ("transformer_blocks", "single_transformer_blocks")
+_DOUBLE = ("transformer_blocks",)
+_TEXT_POOLED = ("encoder_hidden_states", "pooled_projections")
+_IDS = ("img_ids", "txt_ids")
+
+_ROWS = (
+    ModelSpec(
+        "FluxTransformer2DModel",
+        _DOUBLE_SINGLE,
+        conditioning=_TEXT_POOLED,
+        unbatched=_IDS,
+        embedding="time_text_embed",
+    ),
+    ModelSpec(
+        "Flux2Transformer2DModel",
+        _DOUBLE_SINGLE,
+        unbatched=_IDS,
+        embedding="time_guidance_embed",
+        notes="the tail's input is a slice of [text, image]",
+    ),
+    ModelSpec(
+        "ChromaTransformer2DModel",
+        _DOUBLE_SINGLE,
+        unbatched=_IDS,
+        notes="the tail's input is a slice of [text, image]",
+    ),
+    ModelSpec(
+        "QwenImageTransformer2DModel",
+        _DOUBLE,
+        unbatched=("img_shapes",),
+        embedding="time_text_embed",
+    ),
+    ModelSpec("HunyuanVideoTransformer3DModel", _DOUBLE_SINGLE, conditioning=_TEXT_POOLED),
+    ModelSpec(
+        "HunyuanVideo15Transformer3DModel",
+        _DOUBLE,
+        conditioning=("encoder_hidden_states", "encoder_hidden_states_2"),
+    ),
+    ModelSpec("WanTransformer3DModel", ("blocks",), upcast=True),
+    ModelSpec("SD3Transformer2DModel", _DOUBLE, conditioning=_TEXT_POOLED),
+    ModelSpec("PixArtTransformer2DModel", _DOUBLE),
+    ModelSpec(
+        "DiTTransformer2DModel",
+        _DOUBLE,
+        conditioning=("class_labels",),
+        notes="the tail reads transformer_blocks[0].norm1.emb",
+    ),
+    ModelSpec("CogVideoXTransformer3DModel", _DOUBLE, tail="norm_final"),
+    ModelSpec("LTXVideoTransformer3DModel", _DOUBLE),
+    ModelSpec(
+        "ZImageTransformer2DModel",
+        ("layers", "noise_refiner", "context_refiner"),
+        tail="all_final_layer.2-1",
+        latent="x",
+        conditioning=(),
+        taps=("hidden",),
+        notes="latent and output are lists of tensors",
+    ),
+    ModelSpec("SanaTransformer2DModel", _DOUBLE),
+    ModelSpec(
+        "UNet2DConditionModel",
+        ("down_blocks",),
+        tail="up_blocks.-1.resnets.-1",
+        latent="sample",
+        identities=("mid_block",),
+        last=("up_blocks", "up_blocks.-1.resnets", "up_blocks.-1.attentions"),
+        joined="conv_in",
+        zeroed=("mid_block_additional_residual",),
+        notes="hidden: a skipped step runs the last layer of the last block, as in DeepCache",
+    ),
+    ModelSpec("AllegroTransformer3DModel", _DOUBLE),
+    ModelSpec(
+        "AuraFlowTransformer2DModel", ("joint_transformer_blocks", "single_transformer_blocks")
+    ),
+    ModelSpec("BriaTransformer2DModel", _DOUBLE_SINGLE, conditioning=_TEXT_POOLED, unbatched=_IDS),
+    ModelSpec("CogView4Transformer2DModel", _DOUBLE),
+    ModelSpec(
+        "HunyuanImageTransformer2DModel",
+        _DOUBLE_SINGLE,
+        conditioning=("encoder_hidden_states", "encoder_hidden_states_2"),
+    ),
+    ModelSpec(
+        "Kandinsky5Transformer3DModel",
+        ("visual_transformer_blocks", "text_transformer_blocks"),
+        tail="out_layer",
+        conditioning=_TEXT_POOLED,
+        unbatched=("visual_rope_pos", "text_rope_pos"),
+    ),
+    ModelSpec("LongCatImageTransformer2DModel", _DOUBLE_SINGLE, unbatched=_IDS),
+    ModelSpec("Lumina2Transformer2DModel", ("layers", "noise_refiner", "context_refiner")),
+    ModelSpec("MochiTransformer3DModel", _DOUBLE),
+    ModelSpec("OvisImageTransformer2DModel", _DOUBLE_SINGLE, unbatched=_IDS),
+    ModelSpec("SanaVideoTransformer3DModel", _DOUBLE),
+    ModelSpec("SkyReelsV2Transformer3DModel", ("blocks",), upcast=True),
+)
+_SPECS = {row.name: row for row in _ROWS}
+
+
+def register_model(spec: ModelSpec) -> None:
+    """Add a denoiser class, or replace its row.
+
+    Raises:
+        LesaError: the row names no blocks.
+    """
+    if not spec.blocks:
+        raise LesaError(f"ModelSpec.blocks is empty for {spec.name}: name its block containers.")
+    _SPECS[spec.name] = spec
+
+
+def known_models() -> dict[str, ModelSpec]:
+    """The rows, by the name of the class."""
+    return dict(_SPECS)
+
+
+def model_spec(model: object) -> ModelSpec:
+    """Row of a model, by the name of its class or of a base class, else read from its structure.
+
+    Raises:
+        LesaError: no row, and no structure that can be relied on; the message tells the remedy.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _SPECS:
+            return _SPECS[cls.__name__]
+    name = type(model).__name__
+    try:
+        return _read_row(model)
+    except Unclear as reason:
+        raise LesaError(
+            f"model: {name} is not a known denoiser class, nor of a form that can be relied on "
+            f"({reason}); describe it with lesa.register_model(lesa.ModelSpec({name!r}, "
+            "blocks=('transformer_blocks',), tail='norm_out'))."
+        ) from None
+
+
+def _read_row(model: object) -> ModelSpec:
+    if not isinstance(model, nn.Module):
+        raise Unclear("it is no torch module")
+    blocks, tail, arguments = read_structure(model)
+    if "hidden_states" not in arguments:
+        raise Unclear("its forward has no argument hidden_states")
+    prompt = ("encoder_hidden_states", "pooled_projections", "class_labels")
+    return ModelSpec(
+        type(model).__name__,
+        blocks,
+        tail,
+        conditioning=tuple(name for name in arguments if name.startswith(prompt)),
+        unbatched=tuple(name for name in ("img_ids", "txt_ids") if name in arguments),
+        notes="read from its forward",
+    )
