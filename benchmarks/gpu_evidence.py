@@ -86,14 +86,14 @@ def parts(out: Path) -> list[Part]:
         Part("smoke", 25, script("_smoke.py"), script("_smoke.py")),
         Part(
             "kernel tests", 60,
-            pytest("kernels", "tests/kernels", "tests/test_graph.py", "--ignore",
+            pytest("kernels", "tests/kernels", "tests/engine/test_graphs.py", "--ignore",
                    "tests/kernels/test_aot.py"),
             pytest("kernels", "tests/kernels/test_reference.py"),
         ),
         Part(
             "CUDA tests", 60,
-            pytest("cuda", "tests/test_cuda.py"),
-            pytest("cuda", "tests/test_cuda.py", "-k", "own_gradients"),
+            pytest("cuda", "tests/scenarios/test_cuda.py"),
+            pytest("cuda", "tests/scenarios/test_cuda.py", "-k", "own_gradients"),
             environment={"LESA_TEST_DEVICE": "auto"},
         ),
         Part(

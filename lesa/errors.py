@@ -1,8 +1,8 @@
 """The exceptions that users see."""
 
+from lesa_kernels.errors import LesaError
 
-class LesaError(ValueError):
-    """Bad input, told in one sentence: the field, its value and the remedy."""
+__all__ = ["LesaError", "RunError", "is_out_of_memory"]
 
 
 class RunError(LesaError):

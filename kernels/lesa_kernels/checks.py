@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lesa.errors import LesaError
+from lesa_kernels.errors import LesaError
 from lesa_kernels.gate import Gate
 
 __all__ = [

@@ -15,8 +15,8 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-from lesa.errors import LesaError
 from lesa_kernels.config import Config
+from lesa_kernels.errors import LesaError
 from lesa_kernels.examples import Example
 
 __all__ = ["CANDIDATES", "Timer", "by_the_clock", "replayed", "search"]

@@ -8,8 +8,8 @@ import warnings
 import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from test_training_pipelines import make
 from tiny_pipelines import build, run
+from training_jobs import make
 from typer.testing import CliRunner
 
 import lesa

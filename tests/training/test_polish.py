@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_training_pipelines import STEPS, make_job, reuse
+from training_jobs import STEPS, make_job, reuse
 
 from lesa.core.schedule import Schedule
 from lesa.training import closed_loop

@@ -467,7 +467,7 @@ def interrupt(args, ready, tmp_path) -> subprocess.CompletedProcess:
     with open(tmp_path / "err", "w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-m", "lesa", *map(str, args)],
-            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=Path(__file__).parents[1],
+            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             # Tests that were started in the background would pass on that Ctrl-C is ignored.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from test_training_pipelines import STEPS, make_job
+from training_jobs import STEPS, make_job
 
 import lesa
 from lesa.core.schedule import Schedule

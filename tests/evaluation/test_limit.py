@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_training_pipelines import STEPS, make
+from training_jobs import STEPS, make
 
 import lesa
 from lesa.evaluation import Bench, build, compare

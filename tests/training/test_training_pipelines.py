@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_pipelines import build, wan_22
+from training_jobs import BATCHED, GUIDANCE, STEPS, TWO_CALLS, make, make_job, reuse
 
 import lesa
 from lesa.core.schedule import Schedule
@@ -18,39 +18,6 @@ from lesa.training.collect import collect
 from lesa.training.job import Job, parts_of
 from lesa.training.lane import Lane, Visit
 from lesa.training.statistics import Statistics
-
-STEPS = 6
-GUIDANCE = 4.0
-TWO_CALLS, BATCHED = ("qwen", "hunyuan-video", "chroma"), ("sdxl", "sd3")
-
-
-def make(name, prompts=2, **more):
-    """A pipeline and a call of it with embeddings that differ from prompt to prompt."""
-    pipe, call = wan_22() if name == "wan-2.2" else build(name)
-    arguments = call(prompts)
-    for key in ("num_inference_steps", "generator", "output_type"):
-        del arguments[key]
-    draw = torch.Generator().manual_seed(1)
-    for key, value in arguments.items():
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
-            arguments[key] = value + 0.5 * torch.randn(value.shape, generator=draw)
-    plain = name in (*BATCHED, "chroma", "sana", "wan-2.2")
-    scale = "guidance_scale" if plain else "true_cfg_scale"
-    return pipe, {**arguments, scale: GUIDANCE, **more}
-
-
-def make_job(name, prompts=2, **more):
-    pipe, call = make(name, prompts, **more)
-    return Job(pipe, [f"prompt {i}" for i in range(prompts)], call)
-
-
-def reuse(width):
-    def rows(schedule, sigmas, branch):
-        table = torch.zeros(schedule.num_steps, width, dtype=torch.float64)
-        table[list(schedule.skipped_steps), 0] = 1
-        return table
-
-    return rows
 
 
 def decibels(plain, fast):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from lesa.ops import native
 from lesa.ops.eager import gate_value
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHAPES = ((1,), (63,), (100,), (4097,), (2, 3, 64))
 
