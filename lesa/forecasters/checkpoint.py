@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +20,7 @@ from lesa._version import __version__
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
-from lesa.forecasters.lesa import LesaForecaster
+from lesa.forecasters.settings import Settings
 from lesa.util.files import write_atomically
 
 FORMAT_VERSION = 1
@@ -27,10 +28,30 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-def save(forecaster: LesaForecaster, folder: str | os.PathLike[str]) -> None:
-    """Writes the folder; each file appears under its name only when it is complete.
+class Storable(Protocol):
+    """What a folder holds of a forecaster: settings, origin, parameters and calibrated rows."""
 
-    Raises LesaError when the folder cannot be written or the metadata are not JSON.
+    settings: Settings
+    metadata: dict[str, Any]
+    calibrations: list[Calibration]
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> object: ...
+
+    def to(self, dtype: torch.dtype) -> object: ...
+
+
+Stored = TypeVar("Stored", bound=Storable)
+
+
+def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
+    """Write the folder; each file appears under its name only when it is complete.
+
+    Raises:
+        LesaError: the folder cannot be written, or the metadata are not JSON.
     """
     target = Path(folder)
     weights = tensors_to_bytes(_tensors(forecaster))
@@ -50,11 +71,16 @@ def save(forecaster: LesaForecaster, folder: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def load(source: str | os.PathLike[str]) -> LesaForecaster:
+def load(source: str | os.PathLike[str], make: Callable[..., Stored]) -> Stored:
     """The forecaster in a folder or a Hugging Face Hub repository ("owner/name").
 
-    Raises LesaError, naming the file, what was found and the remedy, when a file is missing,
-    truncated or altered, of another format version, or does not fit its config.
+    Args:
+        source: the folder, or the repository.
+        make: the class of the forecaster, called with ``metadata`` and the stored settings.
+
+    Raises:
+        LesaError: a file is missing, truncated or altered, of another format version, or does not
+            fit its config; it names the file, what was found and the remedy.
     """
     config_path, weights_path = _locate(source)
     config = _read_config(config_path)
@@ -65,7 +91,7 @@ def load(source: str | os.PathLike[str]) -> LesaForecaster:
             f"one in {CONFIG}; copy both files again or train anew"
         )
     try:
-        return _build(config, tensors_from_bytes(weights))
+        return _build(config, tensors_from_bytes(weights), make)
     except SafetensorError as error:
         raise LesaError(f"{weights_path} is no safetensors file ({error}); copy it again") from None
     except LesaError as error:
@@ -77,7 +103,7 @@ def load(source: str | os.PathLike[str]) -> LesaForecaster:
         ) from None
 
 
-def _tensors(forecaster: LesaForecaster) -> dict[str, Tensor]:
+def _tensors(forecaster: Storable) -> dict[str, Tensor]:
     tensors = {k: v.detach().cpu().contiguous() for k, v in forecaster.state_dict().items()}
     for i, entry in enumerate(forecaster.calibrations):
         tensors |= {f"rows.{i}.{name}": rows.contiguous() for name, rows in entry.rows.items()}
@@ -85,7 +111,7 @@ def _tensors(forecaster: LesaForecaster) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(forecaster: LesaForecaster, weights: bytes) -> dict[str, Any]:
+def _config(forecaster: Storable, weights: bytes) -> dict[str, Any]:
     parameter = next(forecaster.parameters(), torch.empty(0))
     return {
         "format_version": FORMAT_VERSION,
@@ -107,8 +133,10 @@ def _config(forecaster: LesaForecaster, weights: bytes) -> dict[str, Any]:
     }
 
 
-def _build(config: dict[str, Any], tensors: dict[str, Tensor]) -> LesaForecaster:
-    forecaster = LesaForecaster(metadata=config["metadata"], **config["settings"])
+def _build(
+    config: dict[str, Any], tensors: dict[str, Tensor], make: Callable[..., Stored]
+) -> Stored:
+    forecaster = make(metadata=config["metadata"], **config["settings"])
     for i, listed in enumerate(config["calibrated"]):
         rows = {name: tensors.pop(f"rows.{i}.{name}") for name in listed["branches"]}
         split = {name: tensors.pop(f"split.{i}.{name}") for name in listed.get("split", [])}

@@ -13,6 +13,7 @@ from lesa.core.forecaster import Tap, check_sigmas
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
+from lesa.forecasters import checkpoint
 from lesa.forecasters.calibration import Calibration, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.kan import FullPrecision
@@ -216,14 +217,10 @@ class LesaForecaster(FullPrecision):
             self.branch(name)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes model.safetensors and config.json; see `lesa.forecasters.checkpoint.save`."""
-        from lesa.forecasters.checkpoint import save
-
-        save(self, folder)
+        """Write model.safetensors and config.json; see `lesa.forecasters.checkpoint.save`."""
+        checkpoint.save(self, folder)
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> LesaForecaster:
-        """Reads a folder or a Hub id; see `lesa.forecasters.checkpoint.load`."""
-        from lesa.forecasters.checkpoint import load
-
-        return load(source)
+        """Read a folder or a Hub id; see `lesa.forecasters.checkpoint.load`."""
+        return checkpoint.load(source, cls)
