@@ -39,16 +39,16 @@ profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys 
 	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
 
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv $(OLDEST) build dist *.egg-info lesa-demo profiles gpu-evidence .benchmarks \
+	rm -rf .venv $(OLDEST) build dist *.egg-info testbed/build testbed/*.egg-info lesa-demo profiles gpu-evidence .benchmarks \
 	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find lesa kernels tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find lesa kernels testbed tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The environment is made once, and brought up to date when what it was made from is newer.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt testbed/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,dev]" -e ./testbed
 	@touch $@
 
 # What is not older than in .venv, torch above all, is used from there.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from lesa_kernels import reference
 from lesa_kernels.gate import Gate, fold_times
+from lesa_testbed import reference
 from torch import Tensor
 
 from lesa.ops import native

@@ -8,8 +8,8 @@ from typing import Any
 
 import _formulas as formulas
 import torch
-from lesa_kernels import reference
 from lesa_kernels.examples import Example, examples
+from lesa_testbed import reference
 from torch import Tensor
 
 from lesa.ops import native

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
-from lesa_kernels import reference
+from lesa_testbed import reference
 from torch import Tensor
 
 import lesa

@@ -180,7 +180,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def _variables(part: Part, out: Path) -> dict[str, str]:
     """Runs from a checkout that is not installed; what `tune` finds serves the parts after it."""
-    folders = [ROOT, *(ROOT / name for name in ("kernels", "tests", "benchmarks"))]
+    folders = [ROOT, *(ROOT / name for name in ("kernels", "testbed", "tests", "benchmarks"))]
     paths = [*map(str, folders), os.environ.get("PYTHONPATH")]
     return {
         **os.environ,

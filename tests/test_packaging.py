@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,40 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     command, pure = [sys.executable, "-c", code], {**os.environ, "LESA_BUILD_EXT": "0"}
     done = subprocess.run(command, cwd=copy, env=pure, capture_output=True, text=True, check=True)
     return zipfile.ZipFile(copy / done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def testbed_wheel(tmp_path_factory) -> zipfile.ZipFile:
+    pytest.importorskip("setuptools", minversion="77")
+    copy = tmp_path_factory.mktemp("testbed") / "source"
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    shutil.copytree(ROOT / "testbed", copy, ignore=ignored)
+    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
+    return zipfile.ZipFile(copy / done.stdout.splitlines()[-1])
+
+
+def test_the_product_is_small(wheel):
+    """No weights, no makers and no float64 kernels: those are the test bed's."""
+    assert Path(wheel.filename).stat().st_size <= 2e6
+    assert not [name for name in wheel.namelist() if "safetensors" in name or "maker" in name]
+    assert "lesa_kernels/tune.py" in wheel.namelist()  # a command of users
+    assert "lesa_kernels/reference.py" not in wheel.namelist()
+
+
+def test_the_test_bed_is_a_distribution_of_its_own(testbed_wheel):
+    names = set(testbed_wheel.namelist())
+    package = ROOT / "testbed" / "lesa_testbed"
+    files = {
+        path.relative_to(package.parent).as_posix()
+        for path in package.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {name for name in names if ".dist-info/" not in name} == files
+    (metadata,) = (name for name in names if name.endswith("/METADATA"))
+    required = re.findall("^Requires-Dist: ([a-z_]+)", testbed_wheel.read(metadata).decode(), re.M)
+    assert "torch" in required and "lesa" not in required  # not the one on the public index
 
 
 def test_the_wheel_is_pure_python(wheel):

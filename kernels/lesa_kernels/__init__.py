@@ -2,11 +2,10 @@
 
     from lesa_kernels.mix import mix            # likewise spline_mix and mix_modulate
     from lesa_kernels.experimental.gram import gram    # what no pipeline runs: fp8, gradients, gram
-    from lesa_kernels import reference          # the same functions in float64
 
 All launchers take what varies from step to step as device tensors, so that a CUDA graph can replay
 them, and write into `out`. Only their modules import Triton, which has no wheel for macOS and
-Windows; this one and `reference` import it never.
+Windows; this one imports it never.
 
 This package lies under `kernels/`, which must stay without an `__init__.py`: as a regular package
 that folder would shadow Hugging Face's `kernels`, which diffusers imports by name.

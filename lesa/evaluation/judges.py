@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.evaluation.metrics import lpips
+from lesa.testbed import part
 
 
 class Judge(Protocol):
@@ -108,20 +109,21 @@ def perceptual_distance(plain: Tensor, images: Tensor, prompts: Sequence[str]) -
 
 def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """`shape`, `colour`, `place`, and `motion` of videos: shares of what a caption of the embedded
-    pipelines says that its picture shows (`lesa.testbed.checker`).
+    pipelines says that its picture shows (`lesa_testbed.checker`).
 
-    Raises: LesaError for a prompt that is no such caption.
+    Raises: LesaError for a prompt that is no such caption, or without lesa-testbed.
     """
-    from lesa.testbed.checker import accuracy, is_caption
+    checker = part("lesa_testbed.checker", "judge='attributes'")
 
-    if foreign := [text for text in prompts if not is_caption(text)]:
+    if foreign := [text for text in prompts if not checker.is_caption(text)]:
         raise LesaError(
             f"judge: attributes knows the embedded pipelines' captions alone, not {foreign[0]!r};"
             " leave it out"
         )
     pictures = images.movedim(-3, -1).cpu().numpy()
     found = [
-        accuracy(picture[None], [text]) for picture, text in zip(pictures, prompts, strict=True)
+        checker.accuracy(picture[None], [text])
+        for picture, text in zip(pictures, prompts, strict=True)
     ]
     return {name: torch.tensor([verdict[name] for verdict in found]) for name in found[0]}
 

@@ -1,19 +1,21 @@
-"""Small, truly trained pipelines of the diffusers classes, shipped with the package; see
-scenes.py and recipes/."""
+"""Loads the embedded pipelines: small, truly trained ones of the diffusers classes.
+
+They are a distribution of their own, lesa-testbed (package `lesa_testbed`, folder `testbed/` of a
+checkout). Their names and settings are known without it.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from lesa.errors import LesaError
-from lesa.testbed.scenes import captions
 
-__all__ = ["PIPELINES", "captions", "load", "prompts", "settings"]
+__all__ = ["PIPELINES", "captions", "load", "part", "prompts", "settings"]
 
 _SAMPLE_SIZE = 16  # latent pixels: 64 x 64 pictures
-_HERE = Path(__file__).parent
 _SQUARE = dict(height=64, width=64)
 
 
@@ -64,15 +66,39 @@ _ROWS = {
 PIPELINES = tuple(_ROWS)
 
 
+def part(name: str, asked: str) -> Any:
+    """A module of lesa-testbed by its dotted name; `asked` is the field and value that need it.
+
+    Raises: LesaError where lesa-testbed is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lesa_testbed":
+            raise
+        raise LesaError(
+            f"{asked}: the embedded pipelines are not installed; "
+            "run `pip install ./testbed` in a checkout of lesa"
+        ) from None
+
+
+def _folder(name: str) -> Path:
+    found: Path = part("lesa_testbed", f"pipeline={name!r}").FOLDER / name
+    return found
+
+
 def load(name: str = "flux") -> Any:
-    """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off."""
+    """The embedded pipeline ``name`` (or any pipeline folder) in float32, progress bar off.
+
+    Raises: LesaError for another name, or where lesa-testbed is not installed.
+    """
     import torch
     from diffusers import AutoencoderKL, DiffusionPipeline
 
     row = _ROWS.get(name)
     if row is not None and row.teacher is not None:
         return _student(name, row.teacher, row.guidance)
-    folder = _HERE / name if name in PIPELINES else Path(name)
+    folder = _folder(name) if name in PIPELINES else Path(name)
     if not (folder / "model_index.json").exists():
         raise LesaError(
             f"pipeline {name!r} is neither embedded ({', '.join(PIPELINES)}) nor a pipeline "
@@ -80,7 +106,7 @@ def load(name: str = "flux") -> Any:
         )
     shared = {}
     if row is not None and row.vae is not None:
-        shared["vae"] = AutoencoderKL.from_pretrained(_HERE / row.vae / "vae")
+        shared["vae"] = AutoencoderKL.from_pretrained(_folder(row.vae) / "vae")
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, **shared)
     pipe.default_sample_size = _SAMPLE_SIZE  # what pipe(...) makes when no height is given
     pipe.set_progress_bar_config(disable=True)
@@ -88,13 +114,12 @@ def load(name: str = "flux") -> Any:
 
 
 def _student(name: str, teacher: str, guidance: float | None) -> Any:
-    from lesa.testbed.students import add_difference, without_guidance
-
-    pipe = load(teacher)
+    students = part("lesa_testbed.students", f"pipeline={name!r}")
+    pipe, folder = load(teacher), _folder(name)
     if guidance is not None:
-        pipe.transformer = without_guidance(pipe.transformer, guidance)
-    add_difference(pipe.transformer, _HERE / name / "transformer")
-    pipe.scheduler = type(pipe.scheduler).from_pretrained(_HERE / name / "scheduler")
+        pipe.transformer = students.without_guidance(pipe.transformer, guidance)
+    students.add_difference(pipe.transformer, folder / "transformer")
+    pipe.scheduler = type(pipe.scheduler).from_pretrained(folder / "scheduler")
     return pipe
 
 
@@ -103,6 +128,14 @@ def settings(name: str = "flux") -> dict[str, Any]:
     if name not in _ROWS:
         raise LesaError(f"pipeline {name!r} is not embedded: choose one of {', '.join(PIPELINES)}")
     return dict(_ROWS[name].call)
+
+
+def captions(count: int, seed: int = 0, split: str = "test", *, moving: bool = False) -> list[str]:
+    """Distinct captions of scenes (see `lesa_testbed.scenes.captions`)."""
+    made: list[str] = part("lesa_testbed.scenes", f"captions={count}").captions(
+        count, seed, split, moving=moving
+    )
+    return made
 
 
 def prompts(name: str, count: int, seed: int = 0, split: str = "test") -> list[str]:

@@ -65,7 +65,7 @@ def _planned(gpu: PretendGpu, name: str, plan: Callable[..., Any], *args: Any) -
     launch = plan(*args)
     if launch is None:
         return None
-    from lesa_kernels import reference
+    from lesa_testbed import reference
 
     given = inspect.signature(plan).bind(*args).arguments
     return launch._replace(kernel=_Kernel(gpu, name, partial(getattr(reference, name), **given)))

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lesa_testbed.checker import accuracy
+from lesa_testbed.scenes import render_batch, render_clips, scenes
 from PIL import Image
 
 from lesa.errors import LesaError
@@ -22,8 +24,6 @@ from lesa.evaluation.judges import (
     perceptual_distance,
 )
 from lesa.evaluation.metrics import lpips_is_missing
-from lesa.testbed.checker import accuracy
-from lesa.testbed.scenes import render_batch, render_clips, scenes
 
 TEXTS = ["a red circle", "two blue squares on a dark background", "a ring", "green"]
 
@@ -133,7 +133,7 @@ def test_attributes_are_those_of_the_checker():
 
 
 def test_attributes_of_videos_tell_motion():
-    from lesa.testbed.scenes import clips
+    from lesa_testbed.scenes import clips
 
     drawn = clips(2, seed=1, split="test")
     videos = ((render_clips(drawn) + 1) / 2).movedim(1, 2)

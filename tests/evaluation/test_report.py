@@ -186,7 +186,7 @@ def contest(pipe, settings):
 
 
 def test_judges_see_every_method_and_the_plain_run(contest):
-    from lesa.testbed.checker import accuracy
+    from lesa_testbed.checker import accuracy
 
     def check(pictures):
         return accuracy(pictures.movedim(1, -1).numpy(), PROMPTS)

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.experimental.fp8 import mix_fp8, push_fp8
+from lesa_testbed import reference
 
 TWO = Config(512, 128, 2)
 FP8 = torch.float8_e4m3fn

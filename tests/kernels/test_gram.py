@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.experimental.gram import gram
+from lesa_testbed import reference
 
 TWO = Config(256, 128, 2)
 

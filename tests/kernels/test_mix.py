@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.mix import _flat_kernel, mix
+from lesa_testbed import reference
 
 from lesa.engine.ring import Ring
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.experimental.mix_backward import mix_grad_features, mix_grad_table
+from lesa_testbed import reference
 
 from lesa import ops
 

@@ -3,10 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers.models.normalization import AdaLayerNormContinuous
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.mix import mix
 from lesa_kernels.mix_modulate import mix_modulate
+from lesa_testbed import reference
 
 CHUNKED = Config(64, 128, 1)
 WHOLE = Config(4096, 128, 2)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from lesa_kernels import reference
 from lesa_kernels.gate import pack_gate
+from lesa_testbed import reference
 
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table

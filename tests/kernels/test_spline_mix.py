@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.config import Config
 from lesa_kernels.gate import fold_times, pack_gate
 from lesa_kernels.mix import mix
 from lesa_kernels.spline_mix import spline_mix
+from lesa_testbed import reference
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters.kan import RidgeSpline

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from lesa_kernels import reference as exactly
 from lesa_kernels.gate import Gate
+from lesa_testbed import reference as exactly
 from torch import Tensor
 from torch.nn import functional
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lesa_kernels import reference
 from lesa_kernels.gate import Gate
+from lesa_testbed import reference
 
 from lesa import ops
 from lesa.errors import LesaError
@@ -204,3 +204,28 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch):
         backend.active("cpu")
     assert backend.why_not("native", "mps") == "it does not run on mps."
     backend._active.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("mix", {2: (5, 4)}, r"table has shape \[5, 4\]; .* it must be \[steps, 3\]"),
+        ("mix", {2: (5, 2)}, r"table has shape \[5, 2\]"),
+        ("mix_modulate", {2: (5, 3, 24)}, r"table has shape \[5, 3, 24\]; .* \[steps, 3\]"),
+        ("spline_mix", {2: (5, 3, 24)}, r"weights has shape \[5, 3, 24\]; .* \[steps, 3\]"),
+        ("mix", {1: -1}, "slots name -1 to 1; the ring has slots 0 to 3"),
+        ("gram", {2: 4}, "slots name 0 to 4; the ring has slots 0 to 3"),
+    ],
+)
+def test_rows_and_slots_that_do_not_fit_are_refused(forced, name, change, sentence):
+    """By every backend alike: a table of another width would be read as something else."""
+    arguments, options, exact = calls(torch.float32)[name]
+    for place, what in change.items():
+        if isinstance(what, tuple):
+            arguments[place] = torch.ones(what)
+        else:
+            arguments[place] = arguments[place].clone()
+            arguments[place][0] = what
+    out = torch.empty_like(exact, dtype=exact.dtype if name == "gram" else torch.float32)
+    with pytest.raises(LesaError, match=sentence):
+        getattr(ops, name)(*arguments, out, **options)

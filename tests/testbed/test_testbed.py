@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict
 from importlib import import_module
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lesa_testbed import FOLDER, checker
+from lesa_testbed.makers.flux import Plan
+from lesa_testbed.scenes import clips, render, render_batch, render_clips, scenes
+from lesa_testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
+from lesa_testbed.train import MAKERS
+from typer.testing import CliRunner
 
 import lesa.testbed
+from lesa.cli import app
 from lesa.errors import LesaError
-from lesa.testbed import captions, checker, load, prompts, settings
-from lesa.testbed.recipes.flux import Plan
-from lesa.testbed.scenes import clips, render, render_batch, render_clips, scenes
-from lesa.testbed.text import clip_tokenizer, t5_tokenizer, vocabulary
-from lesa.testbed.train import RECIPES
-
-HOME = Path(lesa.testbed.__file__).parent
+from lesa.evaluation.judges import attributes
+from lesa.testbed import captions, load, prompts, settings
 
 
 @pytest.mark.parametrize("name", lesa.testbed.PIPELINES)
 def test_the_weights_are_those_of_the_record(name):
-    folder = HOME / name
+    folder = FOLDER / name
     record = json.loads((folder / "training.json").read_text())
     files = {str(path.relative_to(folder)): path for path in folder.rglob("*.safetensors")}
     assert set(files) == set(record["sha256"])
     for file, path in files.items():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == record["sha256"][file], file
-    recipe, plan = RECIPES[name]
-    made = getattr(import_module(f"lesa.testbed.recipes.{recipe}"), plan)()
+    maker, plan = MAKERS[name]
+    made = getattr(import_module(f"lesa_testbed.makers.{maker}"), plan)()
     assert record["plan"] == json.loads(json.dumps(asdict(made)))
 
 
 def test_all_weights_together_are_small():
-    assert sum(path.stat().st_size for path in HOME.rglob("*.safetensors")) <= 48e6
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*.safetensors")) <= 48e6
 
 
 def test_the_tokenizers_are_made_alike_in_every_process():
@@ -126,3 +128,33 @@ def test_an_unknown_pipeline_is_refused():
         load("nothing")
     with pytest.raises(LesaError, match="'sd' is not embedded"):
         settings("sd")
+
+
+@pytest.fixture
+def uninstalled(monkeypatch):
+    """Takes lesa-testbed away."""
+    for name in {"lesa_testbed", *sys.modules}:
+        if name.partition(".")[0] == "lesa_testbed":
+            monkeypatch.setitem(sys.modules, name, None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (lambda: load("sdxl"), "pipeline='sdxl'"),
+        (lambda: load("schnell"), "pipeline='schnell'"),
+        (lambda: prompts("qwen", 3), "captions=3"),
+        (lambda: attributes(torch.rand(1, 3, 8, 8), torch.rand(1, 3, 8, 8), ["a fox"]), "judge="),
+    ],
+)
+def test_without_the_test_bed_one_sentence_tells_how_to_get_it(uninstalled, asked, words):
+    with pytest.raises(LesaError) as told:
+        asked()
+    assert str(told.value).startswith(words)
+    remedy = "are not installed; run `pip install ./testbed` in a checkout of lesa"
+    assert str(told.value).endswith(f": the embedded pipelines {remedy}")
+
+
+def test_the_demo_without_the_test_bed_ends_with_status_2(uninstalled, tmp_path):
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo")])
+    assert done.exit_code == 2 and "pip install ./testbed" in done.output

@@ -1,4 +1,4 @@
-"""Train the embedded Qwen-Image pipeline from nothing: ``python -m lesa.testbed.train qwen``.
+"""Train the embedded Qwen-Image pipeline from nothing: ``python -m lesa_testbed.train qwen``.
 
 Two stages: an autoencoder of Qwen-Image's class (causal 3-D convolutions) that learns the latent
 space of the embedded FLUX autoencoder; the denoiser with its text encoder by flow matching, some
@@ -18,8 +18,8 @@ from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
 import lesa.testbed
-from lesa.testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
-from lesa.testbed.recipes.common import (
+from lesa_testbed.build import IMAGE_SIZE, TOKENS, qwen_pipeline
+from lesa_testbed.makers.common import (
     Pool,
     Run,
     batches,
@@ -28,7 +28,7 @@ from lesa.testbed.recipes.common import (
     match_flow,
     train_autoencoder,
 )
-from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
+from lesa_testbed.scenes import FREE, NEAT, render_batch, scenes
 
 NEGATIVE = " "  # Qwen-Image's own empty prompt
 

@@ -1,8 +1,8 @@
-"""Train an embedded pipeline: ``python -m lesa.testbed.train flux --run runs/flux``.
+"""Train an embedded pipeline: ``python -m lesa_testbed.train flux --run runs/flux``.
 
-Every recipe is seeded and resumable at its last checkpoint, and leaves the finished pipeline in
+Every maker is seeded and resumable at its last checkpoint, and leaves the finished pipeline in
 ``RUN/export``, with its log, its plan and the hashes of its weights; copied to
-``lesa/testbed/NAME`` it is what is shipped. Up to two hours each on 2 CPU cores.
+``testbed/lesa_testbed/pipelines/NAME`` it is what is shipped. Up to two hours each on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from lesa.testbed.recipes.common import Run, record
+from lesa_testbed.makers.common import Run, record
 
-# pipeline -> module of lesa.testbed.recipes, name of its plan
-RECIPES = {
+# pipeline -> module of lesa_testbed.makers, name of its plan
+MAKERS = {
     "flux": ("flux", "Plan"),
     "qwen": ("qwen", "Plan"),
     "hunyuan": ("hunyuan", "Plan"),
@@ -30,16 +30,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("pipeline", choices=RECIPES)
+    parser.add_argument("pipeline", choices=MAKERS)
     parser.add_argument("--run", type=Path, help="folder of checkpoints and the log")
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    module, plan = RECIPES[options.pipeline]
-    recipe = import_module(f"lesa.testbed.recipes.{module}")
-    run = Run(options.run or Path("runs") / options.pipeline, getattr(recipe, plan)())
+    module, plan = MAKERS[options.pipeline]
+    maker = import_module(f"lesa_testbed.makers.{module}")
+    run = Run(options.run or Path("runs") / options.pipeline, getattr(maker, plan)())
     torch.manual_seed(run.plan.seed)
-    recipe.train(run)
+    maker.train(run)
     record(run, run.folder / "export")
 
 

@@ -27,7 +27,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 from transformers import CLIPTextModelWithProjection
 
-from lesa.testbed.text import (
+from lesa_testbed.text import (
     clip_encoder,
     clip_tokenizer,
     llama_encoder,

@@ -21,11 +21,11 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor, nn
 
 import lesa.testbed
-from lesa.testbed.recipes import flux, qwen
-from lesa.testbed.recipes.common import Run, optimise
-from lesa.testbed.scenes import scenes
-from lesa.testbed.students import save_difference, without_guidance
-from lesa.testbed.text import TEXT_LENGTH
+from lesa_testbed.makers import flux, qwen
+from lesa_testbed.makers.common import Run, optimise
+from lesa_testbed.scenes import scenes
+from lesa_testbed.students import save_difference, without_guidance
+from lesa_testbed.text import TEXT_LENGTH
 
 Velocity = Callable[[Tensor, float, Tensor], Tensor]  # latents, sigma, caption rows
 

@@ -3,7 +3,7 @@ learned judge.
 
 Shapes are saturated and backgrounds are not, so hue finds each named item; its mask is compared
 with every shape's own mask over a grid of tilts (best intersection over union wins); its centroid
-tells place and relation. ``python -m lesa.testbed.checker`` measures the embedded pipeline on
+tells place and relation. ``python -m lesa_testbed.checker`` measures the embedded pipeline on
 unseen captions.
 """
 
@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
-from lesa.testbed.scenes import (
+from lesa_testbed.scenes import (
     COLOURS,
     HUES,
     MAX_TILT,
@@ -172,7 +172,7 @@ def unseen(count: int, name: str = "flux") -> list[str]:
     """Test captions that no training scene of any pipeline happens to have: there are only so
     many short ones."""
     from lesa.testbed import prompts
-    from lesa.testbed.recipes import flux, hunyuan
+    from lesa_testbed.makers import flux, hunyuan
 
     plan = flux.Plan()  # the largest pools: those of other pictures begin with the same scenes
     pool = scenes(max(plan.free_scenes, plan.neat_scenes), plan.seed)

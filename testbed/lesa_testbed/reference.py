@@ -1,4 +1,4 @@
-"""The kernels in float64 eager PyTorch: what tests and `tune` measure them against.
+"""The kernels in float64 eager PyTorch: what tests and benchmarks measure them against.
 
 Same names and arguments as the launchers. Everything is computed in float64 and rounded once, into
 `out`; pass a float64 `out` to see the unrounded result. `config` is taken and ignored.
@@ -9,10 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from lesa_kernels.gate import Gate
 from torch import Tensor
 from torch.nn import functional
-
-from lesa_kernels.gate import Gate
 
 __all__ = [
     "gram",

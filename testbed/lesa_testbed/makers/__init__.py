@@ -1,2 +1,2 @@
 """How each embedded pipeline is trained: one module per pipeline, run through
-``python -m lesa.testbed.train``."""
+``python -m lesa_testbed.train``."""

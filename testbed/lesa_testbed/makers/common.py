@@ -1,4 +1,4 @@
-"""What the recipes share: a resumable run, the optimiser's loop, captions as tokens, records."""
+"""What the makers share: a resumable run, the optimiser's loop, captions as tokens, records."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lesa.testbed.scenes import Scene, render_batch
+from lesa_testbed.scenes import Scene, render_batch
 
 
 class Run:
     """Folder of one training run: checkpoints, log lines, and the stream of per-step generators.
 
-    `plan` is the recipe's dataclass of numbers; it has a field `seed`.
+    `plan` is the maker's dataclass of numbers; it has a field `seed`.
     """
 
     def __init__(self, folder: Path, plan: Any) -> None:

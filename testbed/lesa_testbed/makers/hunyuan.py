@@ -1,4 +1,4 @@
-"""Train the embedded HunyuanVideo pipeline from nothing: ``python -m lesa.testbed.train hunyuan``.
+"""Train the embedded HunyuanVideo pipeline from nothing: ``python -m lesa_testbed.train hunyuan``.
 
 Four stages: the causal autoencoder on single frames and on moving scenes of 9; word order for the
 text encoder; the denoiser by flow matching; guidance distillation, since HunyuanVideo takes its
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from diffusers import HunyuanVideoPipeline
 from torch import Tensor
 
-from lesa.testbed.build import VIDEO_TEXT_LENGTH, hunyuan_pipeline
-from lesa.testbed.recipes.common import (
+from lesa_testbed.build import VIDEO_TEXT_LENGTH, hunyuan_pipeline
+from lesa_testbed.makers.common import (
     Pool,
     Run,
     batches,
@@ -28,7 +28,7 @@ from lesa.testbed.recipes.common import (
     match_flow,
     train_autoencoder,
 )
-from lesa.testbed.scenes import clips, render_clips
+from lesa_testbed.scenes import clips, render_clips
 
 LAYER = -3  # the hidden states of the text encoder that HunyuanVideo reads
 

@@ -1,4 +1,4 @@
-"""Train the embedded SDXL pipeline from nothing: ``python -m lesa.testbed.train sdxl``.
+"""Train the embedded SDXL pipeline from nothing: ``python -m lesa_testbed.train sdxl``.
 
 The latents are those of the embedded FLUX autoencoder, which is of SDXL's class. Two stages: the
 two text encoders learn word order; the U-Net, with them, learns to predict the noise on SDXL's own
@@ -19,9 +19,9 @@ from diffusers import StableDiffusionXLPipeline
 from torch import Tensor, nn
 
 import lesa.testbed
-from lesa.testbed.build import IMAGE_SIZE, sdxl_pipeline
-from lesa.testbed.recipes.common import Run, flux_latents, latent_pool, learn_order, optimise
-from lesa.testbed.scenes import NEAT, scenes
+from lesa_testbed.build import IMAGE_SIZE, sdxl_pipeline
+from lesa_testbed.makers.common import Run, flux_latents, latent_pool, learn_order, optimise
+from lesa_testbed.scenes import NEAT, scenes
 
 SIZES = (IMAGE_SIZE, IMAGE_SIZE, 0, 0, IMAGE_SIZE, IMAGE_SIZE)  # original, crop corner, target
 

@@ -1,4 +1,4 @@
-"""Train the embedded FLUX pipeline from nothing: ``python -m lesa.testbed.train flux``.
+"""Train the embedded FLUX pipeline from nothing: ``python -m lesa_testbed.train flux``.
 
 Three stages, each seeded and resumable at its last checkpoint: the autoencoder on rendered scenes;
 the denoiser (with its text encoders) by flow matching on encoded scenes; guidance distillation,
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
-from lesa.testbed.build import IMAGE_SIZE, LATENT_CHANNELS, TOKENS, flux_pipeline
-from lesa.testbed.recipes.common import (
+from lesa_testbed.build import IMAGE_SIZE, LATENT_CHANNELS, TOKENS, flux_pipeline
+from lesa_testbed.makers.common import (
     Pool,
     Run,
     batches,
@@ -30,8 +30,8 @@ from lesa.testbed.recipes.common import (
     match_flow,
     train_autoencoder,
 )
-from lesa.testbed.scenes import FREE, NEAT, render_batch, scenes
-from lesa.testbed.text import TEXT_LENGTH
+from lesa_testbed.scenes import FREE, NEAT, render_batch, scenes
+from lesa_testbed.text import TEXT_LENGTH
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from lesa.testbed.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, TONES
+from lesa_testbed.scenes import COLOURS, MOTIONS, PLACES, RELATIONS, SHAPES, SIZES, TEXTURES, TONES
 
 TEXT_LENGTH = 20  # the longest caption has 18 words, CLIP adds two marks
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789,.-'"
