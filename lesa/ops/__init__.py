@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lesa.errors import LesaError
 from lesa.ops import backend, eager, native
 
 if TYPE_CHECKING:
@@ -122,6 +123,27 @@ def gram(
     return out
 
 
+def _check(ring: Tensor, slots: Tensor, latent: Tensor | None = None, **rows: Tensor) -> None:
+    """What no backend may read otherwise: LesaError unless rows and slots fit together.
+
+    `rows` are tables by their names; those named "banded" may have a third dimension.
+    """
+    width = len(slots) + (latent is not None)
+    for name, table in rows.items():
+        bands = name == "banded" and table.ndim == 3
+        if table.ndim - bands != 2 or table.shape[1] != width:
+            raise LesaError(
+                f"{'table' if name == 'banded' else name} has shape {list(table.shape)}; with "
+                f"these slots{' and latent' * (latent is not None)} it must be [steps, {width}]"
+                + ", or [steps, " * (name == "banded")
+                + f"{width}, bands]" * (name == "banded")
+            )
+    if slots.device.type == "cpu" and len(slots):
+        low, high = int(slots.min()), int(slots.max())
+        if low < 0 or high >= len(ring):
+            raise LesaError(f"slots name {low} to {high}; the ring has slots 0 to {len(ring) - 1}")
+
+
 def _define(name: str, schema: str, mutates: tuple[str, ...] = ()) -> Callable[[Any], Any]:
     return torch.library.custom_op(f"lesa::{name}", mutates_args=mutates, schema=schema)
 
@@ -136,6 +158,7 @@ _SPLINE = (
 
 @_define("mix_out", f"({_MIX}, Tensor(a!) out, {_MIX_OPTIONS}) -> ()", ("out",))
 def _mix_out(ring, slots, table, step, out, latent=None, bias=None, band_size=None):
+    _check(ring, slots, latent, banded=table)
     options = dict(latent=latent, bias=bias)
     if table.ndim == 3:
         options["band_size"] = band_size
@@ -156,6 +179,7 @@ def _spline_mix_out(ring, slots, weights, tau, projection, shift, base, spline, 
                     out, experts=None, bias=None):  # fmt: skip
     from lesa_kernels.gate import Gate
 
+    _check(ring, slots, weights=weights)
     gate = Gate(projection, shift, base, spline, low, high)
     run = implementation("spline_mix", out, len(slots))
     run(ring, slots, weights, tau, gate, step, out, experts=experts, bias=bias)
@@ -176,6 +200,7 @@ _NORM_OPTIONS = "Tensor? bias=None, float eps=1e-6"
 
 @_define("mix_modulate_out", f"({_MODULATE}, Tensor(a!) out, {_NORM_OPTIONS}) -> ()", ("out",))
 def _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias=None, eps=1e-6):
+    _check(ring, slots, table=table)
     run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps)
 
@@ -185,6 +210,7 @@ def _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias=None, ep
          f"{_NORM_OPTIONS}) -> ()", ("out", "feature"))  # fmt: skip
 def _mix_modulate_and_feature_out(ring, slots, table, step, scale, shift, out, feature, bias=None,
                                   eps=1e-6):  # fmt: skip
+    _check(ring, slots, table=table)
     run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps, feature=feature)
 
@@ -199,6 +225,7 @@ def _mix_modulate(ring, slots, table, step, scale, shift, bias=None, eps=1e-6):
 @_define("gram_out", "(Tensor feature, Tensor ring, Tensor slots, Tensor(a!) out, "
          "Tensor? base=None) -> ()", ("out",))  # fmt: skip
 def _gram_out(feature, ring, slots, out, base=None):
+    _check(ring, slots)
     implementation("gram", feature, len(slots))(feature, ring, slots, out, base=base)
 
 
