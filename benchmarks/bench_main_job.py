@@ -33,7 +33,7 @@ COUNTS = (13, 10, 8)
 FEWER = 28, (10, 8)  # steps and full steps that are compared
 COLLECTED = r"^collect: ([\d.]+) s$"  # the line of the log that tells it
 METHODS = (
-    "fewer-steps", "fewer-steps-dpm++", "fewer-steps-unipc", "fora", "taylorseer-1", "hicache",
+    "fewer-steps", "fewer-steps-dpm++", "fewer-steps-unipc", "fora", "taylor-1", "hicache",
     "spectrum", "foca", "lesa",
 )  # fmt: skip
 
@@ -81,7 +81,7 @@ def train(
 def hardness(pipe: Any, unseen: list[str], call: dict[str, Any]) -> dict[str, Any]:
     """First-order TaylorSeer on the paper's list for interval 7: 20 to 38 dB tell methods apart."""
     schedule = lesa.Schedule.every(7, 50)
-    method = Method("taylorseer-1", 50, lesa.Taylor(1), schedule)
+    method = Method("taylor-1", 50, lesa.Taylor(1), schedule)
     return compare(pipe, unseen, [method], call, seed=1000, batch_size=16).rows[0]
 
 

@@ -36,7 +36,7 @@ def test_a_second_enable_replaces_the_first(tiny_flux, inputs):
     tiny_flux(**inputs())
     lesa.enable(tiny_flux, Taylor(2), schedule=Schedule.explicit([0, 1, 2]), tap="output")
     found = lesa.stats(tiny_flux)
-    assert (found.full, found.forecaster, found.tap) == (0, "taylor2", "output")
+    assert (found.full, found.forecaster, found.tap) == (0, "taylor-2", "output")
     tiny_flux(**inputs())
     assert lesa.stats(tiny_flux).full == 3
     lesa.disable(tiny_flux)
@@ -52,7 +52,7 @@ def test_stats_are_readable_and_json(tiny_flux, inputs):
     assert found.to_dict()["full_steps"] == list(found.full_steps)
     assert len(found.full_steps) == 4 and found.num_steps == 12
     assert found.seconds_full > 0 and found.seconds_skipped > 0
-    assert "4 of 12 full" in str(found) and "taylor1" in str(found)
+    assert "4 of 12 full" in str(found) and "taylor-1" in str(found)
     tiny_flux(**inputs())
     assert found.full == 4  # a snapshot
 
@@ -75,13 +75,15 @@ def test_accelerate_restores_what_was_there(tiny_flux, inputs):
 
 @pytest.mark.parametrize("count", range(1, 13))
 def test_a_count_of_full_steps_is_met(tiny_flux, inputs, count):
-    schedule = LesaConfig(full_steps=count).bound_schedule(12)
+    schedule = LesaConfig(LesaForecaster(), full_steps=count).bound_schedule(12)
     assert len(schedule.full_steps) == count and schedule.num_steps == 12
+    published = LesaConfig(full_steps=count).bound_schedule(12)  # of Taylor: never fewer
+    assert count <= len(published.full_steps) and published.num_steps == 12
 
 
 def test_counts_follow_the_papers_lists_where_it_has_one():
     for count, interval in ((13, 5), (10, 7), (8, 10)):
-        config = LesaConfig(full_steps=count)
+        config = LesaConfig(LesaForecaster(), full_steps=count)
         assert config.bound_schedule(50) == Schedule.every(interval, 50)
     assert LesaConfig().bound_schedule(50) == Schedule.every(5, 50)
 

@@ -168,7 +168,7 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None,
     forecaster: Annotated[
         str | None,
-        typer.Option(help="Folder, hub id, or fora, taylorseer-1, ...; without: plain run."),
+        typer.Option(help="Folder, hub id, or fora, taylor-1, ...; without: plain run."),
     ] = None,
     full_steps: Annotated[int | None, typer.Option(help="Number of full steps.")] = None,
     interval: Annotated[

@@ -36,8 +36,6 @@ def checked_schedule(
 
     Raises: LesaError unless exactly one of the two is given with a forecaster, none without.
     """
-    from lesa.evaluation.peers.forecasters import FORECASTERS
-
     if forecaster is None:
         if full_steps is not None or interval is not None:
             raise LesaError("forecaster: full-steps or interval without one; give --forecaster")
@@ -48,8 +46,6 @@ def checked_schedule(
         return {"schedule": Schedule.every(interval).bind(num_steps)}
     assert full_steps is not None
     check_count(full_steps, num_steps, "full-steps")
-    if forecaster in FORECASTERS:  # which have no calibrated lists, but a rule of their own
-        return {"schedule": FORECASTERS[forecaster].nearest(full_steps, num_steps)}
     return {"full_steps": full_steps}
 
 

@@ -119,11 +119,11 @@ def parse_counts(
 
 def load_forecaster(name: str) -> Any:
     """A trained forecaster from a folder or hub id, or a training-free one by its method's name."""
-    from lesa.evaluation.peers.forecasters import FORECASTERS
-
-    if name in FORECASTERS:
-        return FORECASTERS[name].forecaster()
     from lesa.forecasters.lesa import LesaForecaster
+    from lesa.forecasters.published import METHODS, canonical
+
+    if (method := canonical(name)) in METHODS:
+        return METHODS[method]()
 
     return LesaForecaster.from_pretrained(name)
 

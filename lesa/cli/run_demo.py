@@ -18,11 +18,11 @@ FEW = 8  # steps up to which no published schedule of TaylorSeer leaves much to 
 def contest(pipe: Any, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Numbers of full steps to compare at, and the methods that apply to this pipeline."""
     if getattr(pipe, "unet", None) is not None and num_steps == 50:
-        return UNET_FULL_STEPS, ("fewer-steps", "taylorseer-1", "deepcache", "lesa")
+        return UNET_FULL_STEPS, ("fewer-steps", "taylor-1", "deepcache", "lesa")
     counts = FULL_STEPS.get(num_steps, (max(1, num_steps // 5),))
     if num_steps <= FEW:
-        return counts, ("fewer-steps", "fora", "taylorseer-1", "lesa")
-    return counts, ("fewer-steps", "taylorseer-1", "lesa")
+        return counts, ("fewer-steps", "fora", "taylor-1", "lesa")
+    return counts, ("fewer-steps", "taylor-1", "lesa")
 
 
 def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     right = result.scores()
     seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
     facts = {**seconds, "attributes": right}
-    shown = ("deepcache" if "deepcache" in names else "taylorseer-1", "lesa")
+    shown = ("deepcache" if "deepcache" in names else "taylor-1", "lesa")
     files = write_report(result, out, title=f"lesa demo: {pipeline}", shown=shown, extra=facts)
     console.print(f"Pictures and curves: {files['report.html']}")
     for label, shares in right.items():

@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 from lesa.core.forecaster import Forecaster, Tap
 from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError, RunError
+from lesa.forecasters.published import rule_of
 from lesa.forecasters.taylor import Taylor
 
 __all__ = ["DEFAULT_TAP", "LesaConfig"]
@@ -23,8 +24,10 @@ class LesaConfig:
 
     Args:
         forecaster: makes the coefficients; first-order Taylor if not given.
-        full_steps: how many steps are computed in full. Exclusive with `schedule`. With neither, a
-            trained forecaster's first calibrated schedule, else `Schedule.every(5)`.
+        full_steps: how many steps are computed in full. Exclusive with `schedule`. A forecaster
+            that its authors publish with a rule follows it, at the setting with the fewest full
+            steps that are not below. With neither, a trained forecaster's first calibrated
+            schedule, else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
@@ -78,6 +81,8 @@ class LesaConfig:
                 )
             if calibrated:
                 return forecaster.schedule_for(self.full_steps, num_steps, sigmas)
+            if (rule := rule_of(forecaster)) is not None:
+                return rule.nearest(self.full_steps, num_steps)
             return _schedule_of(self.full_steps, num_steps)
         if calibrated:
             return forecaster.schedule_for(len(calibrated[0].full_steps), num_steps, sigmas)

@@ -28,7 +28,7 @@ FAMILIES = {  # colour, and how the methods' names begin
     "lesa": ("#c1121f", ()),
     "learned": ("#ee8434", ("lesa-", "l2p", "disca")),
     "fewer steps": ("#6b7280", ("fewer-steps", "euler", "dpm", "unipc")),
-    "forecast": ("#2166ac", ("fora", "taylorseer", "hicache", "spectrum", "freqca", "foca")),
+    "forecast": ("#2166ac", ("fora", "taylor", "hicache", "spectrum", "freqca", "foca")),
     "adaptive": ("#1b9e77", ("teacache", "magcache", "fbcache", "dbcache", "seacache", "speca")),
     "block reuse": ("#8a5fbf", ("pab", "fastercache", "deepcache")),
     "token-wise": ("#a6761d", ("toca", "duca", "clusca")),

@@ -17,6 +17,7 @@ from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.evaluation.peers.tokenwise import TOKENWISE
+from lesa.forecasters.published import canonical
 
 PEERS: dict[str, Peer] = {
     **SOLVERS,
@@ -33,12 +34,12 @@ NAMES: tuple[str, ...] = (*PEERS, "lesa")
 
 
 def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:
-    """Method names from "all" or a comma list; "all" means those that can run on the bench.
+    """Canonical names from "all" or a comma list; "all" means those that can run on the bench.
 
     Raises: LesaError for an unknown name, an empty list, or one that cannot run here.
     """
     wanted = names.split(",") if isinstance(names, str) else list(names)
-    wanted = [name.strip() for name in wanted if name.strip()]
+    wanted = [canonical(name.strip()) for name in wanted if name.strip()]
     if wanted == ["all"]:
         missing = left_out(NAMES, bench)
         return tuple(name for name in NAMES if name not in missing)
@@ -70,7 +71,7 @@ def build(name: str, full_steps: int, bench: Bench, *, searched: Schedule | None
     """A method at a wanted number of full steps.
 
     Without `searched` a peer follows its own published rule, at the setting whose number of full
-    steps is nearest to, but not below, the wanted one (the doubt goes to the peer); lesa follows
+    steps is nearest to, but not below, the wanted one (ties favour the peer); lesa follows
     the list that its forecaster recommends. `searched` is an explicit list instead.
 
     Raises: LesaError if the name is unknown, the count impossible, or it cannot run here.
@@ -92,7 +93,7 @@ def build_all(
     With `searched` every peer that can also runs on the list that lesa's forecaster recommends.
     """
     found: dict[str, Method] = {}
-    for count, name in product(counts, tuple(names)):
+    for count, name in product(counts, tuple(map(canonical, names))):
         methods = [build(name, count, bench)]
         if searched and bench.forecaster is not None and name != "lesa" and PEERS[name].takes_lists:
             shared = bench.forecaster.schedule_for(count, bench.num_steps)

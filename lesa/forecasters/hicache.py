@@ -35,8 +35,8 @@ class HiCache:
 
     @property
     def name(self) -> str:
-        """ "hicache" and the order."""
-        return f"hicache{self.order}"
+        """ "hicache-" and the order."""
+        return f"hicache-{self.order}"
 
     def history(self, schedule: Schedule) -> int:
         """order + 1 features, or all full steps where there are fewer."""

@@ -37,8 +37,8 @@ class Taylor:
 
     @property
     def name(self) -> str:
-        """ "taylor" and the order."""
-        return f"taylor{self.order}{'-exact' if self.exact else ''}"
+        """ "taylor-" and the order."""
+        return f"taylor-{self.order}{'-exact' if self.exact else ''}"
 
     def history(self, schedule: Schedule) -> int:
         """order + 1 features, or all full steps where there are fewer."""

@@ -140,7 +140,7 @@ def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "cache",
-    [(), ("--forecaster", "taylorseer-1", "--interval", "3"), ("--forecaster", "TRAINED")],
+    [(), ("--forecaster", "taylor-1", "--interval", "3"), ("--forecaster", "TRAINED")],
 )
 def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_path):
     if "TRAINED" in cache:
@@ -157,13 +157,13 @@ def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_p
 
 def test_compare_writes_rows_and_a_report(trained, prompts, tmp_path):
     options = ("--pipeline", "testbed", "--prompts", prompts, *STEPS, "--full-steps", "3,4")
-    contest = ("--methods", "taylorseer-1,lesa", "--forecaster", trained, "--report", tmp_path)
+    contest = ("--methods", "taylor-1,lesa", "--forecaster", trained, "--report", tmp_path)
     contest += ("--judge", "attributes")
     told = json.loads(run("compare", *options, *contest, "--json"))
     rows = told["rows"]
     assert told["settings"]["num_inference_steps"] == 8 and len(told["prompts"]) == 3
     found = [(row["method"], row["full_steps"]) for row in rows]
-    assert found == [("taylorseer-1", 3), ("lesa", 3), ("taylorseer-1", 4), ("lesa", 4)]
+    assert found == [("taylor-1", 3), ("lesa", 3), ("taylor-1", 4), ("lesa", 4)]
     assert rows[1]["schedule"].startswith("searched: 0,")
     assert set(rows[1]["scores"]) == {"shape", "colour", "place"}
     assert (tmp_path / "report.html").exists()
@@ -284,7 +284,7 @@ def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):
     settings = {**testbed.settings("flux"), "num_inference_steps": 8}
     monkeypatch.setattr(testbed, "settings", lambda name: settings)
     monkeypatch.setattr("lesa.cli.run_demo.UNSEEN", 2)
-    names = ("fewer-steps", "taylorseer-1", "deepcache", "lesa")  # DeepCache: no U-Net, no package
+    names = ("fewer-steps", "taylor-1", "deepcache", "lesa")  # DeepCache: no U-Net, no package
     monkeypatch.setattr("lesa.cli.run_demo.contest", lambda pipe, steps: ((3,), names))
     out, facts = tmp_path / "lesa-demo", tmp_path / "facts.json"
     text = run("demo", "--out", out, "--prompts-count", "2", "--json", facts)
@@ -292,7 +292,7 @@ def test_demo_at_a_small_size_shows_what_was_gained(tmp_path, monkeypatch):
     names = {"grid.png", "worst-3.png", "paired.png", "report.html", "report.json", "forecaster"}
     assert names < {path.name for path in out.iterdir()}
     table = text.splitlines()[-8:]  # the last lines are the table
-    for name in ("plain", "fewer-steps", "taylorseer-1", "lesa"):
+    for name in ("plain", "fewer-steps", "taylor-1", "lesa"):
         assert any(line.split()[:1] == [name] for line in table), text
     told = json.loads(facts.read_text())
     assert told["rows"] == json.loads((out / "report.json").read_text())["rows"]

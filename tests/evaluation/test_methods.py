@@ -15,8 +15,8 @@ from lesa.evaluation.peers.forecasters import FORECASTERS
 PUBLISHED = {
     ("fora", 10): (0, 5, 10, 15, 20, 25, 30, 35, 40, 45),
     ("fora", 8): (0, 7, 14, 21, 28, 35, 42, 49),
-    ("taylorseer-1", 10): (0, 1, 2, 8, 14, 20, 26, 32, 38, 44),
-    ("taylorseer-2", 8): (0, 1, 2, 11, 20, 29, 38, 47),
+    ("taylor-1", 10): (0, 1, 2, 8, 14, 20, 26, 32, 38, 44),
+    ("taylor-2", 8): (0, 1, 2, 11, 20, 29, 38, 47),
     ("hicache", 14): (0, 1, 2, 6, 10, 14, 18, 22, 26, 30, 34, 38, 42, 46),
     ("spectrum", 14): (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 25, 31, 38, 46),
     ("spectrum", 10): (0, 1, 2, 3, 4, 6, 11, 19, 30, 44),
@@ -65,8 +65,8 @@ def test_every_method_at_every_count_once():
     methods = build_all(names, (13, 14), Bench(50, forecaster=Trained()), searched=True)
     labels = [method.label for method in methods]
     assert len(labels) == len(set(labels))
-    assert labels.count("taylorseer-1 @14") == 1  # interval 4 is the nearest for 13 and for 14
-    assert {"lesa @13", "lesa @14", "taylorseer-1 (searched steps) @13"} <= set(labels)
+    assert labels.count("taylor-1 @14") == 1  # interval 4 is the nearest for 13 and for 14
+    assert {"lesa @13", "lesa @14", "taylor-1 (searched steps) @13"} <= set(labels)
 
 
 @pytest.mark.parametrize(

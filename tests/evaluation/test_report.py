@@ -48,7 +48,7 @@ def settings():
 @pytest.fixture(scope="module")
 def comparison(pipe, settings):
     everything = Method("fora", STEPS, Reuse(), Schedule.fora(1, STEPS))
-    methods = [build(name, 4, Bench(STEPS)) for name in ("fewer-steps", "fora", "taylorseer-1")]
+    methods = [build(name, 4, Bench(STEPS)) for name in ("fewer-steps", "fora", "taylor-1")]
     return compare(
         pipe, PROMPTS, [*methods, everything], settings, seed=7, batch_size=2, keep_pictures=3
     )
@@ -83,7 +83,7 @@ def test_every_step_in_full_is_the_plain_run_itself(comparison):
 
 
 def test_curves_begin_at_the_first_skipped_step(comparison):
-    curve = comparison.curves["taylorseer-1 @4"]
+    curve = comparison.curves["taylor-1 @4"]
     assert len(curve) == STEPS
     assert curve[:3] == [0, 0, 0] and all(error > 0 for error in curve[3:])
     assert "fewer-steps @4" not in comparison.curves  # its steps are not the plain run's
@@ -163,14 +163,14 @@ FIGURES = {
 
 
 def test_report_is_complete_and_opens_offline(comparison, tmp_path):
-    files = write_report(comparison, tmp_path / "r", shown=("taylorseer-1",), extra={"note": "x"})
+    files = write_report(comparison, tmp_path / "r", shown=("taylor-1",), extra={"note": "x"})
     assert set(files) == {*FIGURES, "report.html", "report.json"}
     assert sorted(p.name for p in (tmp_path / "r").iterdir()) == sorted(files)  # no leftovers
     html = files["report.html"].read_text()
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', html)
     assert sources == ["data:image/png;base64,"] * len(FIGURES)
     assert "://" not in html and "identical" in html
-    for text in ("taylorseer-1", "own: 0,1,2,6", *PROMPTS, *comparison.notes):
+    for text in ("taylor-1", "own: 0,1,2,6", *PROMPTS, *comparison.notes):
         assert str(escape(text)) in html
     width, height = Image.open(files["grid.png"]).size
     assert width > height  # three prompts wide, plain and one method high
@@ -385,7 +385,7 @@ def test_terminal_table_fits_80_columns(comparison):
         console.quiet = False
         console.print(rich_table(comparison.rows, comparison.plain_seconds, STEPS))
     text = captured.get()
-    assert "taylorseer-1" in text and "worst decile" in text and "…" not in text
+    assert "taylor-1" in text and "worst decile" in text and "…" not in text
 
 
 def test_a_failed_write_leaves_no_file(tmp_path):

@@ -181,7 +181,7 @@ def test_train_enable_compare(name, tap):
         latents = generate(pipe, name, steps=8)
         assert latents.device.type == DEVICE and latents.isfinite().all()
         undisturbed(lesa.stats(pipe))
-    compared(pipe, name, prompts, forecaster, ["lesa", "taylorseer-1", "fora"])
+    compared(pipe, name, prompts, forecaster, ["lesa", "taylor-1", "fora"])
 
 
 def compared(pipe, name, prompts, forecaster, methods):

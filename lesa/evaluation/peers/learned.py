@@ -14,11 +14,10 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
-from lesa.evaluation.peers.forecasters import ScheduledPeer
 from lesa.evaluation.peers.memo import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.forecasters.calibration import thinned
-from lesa.forecasters.reuse import Reuse
+from lesa.forecasters.published import LESA_PAPER
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 from lesa.training.statistics import Statistics
@@ -26,7 +25,6 @@ from lesa.training.train import train
 from lesa.util.numerics import gradients
 
 EPOCHS, RATE = 201, 0.01  # L2P's release
-_PAPER_RULE = ScheduledPeer(Reuse, Schedule.every, (5, 7, 10))
 _L2P_STEPS = 50
 _L2P_LISTS = (  # N = 5, 7, 10
     (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
@@ -169,7 +167,7 @@ class PaperLesa(_Learned):
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
         """Trained anew for its list, on statistics that are collected once."""
         steps = bench.num_steps
-        schedule = searched.bind(steps) if searched else _PAPER_RULE.nearest(wanted, steps)
+        schedule = searched.bind(steps) if searched else LESA_PAPER.nearest(wanted, steps)
         forecaster = train(
             bench.pipe,
             bench.calibration,

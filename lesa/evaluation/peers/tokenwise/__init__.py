@@ -13,10 +13,10 @@ from torch import Tensor
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Use
-from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.tokenwise.blocks import Rotary, run_double, run_single
 from lesa.evaluation.peers.tokenwise.memory import Cell, Moment, Rule
 from lesa.evaluation.peers.tokenwise.rules import ClusCa, DuCa, ToCa
+from lesa.forecasters.published import FORA
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.pipeline import find_denoiser
@@ -24,7 +24,6 @@ from lesa.hooks.pipeline import find_denoiser
 __all__ = ["TOKENWISE", "ClusCa", "DuCa", "ToCa", "Tokenwise", "tokenwise"]
 
 _MODEL = "FluxTransformer2DModel"
-_EVERY_NTH = FORECASTERS["fora"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Tokenwise:
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
         """At the setting with the fewest full steps that are not below `wanted`, or on a list."""
         steps = bench.num_steps
-        schedule = searched.bind(steps) if searched else _EVERY_NTH.nearest(wanted, steps)
+        schedule = searched.bind(steps) if searched else FORA.nearest(wanted, steps)
         return Method(
             name,
             steps,
