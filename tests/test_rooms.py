@@ -37,7 +37,6 @@ ALLOWED = {
 ALLOWED["evaluation"] = {"lesa", *ALLOWED}
 ALLOWED["cli"] = {"lesa", *ALLOWED}
 CIRCLES = {
-    ("lesa.engine.graphs.tail_graph", "lesa.engine.tail"),
 }
 TOP = {"__init__", "__main__", "_version", "api", "errors"}
 

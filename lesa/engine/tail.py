@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.engine.call import Call
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers, TailGraph
@@ -18,7 +18,6 @@ from lesa.engine.step_table import Plan
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.step_clock import Step
-from lesa.ops import implementation
 
 __all__ = ["ModulatedTail", "PreparedTail"]
 
@@ -133,9 +132,7 @@ class PreparedTail:
         graphs = self.tail.graphs
         if graphs is None or plan.autoregressive:  # whose forecasts enter the ring
             return None
-        bias = plan.on(feature.device).bias
-        run = implementation("mix_modulate", feature, plan.history, {"bias": bias})
-        self._graph = TailGraph.acquire(graphs, self.tail, plan, call.step.branch, feature, run)
+        self._graph = TailGraph.acquire(graphs, self.tail, plan, call.step.branch, feature)
         return None if self._graph is None else self._graph.ring
 
     def takes(self, call: Call) -> bool:
@@ -156,7 +153,7 @@ class PreparedTail:
             return self._graph.run(index, mixer, modulation)
         normed = torch.empty_like(like)
         mixer.modulated(index, modulation, self.tail.eps, normed, feature)
-        with ranges.tail:
+        with nvtx_ranges.tail:
             return self.tail.projection(normed)
 
     def modulation(self, feature: Tensor) -> Modulation:

@@ -7,20 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lesa.engine.graphs.capture import Body
 from lesa.engine.graphs.step_graphs import GraphKey, Lease, StepGraphs
 from lesa.engine.mixer import Mixer, Modulation
 from lesa.engine.step_table import Plan
+from lesa.ops import implementation
 
-if TYPE_CHECKING:
-    from lesa.engine.tail import ModulatedTail
+__all__ = ["LastLayer", "TailBuffers", "TailGraph"]
 
-__all__ = ["TailBuffers", "TailGraph"]
+
+class LastLayer(Protocol):
+    """What a graph takes of a model: the layer behind the modulated norm, and the norm's eps.
+
+    `projection` is asked for at each use, since an adapter replaces modules.
+    """
+
+    eps: float
+
+    @property
+    def projection(self) -> nn.Module: ...
+
+    @property
+    def model(self) -> nn.Module: ...
 
 
 class TailBuffers:
@@ -30,13 +43,13 @@ class TailBuffers:
     shift. `normed`, as large as a feature, is written: inside a graph's memory it would outlive it.
     """
 
-    def __init__(self, plan: Plan, steps: int, feature: Tensor) -> None:
+    def __init__(self, plan: Plan, feature: Tensor) -> None:
         table = plan.on(feature.device)
         self.ring = feature.new_empty(plan.history, *feature.shape)
         self.slots = feature.new_zeros(plan.history, dtype=torch.int32)
         self.step = feature.new_zeros((), dtype=torch.int32)
         self.table, self.bias = table.coefficients, table.bias
-        self.rows = feature.new_empty(steps, feature.shape[0], 2 * feature.shape[-1])
+        self.rows = feature.new_empty(len(plan.rows), feature.shape[0], 2 * feature.shape[-1])
         self.normed = torch.empty_like(feature, memory_format=torch.contiguous_format)
 
 
@@ -57,33 +70,40 @@ class TailGraph:
     def acquire(
         cls,
         graphs: StepGraphs[TailBuffers],
-        tail: ModulatedTail,
+        layer: LastLayer,
         plan: Plan,
         branch: str,
         feature: Tensor,
-        run: Callable[..., Tensor],
     ) -> TailGraph | None:
-        """A graph of `run`, the `mix_modulate` of the active backend, and the model's last layer.
+        """A graph of the active backend's `mix_modulate` and the model's last layer.
 
-        `feature` gives the layout of what goes into the ring. None where nothing is to be recorded.
+        Args:
+            graphs: the controller's.
+            layer: the model's last layer.
+            plan: has the rows that the graph reads.
+            branch: the guidance branch.
+            feature: gives the layout of what goes into the ring.
+
+        Returns:
+            None where nothing is to be recorded; the reason is counted.
         """
-        steps = len(plan.rows)
-        variant = plan.on(feature.device).bias is None, run
+        bias = plan.on(feature.device).bias
+        mix_modulate = implementation("mix_modulate", feature, plan.history, {"bias": bias})
         key = GraphKey(
             tuple(feature.shape),
             feature.dtype,
             feature.device,
             branch,
             plan.history,
-            steps,
-            variant,
+            len(plan.rows),
+            (bias is None, mix_modulate),
         )
         lease = graphs.acquire(
             key,
-            (tail.projection,),
-            partial(TailBuffers, plan, steps, feature),
-            partial(_body, tail, run),
-            model=tail.model,
+            (layer.projection,),
+            partial(TailBuffers, plan, feature),
+            partial(_body, layer, mix_modulate),
+            model=layer.model,
         )
         if lease.reason is not None:
             graphs.count(f"refused: {lease.reason}")
@@ -105,12 +125,12 @@ class TailGraph:
         return self._lease.run()
 
 
-def _body(tail: ModulatedTail, run: Callable[..., Tensor], buffers: TailBuffers) -> Body:
+def _body(layer: LastLayer, mix_modulate: Callable[..., Tensor], buffers: TailBuffers) -> Body:
     scale, shift = buffers.rows.chunk(2, dim=-1)
     given = (buffers.ring, buffers.slots, buffers.table, buffers.step, scale, shift)
 
     def body() -> Tensor:
-        run(*given, buffers.normed, bias=buffers.bias, eps=tail.eps)
-        return tail.projection(buffers.normed)
+        mix_modulate(*given, buffers.normed, bias=buffers.bias, eps=layer.eps)
+        return layer.projection(buffers.normed)
 
     return body
