@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.engine.call import Call, Refusal
 from lesa.engine.config import LesaConfig
 from lesa.engine.graphs.step_graphs import StepGraphs
@@ -96,7 +96,7 @@ class CacheController:
         """Run the model and keep its feature."""
         wanted = trajectory is not None and self.tap == "hidden"
         try:
-            with ranges.full:
+            with nvtx_ranges.full:
                 run = denoiser.run(args, kwargs, tap=wanted)
         except BaseException:
             denoiser.reset()

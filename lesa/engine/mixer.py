@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lesa import ops
 from lesa.core.table import GatedRows
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import Plan
 from lesa.errors import LesaError
@@ -84,7 +84,7 @@ class Mixer:
             if table.gated is not None:
                 self._write = Mixer._triton_gated
             self._prepare()
-        self._range = ranges.mix if table.gated is None else ranges.spline_mix
+        self._range = nvtx_ranges.mix if table.gated is None else nvtx_ranges.spline_mix
 
     def _prepare(self) -> None:
         """Launches that are checked at their first step only."""
@@ -121,7 +121,7 @@ class Mixer:
 
         See `lesa_kernels.mix_modulate.mix_modulate`.
         """
-        with ranges.mix:
+        with nvtx_ranges.mix:
             self._write_modulated(self, index, modulation, eps, out, feature)
         return out
 

@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.errors import LesaError
 
 __all__ = ["Ring"]
@@ -52,7 +52,7 @@ class Ring:
                 "make a new ring for it."
             )
         self._head = (self._head + 1) % self.history
-        with ranges.push:
+        with nvtx_ranges.push:
             self.features[self._head].copy_(feature.detach())
         self.pushed += 1
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.engine.call import Call, Refusal
 from lesa.engine.conditioning import Conditioning
 from lesa.engine.mixer import Mixer
@@ -94,7 +94,7 @@ class Trajectory:
         return output
 
     def _run_without_blocks(self, call: Call, feature: Tensor) -> Any:
-        with ranges.tail:
+        with nvtx_ranges.tail:
             run = call.denoiser.run_tail(feature, call.args, call.kwargs)
         if run.output is None:
             raise Refusal("feature and tail differ in shape")

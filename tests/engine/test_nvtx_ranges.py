@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 
 NAMES = ("full", "push", "mix", "spline_mix", "tail", "capture", "replay")
 
@@ -55,7 +55,7 @@ def names_of(built):
 
 
 def test_events_are_built_once_and_only_pushed_afterwards(domain):
-    built = ranges.build()
+    built = nvtx_ranges.build()
     assert built._fields == NAMES and len(domain.made) == len(set(domain.made)) == 7
     for _ in range(3):
         with built.mix:
@@ -64,7 +64,7 @@ def test_events_are_built_once_and_only_pushed_afterwards(domain):
 
 
 def test_every_range_has_its_own_message(domain):
-    for part in ranges.build():
+    for part in nvtx_ranges.build():
         with part:
             pass
     messages = [event for event in domain.log if event != "end"]
@@ -73,21 +73,21 @@ def test_every_range_has_its_own_message(domain):
 
 
 def test_one_object_may_be_nested_in_itself(domain):
-    mix = ranges.build().mix
+    mix = nvtx_ranges.build().mix
     with mix, mix:
         assert domain.open == ["mix", "mix"]
     assert domain.open == []
 
 
 def test_an_exception_ends_the_range_and_goes_on(domain):
-    built = ranges.build()
+    built = nvtx_ranges.build()
     with pytest.raises(ZeroDivisionError), built.full, built.mix:
         _ = 1 / 0
     assert domain.open == [] and domain.log == ["full step", "mix", "end", "end"]
 
 
 def test_threads_share_one_object(domain):
-    mix, meet, seen = ranges.build().mix, threading.Barrier(4), []
+    mix, meet, seen = nvtx_ranges.build().mix, threading.Barrier(4), []
 
     def work():
         with mix:
@@ -105,12 +105,12 @@ def test_threads_share_one_object(domain):
 
 def test_off_by_the_environment(domain, monkeypatch):
     monkeypatch.setenv("LESA_NVTX", "0")
-    assert set(names_of(ranges.build()).values()) == {"Range"} and not domain.made
+    assert set(names_of(nvtx_ranges.build()).values()) == {"Range"} and not domain.made
 
 
 def test_off_without_nvtx(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvtx", None)  # importing it raises ImportError
-    built = ranges.build()
+    built = nvtx_ranges.build()
     assert set(names_of(built).values()) == {"Range"}
     with pytest.raises(KeyError), built.mix, built.mix:
         raise KeyError
@@ -126,7 +126,7 @@ def test_the_real_nvtx_takes_the_calls(monkeypatch):
     domain = object.__new__(Real)
     domain.handle, domain.categories = DomainHandle("lesa"), {}
     monkeypatch.setattr("nvtx.get_domain", lambda name: domain)
-    built = ranges.build()
+    built = nvtx_ranges.build()
     assert "Range" not in names_of(built).values()
     for part in built:
         with part, built.mix:

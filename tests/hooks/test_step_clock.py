@@ -19,9 +19,8 @@ from diffusers import (
 from tiny_pipelines import build
 
 from lesa.errors import LesaError
-from lesa.hooks import noise_levels as noise
 from lesa.hooks.attach import attach
-from lesa.hooks.noise_levels import noise_levels
+from lesa.hooks.noise_levels import _reads, noise_levels
 from lesa.hooks.step_clock import StepClock
 
 
@@ -356,12 +355,12 @@ def test_sigmas_are_read_again_where_they_may_have_changed(reads):
 def test_what_was_read_is_forgotten_with_its_tensor(reads):
     """So a later tensor that gets the same `id` is a new one."""
     gc.collect()
-    before = len(noise._reads)
+    before = len(_reads)
     scheduler = on_device(FlowMatchEulerDiscreteScheduler(), num_inference_steps=4)
     noise_levels(scheduler, 0, 4)
-    assert len(noise._reads) == before + 1
+    assert len(_reads) == before + 1
     del scheduler
-    assert len(noise._reads) == before
+    assert len(_reads) == before
 
 
 def test_what_counts_no_writes_is_read_every_time(reads):

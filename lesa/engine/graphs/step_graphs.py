@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lesa.engine import nvtx_ranges as ranges
+from lesa.engine import nvtx_ranges
 from lesa.engine.graphs.capture import Body, CudaRecorder, Recorder, Recording
 from lesa.engine.graphs.refusal import refusal
 from lesa.engine.graphs.weights_state import signature
@@ -150,7 +150,7 @@ class Lease(Generic[B]):
             self._capture(body)
         if graph.recording is None:
             return body()
-        with self._graphs.turn, ranges.replay:
+        with self._graphs.turn, nvtx_ranges.replay:
             graph.recording.handle.replay()
             # A clone: the next replay overwrites it, and samplers keep outputs of several steps.
             return graph.recording.output.clone()
@@ -158,7 +158,7 @@ class Lease(Generic[B]):
     def _capture(self, body: Body) -> None:
         graph = self._graph
         try:
-            with ranges.capture:
+            with nvtx_ranges.capture:
                 graph.recording = graph.recorder.capture(body, self._key.device)
         except Exception as error:  # remembered; the step is run eagerly
             what = str(error).partition("\n")[0]

@@ -14,7 +14,7 @@ from lesa.errors import RunError
 from lesa.evaluation.method import Use
 from lesa.evaluation.peers.layouts import Layout, known_layout
 from lesa.evaluation.peers.metering import held_bytes
-from lesa.hooks import attach as hooks
+from lesa.hooks import attach
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.model_specs import ModelSpec, model_spec
 from lesa.hooks.pipeline import find_denoiser
@@ -107,5 +107,5 @@ def controlled(pipe: Any, make: Callable[[nn.Module], StepCache[Any]]) -> Iterat
     """A controller on a pipeline's denoiser for a while; the model is as before afterwards."""
     model = find_denoiser(pipe)
     controller = make(model)
-    with hooks.controlled([model], controller, pipe):
+    with attach.controlled([model], controller, pipe):
         yield Use(lambda: controller.cache_bytes, lambda: controller.full_steps)
