@@ -1,5 +1,5 @@
-"""Lanes with more than lesa's have, to measure whether it would pay: coefficients per group, an eye
-on the forecast error."""
+"""Rollouts with more than lesa's have, to measure whether it would pay: coefficients per group,
+an eye on the forecast error."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lesa.forecasters.taylor import lagrange
-from lesa.training.lane import FixedLane, Lane, Tail, Visit, guided, mixed, ridge_fit
+from lesa.training.rollout import FixedRollout, Rollout, Tail, Visit, guided, mixed, ridge_fit
 
 
 @dataclass
-class GroupedLane(Lane):
+class GroupedRollout(Rollout):
     """A row of coefficients of its own for every group of a feature's elements.
 
     groups: "channel", or as many bands of spatial frequency as there are `edges` plus one; an
@@ -34,7 +34,7 @@ class GroupedLane(Lane):
         base: Tensor,
         tail: Tail | None = None,
     ) -> Tensor:
-        """As in Lane, group by group; of the output tap alone."""
+        """As in Rollout, group by group; of the output tap alone."""
         ring, rows = self.rings[at.branch], self.coefficients[at.branch]
         prior = rows[at.step, [*range(len(ring)), rows.shape[1] - 1]]
         regressors = [*ring, latent]
@@ -77,9 +77,10 @@ class GroupedLane(Lane):
 
 
 @dataclass
-class WatchedLane(FixedLane):
-    """A fitted lane that notes, at every full step, how far a line through the two features before
-    it is from the feature that the model gives: all that a guard can see without a run more."""
+class WatchedRollout(FixedRollout):
+    """A fitted rollout that notes, at every full step, how far a line through the two features
+    before it is from the feature that the model gives: all that a guard can see without a run
+    more."""
 
     seen: dict[str, list[Tensor]] = field(default_factory=dict)  # branch -> [pictures] a full step
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
-from _richer import GroupedLane, WatchedLane
+from _richer import GroupedRollout, WatchedRollout
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
@@ -31,11 +31,11 @@ from lesa.forecasters import LesaForecaster
 from lesa.testbed import load, prompts, settings
 from lesa.training import search
 from lesa.training.calibrate import Calibrator
-from lesa.training.closed_loop import run_lanes
+from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous
 from lesa.training.job import Job
-from lesa.training.lane import FixedLane, Lane, quality
+from lesa.training.rollout import FixedRollout, Rollout, quality
 from lesa.training.statistics import Statistics
 
 REFERENCE = "step by step in closed loop"  # what every other row is compared with
@@ -46,11 +46,11 @@ EDGES = ((0.95, 0.7), (0.9, 0.4), (0.8, 0.5), (0.7, 0.3), (0.6,))  # of stages, 
 GUARDED = 8  # one prompt in so many gets more full steps
 
 
-def frozen(lane: Lane) -> Lane:
-    """A fitted lane, to be run as it is on other prompts."""
-    if isinstance(lane, GroupedLane):
-        return replace(lane, frozen=True)
-    return lane if isinstance(lane, FixedLane) else WatchedLane.of(lane)
+def frozen(rollout: Rollout) -> Rollout:
+    """A fitted rollout, to be run as it is on other prompts."""
+    if isinstance(rollout, GroupedRollout):
+        return replace(rollout, frozen=True)
+    return rollout if isinstance(rollout, FixedRollout) else WatchedRollout.of(rollout)
 
 
 class Study:
@@ -72,19 +72,19 @@ class Study:
             fit_continuous(learned, [statistics])
         return Calibrator(job, learned, statistics)
 
-    def leaders(self, counts: Sequence[int]) -> list[Lane]:
+    def leaders(self, counts: Sequence[int]) -> list[Rollout]:
         """What `lesa.train` finds before it fits all gaps together."""
         return self.calibrator.refine(self.calibrator.fit(self.calibrator.search(counts)), 2)
 
-    def variants(self, leader: Lane) -> dict[str, Callable[[], Lane]]:
-        """Name -> the lane that is trained for it, all at the leader's number of full steps."""
+    def variants(self, leader: Rollout) -> dict[str, Callable[[], Rollout]]:
+        """Name -> the rollout that is trained for it, all at the leader's number of full steps."""
         plan, count = leader.schedule, len(leader.schedule.full_steps)
         fit = self.calibrator.fit
         known = {
             REFERENCE: lambda: leader,
-            "and all gaps together: the default": lambda: self.calibrator.polish([leader], 2)[0],
+            "and all gaps together: the default": lambda: self.calibrator.joint_fit([leader], 2)[0],
             "no drift correction": lambda: self._fitted(replace(leader, drift=0.0)),
-            "no caution at high noise": lambda: self._fitted(replace(leader, caution=0.0)),
+            "no caution at high noise": lambda: self._fitted(replace(leader, shrinkage=0.0)),
             "no current latent": lambda: self._with(plan, uses_latent=False),
             "no search: evenly spread": lambda: fit(
                 [Schedule.fora(-(-self.steps // count), self.steps)]
@@ -110,43 +110,43 @@ class Study:
             }
         return known
 
-    def on_prompts(self, count: int, number: int) -> Lane:
+    def on_prompts(self, count: int, number: int) -> Rollout:
         """The default training on another number of calibration prompts."""
         job = replace(self.job, prompts=prompts(self.name, number, seed=0, split="train"))
         calibrator = self.calibrate(job, collect(job, self.steps))
         return calibrator.refine(calibrator.fit(calibrator.search([count])), 2)[0]
 
-    def judge(self, lanes: Sequence[Lane], unseen: int) -> list[Lane]:
-        """The lanes after a run on unseen prompts, which gives each its scores: dB of the final
+    def judge(self, rollouts: Sequence[Rollout], unseen: int) -> list[Rollout]:
+        """The rollouts after a run on unseen prompts, which gives each its scores: dB of the final
         latents."""
         texts = prompts(self.name, unseen, seed=1, split="test")
-        ready = [frozen(lane) for lane in lanes]
+        ready = [frozen(rollout) for rollout in rollouts]
         job = replace(self.job, prompts=texts, seed=1000)
-        run_lanes(job, ready, self.calibrator._prior, self.steps, self.statistics)
+        run_rollouts(job, ready, self.calibrator._prior, self.steps, self.statistics)
         return ready
 
-    def _fitted(self, lane: Lane) -> Lane:
-        run_lanes(self.job, [lane], self.calibrator._prior, self.steps, self.statistics)
-        return lane
+    def _fitted(self, rollout: Rollout) -> Rollout:
+        run_rollouts(self.job, [rollout], self.calibrator._prior, self.steps, self.statistics)
+        return rollout
 
-    def _with(self, plan: Schedule, **fields: Any) -> Lane:
+    def _with(self, plan: Schedule, **fields: Any) -> Rollout:
         return self.calibrate(self.job, self.statistics, **fields).fit([plan])[0]
 
     @cache  # noqa: B019 - one study per pipeline
     def _net(self, **fields: Any) -> Calibrator:
         return self.calibrate(self.job, self.statistics, **fields)
 
-    def _form(self, calibrator: Calibrator, plan: Schedule) -> FixedLane:
+    def _form(self, calibrator: Calibrator, plan: Schedule) -> FixedRollout:
         sigmas = self.statistics.sigmas
         rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
-        return FixedLane(plan, 3, True, rows=rows)
+        return FixedRollout(plan, 3, True, rows=rows)
 
-    def _edges(self, plan: Schedule) -> Lane:
-        lanes = [self._form(self._net(stages=edges), plan) for edges in EDGES]
-        run_lanes(self.job, lanes, None, self.steps, self.statistics)
-        return max(lanes, key=quality)
+    def _edges(self, plan: Schedule) -> Rollout:
+        rollouts = [self._form(self._net(stages=edges), plan) for edges in EDGES]
+        run_rollouts(self.job, rollouts, None, self.steps, self.statistics)
+        return max(rollouts, key=quality)
 
-    def _open_loop(self, plan: Schedule) -> Lane:
+    def _open_loop(self, plan: Schedule) -> Rollout:
         judge, rows = self.calibrator.judge, {}
         has_latent = self.statistics.has_latent
         for branch in self.statistics.branches:
@@ -157,31 +157,31 @@ class Study:
                 rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
                 if has_latent:
                     rows[branch][step, -1] = weights[-1]
-        return FixedLane(plan, 3, has_latent, rows=rows)
+        return FixedRollout(plan, 3, has_latent, rows=rows)
 
-    def _mean_only(self, count: int) -> Lane:
+    def _mean_only(self, count: int) -> Rollout:
         share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0
         try:
             return self.leaders([count])[0]
         finally:
             search.TAIL_SHARE = share
 
-    def _again(self, leader: Lane) -> Lane:
-        rows, lane = dict(leader.coefficients), replace(leader, ridge=1e-3)
+    def _again(self, leader: Rollout) -> Rollout:
+        rows, rollout = dict(leader.coefficients), replace(leader, ridge=1e-3)
 
         def known(_plan: Schedule, _sigmas: Sequence[float], branch: str) -> Tensor:
             return rows[branch].clone()
 
-        run_lanes(self.job, [lane], known, self.steps, self.statistics)
-        return self._again(lane) if quality(lane) > quality(leader) else leader
+        run_rollouts(self.job, [rollout], known, self.steps, self.statistics)
+        return self._again(rollout) if quality(rollout) > quality(leader) else leader
 
-    def _grouped(self, leader: Lane, groups: str, edges: tuple[float, ...] = ()) -> Lane:
-        lanes = [
-            GroupedLane(leader.schedule, 3, True, drift, groups=groups, edges=edges)
+    def _grouped(self, leader: Rollout, groups: str, edges: tuple[float, ...] = ()) -> Rollout:
+        rollouts = [
+            GroupedRollout(leader.schedule, 3, True, drift, groups=groups, edges=edges)
             for drift in (0.3, 0.6, 1.0)
         ]
-        run_lanes(self.job, lanes, self.calibrator._prior, self.steps, self.statistics)
-        return max(lanes, key=quality)
+        run_rollouts(self.job, rollouts, self.calibrator._prior, self.steps, self.statistics)
+        return max(rollouts, key=quality)
 
 
 def row(
@@ -206,11 +206,11 @@ def row(
     return found
 
 
-def guards(more: int, watched: Lane, richer: Tensor) -> dict[str, Tensor]:
+def guards(more: int, watched: Rollout, richer: Tensor) -> dict[str, Tensor]:
     """Name -> scores where one prompt in eight runs with the next larger number of full steps:
     those with the largest forecast errors in the first half of the run, or, as a bound, those that
     end worst."""
-    assert isinstance(watched, WatchedLane) and watched.score is not None
+    assert isinstance(watched, WatchedRollout) and watched.score is not None
     found = {}
     signals = {"largest early forecast error": watched.surprise(), "worst end": -watched.score}
     for name, signal in signals.items():
@@ -224,12 +224,12 @@ def guards(more: int, watched: Lane, richer: Tensor) -> dict[str, Tensor]:
 def hidden(name: str, plan: Schedule, unseen: int) -> dict[str, Tensor]:
     """Name -> scores of the hidden tap on a step list, by what its rows are fitted to."""
     study = Study(name, CALIBRATION, tap="hidden")
-    lanes = {
+    rollouts = {
         "hidden tap, rows fitted to the outputs behind it": study.calibrator.fit([plan])[0],
         "hidden tap, least squares on its features": study._open_loop(plan),
     }
-    judged = study.judge(list(lanes.values()), unseen)
-    return dict(zip(lanes, (lane.score for lane in judged), strict=True))
+    judged = study.judge(list(rollouts.values()), unseen)
+    return dict(zip(rollouts, (rollout.score for rollout in judged), strict=True))
 
 
 def measure(
@@ -249,7 +249,7 @@ def measure(
             trained[variant] = train()
             seconds[variant] = time.perf_counter() - started
         judged = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
-        scores = {variant: lane.score for variant, lane in judged.items()}
+        scores = {variant: rollout.score for variant, rollout in judged.items()}
         reference = scores[REFERENCE]
         scores |= hidden(name, leader.schedule, unseen) if count == 10 else {}
         if larger is not None:

@@ -81,5 +81,5 @@ def _fitted(
     )
     assert method.schedule is not None  # a forecaster always has one
     calibrator = Calibrator(job, table, statistics)
-    calibrator.store(calibrator.fit([method.schedule], cautions=[0.0]))
+    calibrator.store(calibrator.fit([method.schedule], shrinkages=[0.0]))
     return Method("limit", method.num_steps, table, method.schedule, "searched")

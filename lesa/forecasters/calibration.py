@@ -19,7 +19,7 @@ class Calibration:
     """A bound schedule, its S + 1 noise levels, and per guidance branch the whole rows of a table.
 
     `rows[branch]` is float64 [S, K + uses_latent]: the form's coefficients plus the correction.
-    `split[branch]` [S, K + uses_latent, P] are rows of their own for batched guidance parts.
+    `split[branch]` [S, K + uses_latent, P] are separate coefficients of batched guidance parts.
     """
 
     schedule: Schedule

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
-from lesa.training.closed_loop import run_lanes
+from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
-from lesa.training.lane import Lane, quality
-from lesa.training.polish import polish
+from lesa.training.joint_fit import joint_fit
+from lesa.training.rollout import Rollout, quality
 from lesa.training.search import OpenLoop, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
 GENTLE = (0.0, 0.5)  # where the sampler is known in part, steering may do harm
-CAUTIONS = (0.0, 0.4)  # that compete as well
+SHRINKAGES = (0.0, 0.4)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
 
@@ -32,7 +32,7 @@ class Calibrator:
     def __init__(self, job: Job, forecaster: LesaForecaster, statistics: Statistics) -> None:
         self.job, self.forecaster, self.statistics = job, forecaster, statistics
         self.judge = OpenLoop(statistics, forecaster.settings.history)
-        self.base: Tensor | None = None  # final latents of the plain run, once lanes have run
+        self.base: Tensor | None = None  # final latents of the plain run, once rollouts have run
 
     def search(self, counts: Sequence[int]) -> list[Schedule]:
         """The best step list on the statistics for each number of full steps."""
@@ -41,27 +41,29 @@ class Calibrator:
         self._say("schedule search", started, f"{len(plans)} counts on the statistics")
         return plans
 
-    def fit(self, plans: Sequence[Schedule], cautions: Sequence[float] = CAUTIONS) -> list[Lane]:
-        """The best lane of each step list over the strengths of drift correction and caution."""
+    def fit(
+        self, plans: Sequence[Schedule], shrinkages: Sequence[float] = SHRINKAGES
+    ) -> list[Rollout]:
+        """The best rollout of each step list over the strengths of steering and shrinkage."""
         started = time.perf_counter()
         learned = self.forecaster
-        pairs = list(product(self._drifts(), cautions))
-        lanes = [
-            Lane(plan, learned.settings.history, learned.uses_latent, drift, caution=caution)
+        pairs = list(product(self._drifts(), shrinkages))
+        rollouts = [
+            Rollout(plan, learned.settings.history, learned.uses_latent, drift, shrinkage=shrinkage)
             for plan in plans
-            for drift, caution in pairs
+            for drift, shrinkage in pairs
         ]
-        self._run(lanes)
+        self._run(rollouts)
         self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(pairs)} settings")
-        return [max((x for x in lanes if x.schedule == plan), key=quality) for plan in plans]
+        return [max((x for x in rollouts if x.schedule == plan), key=quality) for plan in plans]
 
-    def refine(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
+    def refine(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
         """Local search by true accelerated runs: the likeliest neighbours race their leader, and
         at first even lists: statistics say little of long gaps, and of two guidance branches."""
         best, started = list(leaders), time.perf_counter()
         tried = {leader.schedule.full_steps for leader in leaders}
         for turn in range(rounds):
-            lanes = []
+            rollouts = []
             for leader in best:
                 near = neighbours(leader.schedule.full_steps, self.statistics.num_steps, reach=2)
                 fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
@@ -70,43 +72,45 @@ class Calibrator:
                     chosen += even(len(leader.schedule.full_steps), leader.schedule.steps)
                     chosen = [steps for steps in dict.fromkeys(chosen) if steps not in tried]
                 tried.update(chosen)
-                lanes.append([replace(leader, schedule=self._plan(s)) for s in chosen])
-            self._run([lane for group in lanes for lane in group])
+                rollouts.append([replace(leader, schedule=self._plan(s)) for s in chosen])
+            self._run([rollout for group in rollouts for rollout in group])
             best = [
                 max([leader, *group], key=quality)
-                for leader, group in zip(best, lanes, strict=True)
+                for leader, group in zip(best, rollouts, strict=True)
             ]
         if rounds:
             self._say("search by accelerated runs", started, f"{rounds} rounds")
         return best
 
-    def polish(self, leaders: Sequence[Lane], rounds: int) -> list[Lane]:
-        """All gaps of each lane fitted together, on the final latents."""
+    def joint_fit(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
+        """All gaps of each rollout fitted together, on the final latents."""
         started = time.perf_counter()
         sigmas = self.statistics.sigmas
-        lanes = [polish(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
+        rollouts = [joint_fit(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
         if rounds:
-            self._say("fit on final latents", started, f"{len(lanes)} step lists, {rounds} rounds")
-        return lanes
+            self._say(
+                "fit on final latents", started, f"{len(rollouts)} step lists, {rounds} rounds"
+            )
+        return rollouts
 
-    def store(self, lanes: Sequence[Lane]) -> None:
-        """Put each lane's coefficients into the forecaster and say how good they are."""
-        for lane in lanes:
-            assert lane.score is not None
-            for branch, rows in lane.coefficients.items():
-                shared = lane.shared.get(branch)
+    def store(self, rollouts: Sequence[Rollout]) -> None:
+        """Put each rollout's coefficients into the forecaster and say how good they are."""
+        for rollout in rollouts:
+            assert rollout.score is not None
+            for branch, rows in rollout.coefficients.items():
+                shared = rollout.shared.get(branch)
                 known = (rows, None) if shared is None else (shared, rows)
-                self.forecaster.correct(lane.schedule, self.statistics.sigmas, branch, *known)
+                self.forecaster.correct(rollout.schedule, self.statistics.sigmas, branch, *known)
             self.job.progress.line(
-                f"fitted: full steps {lane.schedule.full_steps} of {lane.schedule.steps}, "
-                f"latent {lane.score.mean():.1f} dB mean, {lane.score.quantile(0.1):.1f} dB worst "
-                f"decile, beta {lane.drift}, caution {lane.caution}"
+                f"fitted: full steps {rollout.schedule.full_steps} of {rollout.schedule.steps}, "
+                f"latent {rollout.score.mean():.1f} dB mean, {rollout.score.quantile(0.1):.1f} dB "
+                f"10th percentile, beta {rollout.drift}, shrinkage {rollout.shrinkage}"
             )
 
-    def _run(self, lanes: Sequence[Lane]) -> None:
-        if lanes:
+    def _run(self, rollouts: Sequence[Rollout]) -> None:
+        if rollouts:
             steps = self.statistics.num_steps
-            self.base = run_lanes(self.job, lanes, self._prior, steps, self.statistics)
+            self.base = run_rollouts(self.job, rollouts, self._prior, steps, self.statistics)
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""

@@ -2,10 +2,10 @@
 run really visits.
 
 One call of the plain pipeline carries several copies of the calibration prompts in its batch: the
-base run and one *lane* per step list. At a step that a lane skips, its rows of the denoiser's
-output are replaced by the forecast that has just been fitted, so the sampler, the guidance and
-everything else of the pipeline act on all lanes alike. A lane's full steps and the base rows are
-the only ones that are computed.
+base run and one *rollout* per step list. At a step that a rollout skips, its rows of the
+denoiser's output are replaced by the forecast that has just been fitted, so the sampler, the
+guidance and everything else of the pipeline act on all rollouts alike. A rollout's full steps and
+the base rows are the only ones that are computed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lesa.core.schedule import Schedule
 from lesa.hooks.denoiser import Denoiser, make_output, read_sample
 from lesa.hooks.step_clock import Step
 from lesa.training.job import Job, followed, parts_of
-from lesa.training.lane import Lane, Tail, Visit
+from lesa.training.rollout import Rollout, Tail, Visit
 from lesa.training.statistics import Statistics
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
@@ -31,31 +31,31 @@ Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + u
 class LockStep:
     """Controller of the shared call: computes base rows and full rows, forecasts the others.
 
-    The rows of a call are ``[parts, 1 + lanes, pictures]``: a batched guidance part holds the base
-    run's pictures, then every lane's. A lane that still follows the first one is handed that one's
-    outputs.
+    The rows of a call are ``[parts, 1 + rollouts, pictures]``: a batched guidance part holds the
+    base run's pictures, then every rollout's. A rollout that still follows the first one is handed
+    that one's outputs.
     """
 
     def __init__(
         self,
         job: Job,
-        lanes: Sequence[Lane],
+        rollouts: Sequence[Rollout],
         prior: Prior | None,
         statistics: Statistics | None,
         prompts: int,
         with_base: bool,
     ) -> None:
-        self.job, self.lanes, self.prior, self.with_base = job, lanes, prior, with_base
+        self.job, self.rollouts, self.prior, self.with_base = job, rollouts, prior, with_base
         self.statistics = statistics
         self.pictures = prompts * job.pictures
         self.last: dict[tuple[str, int], tuple[type, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
-        call, copies = _Batch(denoiser, args, kwargs, len(latent)), 1 + len(self.lanes)
+        call, copies = _Batch(denoiser, args, kwargs, len(latent)), 1 + len(self.rollouts)
         parts = parts_of(len(latent), copies * self.pictures)
         places = torch.arange(len(latent)).reshape(parts, copies, self.pictures)
-        full = [True, *(lane.schedule.is_full(step.index) for lane in self.lanes)]
+        full = [True, *(rollout.schedule.is_full(step.index) for rollout in self.rollouts)]
         source = [self._source(copy, step.index) for copy in range(copies)]
         own = [full[copy] and source[copy] == copy for copy in range(copies)]
         kind, output, feature = self._compute(call, step.branch, places[:, own])
@@ -64,20 +64,20 @@ class LockStep:
         )
         visit = self._visit(step, steers=latent.shape == output.shape)
         apart = step.parts == parts and self._knows_guidance()
-        for copy, lane in enumerate(self.lanes, 1):
+        for copy, rollout in enumerate(self.rollouts, 1):
             if full[copy]:
-                lane.push(step.branch, features[:, source[copy]])
+                rollout.push(step.branch, features[:, source[copy]])
             if source[copy] != copy:
                 outputs[:, copy] = outputs[:, source[copy]]
             elif not full[copy]:
-                if step.branch not in lane.coefficients:
-                    assert self.prior is not None  # lanes without rows of their own come with one
-                    rows = self.prior(lane.schedule, step.sigmas, step.branch)
-                    lane.start(step.branch, rows, parts if apart else 1)
+                if step.branch not in rollout.coefficients:
+                    assert self.prior is not None  # unfitted rollouts come with one
+                    rows = self.prior(rollout.schedule, step.sigmas, step.branch)
+                    rollout.start(step.branch, rows, parts if apart else 1)
                 tail = None
                 if self.job.tap == "hidden":
                     tail = call.tail(places[:, copy].flatten().tolist())
-                outputs[:, copy] = lane.forecast(
+                outputs[:, copy] = rollout.forecast(
                     visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
                 )
         outputs[:, 0] = outputs[:, source[0]]
@@ -92,9 +92,9 @@ class LockStep:
         return kind, output.clone(), feature
 
     def _source(self, copy: int, step: int) -> int:
-        """The copy whose states this one has at a step: the first lane's until it leaves, and in
+        """The copy whose states this one has at a step: the first rollout's until it leaves, and in
         the base run's place where that is not run."""
-        follows = not self.with_base if copy == 0 else step < self.lanes[copy - 1].leaves
+        follows = not self.with_base if copy == 0 else step < self.rollouts[copy - 1].leaves
         return 1 if follows else copy
 
     def _knows_guidance(self) -> bool:
@@ -184,35 +184,35 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
     return taken(value)
 
 
-def run_lanes(
+def run_rollouts(
     job: Job,
-    lanes: Sequence[Lane],
+    rollouts: Sequence[Rollout],
     prior: Prior | None,
     num_inference_steps: int,
     statistics: Statistics | None = None,
     base: Tensor | None = None,
     prompts: Sequence[int] | None = None,
 ) -> Tensor:
-    """Run base and lanes side by side; fills each lane's coefficients, errors and score.
+    """Run base and rollouts side by side; fills each rollout's coefficients, errors and score.
 
     With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
-    10 log10 of the base latent's mean square over the mean squared error of the lane's final
+    10 log10 of the base latent's mean square over the mean squared error of the rollout's final
     latent, in dB. Returns the base run's final latents, ``[pictures, elements]``; with them as
-    ``base`` lanes that fit nothing run without it. ``prompts`` are the rows of those that run.
+    ``base`` rollouts that fit nothing run without it. ``prompts`` are the rows of those that run.
 
     Final latents, and with them errors and scores, lie on the host in float64, wherever the
     pipeline is: they are copied once per run.
     """
-    rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(lanes)
-    for lane in lanes:
-        lane.begin()
-    step = LockStep(job, lanes, prior, statistics, len(rows), with_base=base is None)
+    rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(rollouts)
+    for rollout in rollouts:
+        rollout.begin()
+    step = LockStep(job, rollouts, prior, statistics, len(rows), with_base=base is None)
     with job.controlled(step):
         final = job.run(rows * copies, num_inference_steps)
     runs = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
     base = runs[0] if base is None else base
-    for lane, run in zip(lanes, runs[1:], strict=True):
-        lane.rings, lane.debt = {}, None
-        lane.error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
-        lane.score = -10 * torch.log10(lane.error.square().mean(1) + 1e-12)
+    for rollout, run in zip(rollouts, runs[1:], strict=True):
+        rollout.rings, rollout.carried_residual = {}, None
+        rollout.error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
+        rollout.score = -10 * torch.log10(rollout.error.square().mean(1) + 1e-12)
     return base

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters.paper import PaperForm
-from lesa.training.closed_loop import run_lanes
+from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
-from lesa.training.lane import Lane, Tail, Visit, mixed
+from lesa.training.rollout import Rollout, Tail, Visit, mixed
 from lesa.training.statistics import gram
 
 PROMPTS = 4  # of the calibration prompts
 
 
 @dataclass
-class _Recorder(Lane):
+class _Recorder(Rollout):
     """Keeps the features of its full steps, and where there are ``rows`` forecasts the others from
     the last steps, real or forecast."""
 
@@ -62,7 +62,7 @@ def visited_gram(
     base = _Recorder(every, net.history)
     fast = _Recorder(schedule, net.history, rows=rows)
     prompts = range(min(PROMPTS, len(job.prompts)))
-    run_lanes(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
+    run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
     found = {}
     for branch in branches:
         vectors = torch.stack([*base.seen[branch], *fast.seen[branch]])

@@ -15,11 +15,11 @@ from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
-TAIL_SHARE = 0.5  # of the worst decile beside the mean, which alone would sacrifice the tail
+TAIL_SHARE = 0.5  # of the 10th percentile beside the mean, which alone would sacrifice the tail
 
 
 def balanced(scores: Vector | torch.Tensor) -> float:
-    """Mean and worst decile of per-prompt scores in dB, equally weighted; the objective of every
+    """Mean and 10th percentile of per-prompt scores in dB, equally weighted; the objective of every
     choice here."""
     values = np.asarray(scores, dtype=np.float64)
     return float((1 - TAIL_SHARE) * values.mean() + TAIL_SHARE * np.quantile(values, 0.1))
@@ -138,7 +138,7 @@ def starts(count: int, num_steps: int) -> list[Steps]:
 def search_schedule(
     statistics: Statistics, full_steps: int, *, history: int = 3, judge: OpenLoop | None = None
 ) -> Schedule:
-    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and worst decile.
+    """The ``full_steps`` steps whose open-loop forecasts lose least, by mean and 10th percentile.
 
     Raises LesaError for a count below 1 or above the step count.
     """

@@ -101,10 +101,10 @@ def train(
     for statistics in collected:
         calibrator = Calibrator(job, forecaster, statistics)
         if schedule is not None:
-            lanes = calibrator.fit([schedule.bind(statistics.num_steps)])
+            rollouts = calibrator.fit([schedule.bind(statistics.num_steps)])
         else:
-            lanes = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
-        calibrator.store(calibrator.polish(lanes, polish))
+            rollouts = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
+        calibrator.store(calibrator.joint_fit(rollouts, polish))
     return forecaster
 
 

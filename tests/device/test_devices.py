@@ -17,7 +17,7 @@ from lesa.evaluation.peers.speca import speca
 from lesa.evaluation.peers.teacache import FLUX, teacache
 from lesa.evaluation.runs import generate
 from lesa.testbed import prompts, settings
-from lesa.training.lane import ridge_fit
+from lesa.training.rollout import ridge_fit
 from lesa.training.statistics import gram
 from lesa.util import numerics
 from lesa.util.numerics import float64
@@ -80,7 +80,7 @@ def test_the_papers_form_is_trained_and_run_without_a_wait(gpu, pipe, monkeypatc
             generate(pipe, texts, [0], CALL)
         assert lesa.stats(pipe).fallbacks == {}
     here = [read for read in reads if not read.place.startswith("evaluation/")]
-    assert [read.place.split(":")[0] for read in here] == ["noise.py"]
+    assert [read.place.split(":")[0] for read in here] == ["noise_levels.py"]
 
 
 def test_without_float64_sums_are_taken_on_the_host(gpu, monkeypatch):

@@ -10,11 +10,11 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.testbed import captions, load, settings
-from lesa.training.closed_loop import run_lanes, take_rows
+from lesa.training.closed_loop import run_rollouts, take_rows
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash
-from lesa.training.lane import Lane
+from lesa.training.rollout import Rollout
 from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
 from lesa.training.statistics import Statistics, gram
 
@@ -153,29 +153,29 @@ def test_take_rows_reduces_batched_tensors_only():
     assert kwargs["extra"]["text"][0].flatten().tolist() == [1, 4]
 
 
-def test_lanes_are_what_the_engine_does(pipe):
-    """The engine ends where a frozen lane ended; a lane of full steps is the base run."""
+def test_rollouts_are_what_the_engine_does(pipe):
+    """The engine ends where a frozen rollout ended; a rollout of full steps is the base run."""
     job, schedule = Job(pipe, captions(2), CALL), Schedule.explicit((0, 2, 5, 9), STEPS)
     full = Schedule.every(1, STEPS)
-    lanes = [Lane(schedule, 3, frozen=True), Lane(schedule, 3), Lane(full, 3)]
-    run_lanes(job, lanes, reuse, STEPS)
-    assert lanes[2].score.min() > 80  # float32 noise of another batch size
-    assert balanced(lanes[1].score) > balanced(lanes[0].score)
+    rollouts = [Rollout(schedule, 3, frozen=True), Rollout(schedule, 3), Rollout(full, 3)]
+    run_rollouts(job, rollouts, reuse, STEPS)
+    assert rollouts[2].score.min() > 80  # float32 noise of another batch size
+    assert balanced(rollouts[1].score) > balanced(rollouts[0].score)
     plain = job.run(range(2), STEPS).double().flatten(1)
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
         fast = job.run(range(2), STEPS).double().flatten(1)
     score = -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
-    torch.testing.assert_close(score, lanes[0].score, rtol=0, atol=0.01)
+    torch.testing.assert_close(score, rollouts[0].score, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("tap", ("output", "hidden"))
-def test_lanes_with_k_above_the_cached_features_fit_what_there_is(pipe, tap):
+def test_rollouts_with_k_above_the_cached_features_fit_what_there_is(pipe, tap):
     job, schedule = Job(pipe, captions(2), CALL, tap), Schedule.explicit((0, 9), STEPS)
-    lane = Lane(schedule, 3, uses_latent=tap == "output")
+    rollout = Rollout(schedule, 3, uses_latent=tap == "output")
     rows = 4 if tap == "output" else 3
-    run_lanes(job, [lane], lambda *asked: reuse(*asked)[:, :rows], STEPS)
-    assert torch.isfinite(lane.score).all()
-    assert not lane.coefficients["cond"][5, 1:3].any()
+    run_rollouts(job, [rollout], lambda *asked: reuse(*asked)[:, :rows], STEPS)
+    assert torch.isfinite(rollout.score).all()
+    assert not rollout.coefficients["cond"][5, 1:3].any()
 
 
 @pytest.fixture(scope="module")

@@ -14,12 +14,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lesa.training.closed_loop import run_lanes
+from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
-from lesa.training.lane import EARLY, FixedLane, Lane, quality
+from lesa.training.rollout import EARLY, FixedRollout, Rollout, quality
 
 MOVE = 0.02  # of a coefficient, for its derivative
-TOGETHER = 16  # lanes in one call
+TOGETHER = 16  # rollouts in one call
 PROMPTS = 8  # that a round takes its derivatives on
 RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of the step
 
@@ -27,63 +27,63 @@ RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of
 Place = tuple[str, int, int | tuple[int, int]]
 
 
-def polish(
-    job: Job, lane: Lane, sigmas: Sequence[float], rounds: int = 2, base: Tensor | None = None
-) -> Lane:
-    """A lane whose final latents are nearer to the base run's, or the same lane.
+def joint_fit(
+    job: Job, rollout: Rollout, sigmas: Sequence[float], rounds: int = 2, base: Tensor | None = None
+) -> Rollout:
+    """A rollout whose final latents are nearer to the base run's, or the same rollout.
 
     Minimises sum_p log |x_T - x_T^base|^2 over pictures, that is their mean dB: Gauss-Newton with
     each picture weighted by the inverse of its own squared error. The derivatives of each round
     are taken on another part of the prompts, so that a round costs no more with many of them; what
-    races is judged like all lanes, on all prompts, by mean and worst decile. Early rows keep their
-    caution: what the final latents of a few prompts would make of them fails the odd one. ``base``
-    are the final latents of the plain run, where they are known.
+    races is judged like all rollouts, on all prompts, by mean and 10th percentile. Early rows
+    keep their shrinkage: what the final latents of a few prompts would make of them fails the odd
+    one. ``base`` are the final latents of the plain run, where they are known.
     """
-    best, num_steps = FixedLane.of(lane), len(sigmas) - 1
+    best, num_steps = FixedRollout.of(rollout), len(sigmas) - 1
     places = _places(best, sigmas)
     if not places or not rounds:
-        return lane
-    base = run_lanes(job, [best], None, num_steps, base=base)
+        return rollout
+    base = run_rollouts(job, [best], None, num_steps, base=base)
     parts = -(-len(job.prompts) // PROMPTS)
     for turn in range(rounds):
         some = range(turn % parts, len(job.prompts), parts)
         error, slopes = _slopes(job, best, places, num_steps, base, some)
         moves = [share * _step(error, slopes, damping) for damping, share in RACE]
         tried = [_moved(best, dict(zip(places, move.tolist(), strict=True))) for move in moves]
-        run_lanes(job, tried, None, num_steps, base=base)
+        run_rollouts(job, tried, None, num_steps, base=base)
         best = max([best, *tried], key=quality)
-    return best if lane.score is None or quality(best) > quality(lane) else lane
+    return best if rollout.score is None or quality(best) > quality(rollout) else rollout
 
 
-def _places(lane: FixedLane, sigmas: Sequence[float]) -> list[Place]:
+def _places(rollout: FixedRollout, sigmas: Sequence[float]) -> list[Place]:
     """The coefficients of the last skipped step in each gap that does not end early.
 
     What a gap hands to the next full step is a sum of the cached features and of the latent at its
     beginning: the last row reaches all of them, earlier rows reach no more.
     """
-    schedule, found = lane.schedule, []
-    for branch, rows in lane.rows.items():
-        latent = [rows.shape[1] - 1] if lane.uses_latent else []
+    schedule, found = rollout.schedule, []
+    for branch, rows in rollout.rows.items():
+        latent = [rows.shape[1] - 1] if rollout.uses_latent else []
         parts = rows.shape[2] if rows.ndim == 3 else 0
         for step in schedule.skipped_steps:
             if step + 1 in schedule.skipped_steps or sigmas[step] > EARLY:
                 continue
-            held = len(schedule.cached_before(step, lane.history))
+            held = len(schedule.cached_before(step, rollout.history))
             features = [*product(range(held), range(parts))] if parts else [*range(held)]
             found += [(branch, step, column) for column in [*features, *latent]]
     return found
 
 
-def _moved(lane: FixedLane, moves: dict[Place, float]) -> FixedLane:
-    rows = {branch: rows.clone() for branch, rows in lane.rows.items()}
+def _moved(rollout: FixedRollout, moves: dict[Place, float]) -> FixedRollout:
+    rows = {branch: rows.clone() for branch, rows in rollout.rows.items()}
     for (branch, step, column), move in moves.items():
         rows[branch][step][column] += move
-    return replace(lane, rows=rows)
+    return replace(rollout, rows=rows)
 
 
 def _slopes(
     job: Job,
-    lane: FixedLane,
+    rollout: FixedRollout,
     places: Sequence[Place],
     num_steps: int,
     base: Tensor,
@@ -91,14 +91,14 @@ def _slopes(
 ) -> tuple[Tensor, Tensor]:
     """Error ``[pictures, elements]`` on some prompts, and for each place its derivative by the
     coefficient, ``[places, pictures, elements]``."""
-    here, found = replace(lane), []
+    here, found = replace(rollout), []
     target = base.unflatten(0, (len(job.prompts), -1))[list(prompts)].flatten(0, 1)
     for start in range(0, len(places), TOGETHER):
         near = [
-            replace(_moved(lane, {place: MOVE}), leaves=place[1])
+            replace(_moved(rollout, {place: MOVE}), leaves=place[1])
             for place in places[start : start + TOGETHER]
         ]
-        run_lanes(job, [here, *near], None, num_steps, base=target, prompts=prompts)
+        run_rollouts(job, [here, *near], None, num_steps, base=target, prompts=prompts)
         found += [(_error(other) - _error(here)) / MOVE for other in near]
     return _error(here), torch.stack(found)
 
@@ -112,6 +112,6 @@ def _step(error: Tensor, slopes: Tensor, damping: float) -> Tensor:
     return -torch.linalg.solve(matrix + pull, onto)
 
 
-def _error(lane: Lane) -> Tensor:
-    assert lane.error is not None
-    return lane.error
+def _error(rollout: Rollout) -> Tensor:
+    assert rollout.error is not None
+    return rollout.error

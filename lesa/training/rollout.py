@@ -14,7 +14,7 @@ from lesa.forecasters.taylor import lagrange
 from lesa.training.search import balanced
 from lesa.util.numerics import float64
 
-EARLY = 0.85  # noise level above which a row is fitted with caution
+EARLY = 0.85  # noise level above which a row is shrunk towards a straight line
 GAUSS_NEWTON = 2  # rounds of linearising the tail
 DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)  # of a round, relative to the slopes' mean energy
 # Of a part's row to the row for all parts, relative to the regressors' mean energy: looser ones are
@@ -26,7 +26,7 @@ Tail = Callable[[Tensor], Tensor]  # feature [rows, pictures, ...] -> output
 
 
 class Visit(NamedTuple):
-    """Where a lane is asked for a forecast.
+    """Where a rollout is asked for a forecast.
 
     ``shares`` are the guidance weights of the branch's rows, None where unknown. ``rate`` is the
     branch's d x_{s+1} / d v_s, ``pull`` the correction of v_s in every branch that takes one unit
@@ -42,7 +42,7 @@ class Visit(NamedTuple):
 
 
 @dataclass
-class Lane:
+class Rollout:
     """One accelerated run beside the base run.
 
     ``drift`` is beta of the target v* = v_base - beta pull (x - x_base), which also steers the
@@ -51,18 +51,18 @@ class Lane:
     before. With ``frozen`` the prior is run as it is, without a fit.
 
     At high noise the picture is decided on, and what most calibration prompts do there is wrong for
-    the odd one: of early rows a share, ``caution``, is the straight line through the two newest
+    the odd one: of early rows a share, ``shrinkage``, is the straight line through the two newest
     features, which knows no prompt.
 
     The rows of a picture in one call share their coefficients, so the fit sees their sum with
     guidance weights, which is what the sampler gets. Where a run can tell its guidance parts apart
-    each has a row of its own, fitted together to that sum and tied to the row for all, which is
-    kept in ``shared`` for runs that cannot. Branches that are called one after the other
-    have coefficients of their own; what the first could not fit is added to the target of the
-    next, so that it cancels in the guided sum.
+    each has separate coefficients, fitted together to that sum and tied to the row for all, which
+    is kept in ``shared`` for runs that cannot. Branches that are called one after the other have
+    separate coefficients; what the first could not fit is added to the target of the next, so that
+    it cancels in the guided sum.
 
-    Until the step that it ``leaves`` at, a lane has the states of the first lane of its run, and
-    costs nothing.
+    Until the step that it ``leaves`` at, a rollout has the states of the first rollout of its run,
+    and costs nothing.
 
     A run fills ``coefficients`` (branch -> ``[steps, K + uses_latent]``, with a third dimension for
     parts), ``error`` (of the final latents, ``[pictures, elements]``, relative to the base run's
@@ -78,7 +78,7 @@ class Lane:
     uses_latent: bool = True
     drift: float = 0.5
     ridge: float = 1e-5
-    caution: float = 0.0
+    shrinkage: float = 0.0
     frozen: bool = False
     leaves: int = 0
     coefficients: dict[str, Tensor] = field(default_factory=dict)
@@ -86,11 +86,11 @@ class Lane:
     error: Tensor | None = None
     score: Tensor | None = None
     rings: dict[str, list[Tensor]] = field(default_factory=dict)
-    debt: tuple[int, Tensor] | None = None
+    carried_residual: tuple[int, Tensor] | None = None
 
     def begin(self) -> None:
         """Forget an earlier run's states and results."""
-        self.rings, self.coefficients, self.shared, self.debt = {}, {}, {}, None
+        self.rings, self.coefficients, self.shared, self.carried_residual = {}, {}, {}, None
 
     def start(self, branch: str, prior: Tensor, parts: int) -> None:
         """Rows ``[steps, K + uses_latent]`` to begin with, for so many parts."""
@@ -129,13 +129,13 @@ class Lane:
             if rows.ndim == 3:
                 parts = self._fit_parts(at, target, ring, latent, fitted)
                 rows[at.step] = 0
-                rows[at.step, columns] = self._cautious(at, parts)
+                rows[at.step, columns] = self._shrunk(at, parts)
             shared[at.step] = 0
-            shared[at.step, columns] = self._cautious(at, fitted)
+            shared[at.step, columns] = self._shrunk(at, fitted)
         output = applied(rows[at.step, columns], regressors).to(ring[0].dtype)
         output = output if tail is None else tail(output)
         if at.rate and not self.frozen:
-            self.debt = at.step, at.rate * (target - guided(output, at.shares))
+            self.carried_residual = at.step, at.rate * (target - guided(output, at.shares))
         return output
 
     def _fit_parts(
@@ -181,12 +181,12 @@ class Lane:
             row, here = min(reached, key=lambda pair: float((pair[1] - target).square().sum()))
         return row
 
-    def _cautious(self, at: Visit, fitted: Tensor) -> Tensor:
+    def _shrunk(self, at: Visit, fitted: Tensor) -> Tensor:
         """A row ``[columns]``, or one for each part ``[columns, parts]``, as it is run."""
         if at.sigma <= EARLY:
             return fitted
         line = self._line(at.step, len(fitted)).view(-1, *[1] * (fitted.ndim - 1))
-        return fitted + self.caution * (line - fitted)
+        return fitted + self.shrinkage * (line - fitted)
 
     def _line(self, step: int, columns: int) -> Tensor:
         """The row of a line through two features, followed no farther than they are apart."""
@@ -200,24 +200,24 @@ class Lane:
         target = truth
         if at.pull:
             target = target - at.pull * self.drift * (latent[0] - base_latent[0]).float()
-        if self.debt is not None and self.debt[0] == at.step:
-            target = target + self.debt[1] / at.rate
+        if self.carried_residual is not None and self.carried_residual[0] == at.step:
+            target = target + self.carried_residual[1] / at.rate
         return target
 
 
 @dataclass
-class FixedLane(Lane):
-    """A lane whose ``rows`` are given, and what is ``shared``, whatever run it is in."""
+class FixedRollout(Rollout):
+    """A rollout whose ``rows`` are given, and what is ``shared``, whatever run it is in."""
 
     frozen: bool = True
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, lane: Lane) -> FixedLane:
-        """A fitted lane's rows."""
-        rows = {branch: rows.clone() for branch, rows in lane.coefficients.items()}
-        made = cls(lane.schedule, lane.history, lane.uses_latent, lane.drift, rows=rows)
-        made.caution, made.shared = lane.caution, lane.shared
+    def of(cls, rollout: Rollout) -> FixedRollout:
+        """A fitted rollout's rows."""
+        rows = {branch: rows.clone() for branch, rows in rollout.coefficients.items()}
+        made = cls(rollout.schedule, rollout.history, rollout.uses_latent, rollout.drift, rows=rows)
+        made.shrinkage, made.shared = rollout.shrinkage, rollout.shared
         return made
 
     def begin(self) -> None:
@@ -227,10 +227,10 @@ class FixedLane(Lane):
         self.shared = shared
 
 
-def quality(lane: Lane) -> float:
-    """Mean and worst decile of a lane's scores, equally weighted, in dB."""
-    assert lane.score is not None
-    return balanced(lane.score)
+def quality(rollout: Rollout) -> float:
+    """Mean and 10th percentile of a rollout's scores, equally weighted, in dB."""
+    assert rollout.score is not None
+    return balanced(rollout.score)
 
 
 def guided(part: Tensor, shares: Tensor | None) -> Tensor:

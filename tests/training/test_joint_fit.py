@@ -10,10 +10,10 @@ from training_jobs import STEPS, make_job, reuse
 
 from lesa.core.schedule import Schedule
 from lesa.training import closed_loop
-from lesa.training import polish as polishing
-from lesa.training.closed_loop import run_lanes
-from lesa.training.lane import FixedLane, Lane, quality
-from lesa.training.polish import polish
+from lesa.training import joint_fit as fitting
+from lesa.training.closed_loop import run_rollouts
+from lesa.training.joint_fit import joint_fit
+from lesa.training.rollout import FixedRollout, Rollout, quality
 
 LATE = tuple(0.8 * (1 - step / STEPS) for step in range(STEPS + 1))  # no step at high noise
 
@@ -26,73 +26,73 @@ def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
 
     def at(first, second):
         rows = {"cond": torch.tensor([[0.0], [first], [0.0], [second]]).double()}
-        lane = FixedLane(schedule, 1, uses_latent=False, rows=rows)
-        lane.error = first * slopes[0] + second * slopes[1] - target
-        return lane
+        rollout = FixedRollout(schedule, 1, uses_latent=False, rows=rows)
+        rollout.error = first * slopes[0] + second * slopes[1] - target
+        return rollout
 
     here = at(0.3, -0.2)
-    places = polishing._places(here, LATE)
+    places = fitting._places(here, LATE)
     assert places == [("cond", 1, 0), ("cond", 3, 0)]
-    step = polishing._step(here.error, slopes, damping=0.0)
+    step = fitting._step(here.error, slopes, damping=0.0)
     weights = 1 / here.error.norm(dim=1)
     design = (slopes * weights[:, None]).flatten(1).T
     exact = torch.linalg.lstsq(design, (target * weights[:, None]).flatten()[:, None]).solution
     torch.testing.assert_close(torch.tensor([0.3, -0.2]).double() + step, exact[:, 0])
-    tried = polishing._moved(here, dict(zip(places, step.tolist(), strict=True)))
+    tried = fitting._moved(here, dict(zip(places, step.tolist(), strict=True)))
     torch.testing.assert_close(tried.rows["cond"][1::2, 0], exact[:, 0])
     assert here.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
 
 
 @pytest.mark.parametrize(("name", "gain"), [("sdxl", 0.1), ("qwen", 0.5)])
-def test_a_polished_lane_ends_nearer_to_the_base_run(name, gain):
+def test_a_jointly_fitted_rollout_ends_nearer_to_the_base_run(name, gain):
     job = make_job(name)
-    lane = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
-    run_lanes(job, [lane], reuse(4), STEPS)
-    better = polish(job, lane, LATE)
-    assert quality(better) > quality(lane) + gain
-    again = FixedLane.of(better)
-    run_lanes(job, [again], None, STEPS)  # what is stored gives the same run
+    rollout = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    run_rollouts(job, [rollout], reuse(4), STEPS)
+    better = joint_fit(job, rollout, LATE)
+    assert quality(better) > quality(rollout) + gain
+    again = FixedRollout.of(better)
+    run_rollouts(job, [again], None, STEPS)  # what is stored gives the same run
     torch.testing.assert_close(again.score, better.score, rtol=1e-6, atol=1e-6)
 
 
 def test_some_of_the_prompts_run_as_they_do_among_all():
     job = make_job("qwen", prompts=3)
-    fitted = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
-    base = run_lanes(job, [fitted], reuse(4), STEPS)
-    lane = FixedLane.of(fitted)
-    run_lanes(job, [lane], None, STEPS)
-    everyone = lane.error
-    run_lanes(job, [lane], None, STEPS, base=base[[0, 2]], prompts=(0, 2))
-    torch.testing.assert_close(lane.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
+    fitted = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    base = run_rollouts(job, [fitted], reuse(4), STEPS)
+    rollout = FixedRollout.of(fitted)
+    run_rollouts(job, [rollout], None, STEPS)
+    everyone = rollout.error
+    run_rollouts(job, [rollout], None, STEPS, base=base[[0, 2]], prompts=(0, 2))
+    torch.testing.assert_close(rollout.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
 
 
 def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
-    monkeypatch.setattr(polishing, "PROMPTS", 2)
-    seen, slopes = [], polishing._slopes
+    monkeypatch.setattr(fitting, "PROMPTS", 2)
+    seen, slopes = [], fitting._slopes
 
     def watched(*args):
         seen.append(list(args[-1]))
         return slopes(*args)
 
-    monkeypatch.setattr(polishing, "_slopes", watched)
+    monkeypatch.setattr(fitting, "_slopes", watched)
     job = make_job("sdxl", prompts=3)
-    lane = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
-    run_lanes(job, [lane], reuse(4), STEPS)
-    assert quality(polish(job, lane, LATE, rounds=3)) >= quality(lane)
+    rollout = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    run_rollouts(job, [rollout], reuse(4), STEPS)
+    assert quality(joint_fit(job, rollout, LATE, rounds=3)) >= quality(rollout)
     assert seen == [[0, 2], [1], [0, 2]]
 
 
 def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
     rows = {"cond": torch.zeros(8, 3)}
-    lane = FixedLane(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows)
+    rollout = FixedRollout(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows)
     late = [("cond", 7, c) for c in (0, 1, 2)]
     sigmas = [1.0, 0.97, 0.95, 0.92, 0.85, 0.8, 0.5, 0.2, 0.0]
-    assert polishing._places(lane, sigmas) == [("cond", 4, c) for c in (0, 1, 2)] + late
-    assert polishing._places(lane, [*sigmas[:4], 0.86, *sigmas[5:]]) == late
+    assert fitting._places(rollout, sigmas) == [("cond", 4, c) for c in (0, 1, 2)] + late
+    assert fitting._places(rollout, [*sigmas[:4], 0.86, *sigmas[5:]]) == late
 
 
 @pytest.mark.parametrize("name", ["sdxl", "qwen"])
-def test_a_lane_follows_the_first_one_until_it_leaves(name, monkeypatch):
+def test_a_rollout_follows_the_first_one_until_it_leaves(name, monkeypatch):
     """The same end as a run of its own, with and without the base run, and fewer model calls."""
     rows, compute = [], closed_loop._Batch.compute
 
@@ -102,24 +102,24 @@ def test_a_lane_follows_the_first_one_until_it_leaves(name, monkeypatch):
 
     monkeypatch.setattr(closed_loop._Batch, "compute", counted)
     job = make_job(name)
-    fitted = Lane(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
-    base = run_lanes(job, [fitted], reuse(4), STEPS)
-    first = FixedLane.of(fitted)
-    other = polishing._moved(first, {(next(iter(first.rows)), 3, 0): 0.1})
-    run_lanes(job, [first, other], None, STEPS)
+    fitted = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    base = run_rollouts(job, [fitted], reuse(4), STEPS)
+    first = FixedRollout.of(fitted)
+    other = fitting._moved(first, {(next(iter(first.rows)), 3, 0): 0.1})
+    run_rollouts(job, [first, other], None, STEPS)
     wanted = other.error
     assert not torch.allclose(wanted, first.error)
     for known in (None, base):
         late = replace(other, leaves=3)
         rows.clear()
-        run_lanes(job, [first, late], None, STEPS, base=known)
+        run_rollouts(job, [first, late], None, STEPS, base=known)
         torch.testing.assert_close(late.error, wanted, rtol=1e-5, atol=1e-6)
-        full = 3 + 1 + (STEPS if known is None else 0)  # the first lane, the late one, the base
+        full = 3 + 1 + (STEPS if known is None else 0)  # the first rollout, the late one, the base
         assert sum(rows) == full * len(job.prompts) * 2  # guidance doubles every picture
 
 
 def test_what_cannot_be_bettered_is_returned_as_it_was():
     job = make_job("sdxl")
-    lane = Lane(Schedule.explicit(range(STEPS), STEPS), 3)
-    run_lanes(job, [lane], reuse(4), STEPS)
-    assert polish(job, lane, LATE) is lane
+    rollout = Rollout(Schedule.explicit(range(STEPS), STEPS), 3)
+    run_rollouts(job, [rollout], reuse(4), STEPS)
+    assert joint_fit(job, rollout, LATE) is rollout
