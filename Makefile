@@ -48,7 +48,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt testbed/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,dev]" -e ./testbed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,peers,dev]" -e ./testbed
 	@touch $@
 
 # What is not older than in .venv, torch above all, is used from there.

@@ -142,7 +142,7 @@ def test_the_wheel_has_the_command_and_the_extras(wheel):
     (folder,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert "lesa = lesa.cli:main" in wheel.read(f"{folder}/entry_points.txt").decode()
     metadata = wheel.read(f"{folder}/METADATA").decode()
-    for extra in ("kernels", "flash", "report", "eval", "dev"):
+    for extra in ("kernels", "flash", "report", "peers", "eval", "dev"):
         assert f"Provides-Extra: {extra}" in metadata
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist:")]
     base = [line for line in required if "extra ==" not in line]
