@@ -17,11 +17,11 @@ from torch import nn
 
 from lesa.errors import LesaError
 from lesa.hooks.class_swap import (
+    FeatureHook,
     Listener,
     Noticed,
     Slot,
     Swapped,
-    Tap,
     is_swapped,
     restore,
     swap,
@@ -70,8 +70,8 @@ def attach(
     for mixin, parts in spec.swapped(core).items():
         for part in parts:
             swap(part, mixin, _lesa_slot=denoiser._slot)
-    if (tap := _tap(core, spec, denoiser._slot)) is not None:
-        spec.module(core, spec.tail).register_forward_pre_hook(tap, with_kwargs=True)
+    if (hook := _feature_hook(core, spec, denoiser._slot)) is not None:
+        spec.module(core, spec.tail).register_forward_pre_hook(hook, with_kwargs=True)
     if spec.embedding:
         embedding = core.get_submodule(spec.embedding)
         embedding.register_forward_pre_hook(Listener(denoiser._slot))
@@ -197,14 +197,15 @@ def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str
     return denoiser.controller(denoiser, args, kwargs)
 
 
-def _tap(core: nn.Module, spec: ModelSpec, slot: Slot) -> Tap | None:
+def _feature_hook(core: nn.Module, spec: ModelSpec, slot: Slot) -> FeatureHook | None:
     """The pre-hook of the tail; None where the tail does not get what the row says."""
     if not spec.joined:
-        return Tap(slot)
+        return FeatureHook(slot)
     joined: Any = spec.module(core, spec.joined)
     *_, before, tail = spec.module(core, spec.tail.rpartition(".")[0]).children()
     fits = tail.in_channels == before.out_channels + joined.out_channels
-    return Tap(slot, joined.out_channels) if fits else None  # else the blocks join in another place
+    # else the blocks join in another place
+    return FeatureHook(slot, joined.out_channels) if fits else None
 
 
 def _clean(core: nn.Module, spec: ModelSpec) -> None:
@@ -213,7 +214,7 @@ def _clean(core: nn.Module, spec: ModelSpec) -> None:
     for name in filter(None, (spec.tail, spec.embedding)):
         module = spec.module(core, name)
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, (Tap, Listener)):
+            if isinstance(hook, (FeatureHook, Listener)):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 

@@ -21,7 +21,7 @@ __all__ = [
     "Skippable",
     "Slot",
     "Swapped",
-    "Tap",
+    "FeatureHook",
     "is_swapped",
     "restore",
     "swap",
@@ -95,7 +95,7 @@ class Identity(Swapped):
         return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
 
-class Tap:
+class FeatureHook:
     """Pre-hook of the tail: takes the feature at a full step, replaces it at a skipped one.
 
     The tail's input is the feature alone, or the feature and `joined` more channels, which a
@@ -130,7 +130,7 @@ class Tap:
             return given
         return torch.cat([feature.to(given), behind], dim=1)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tap:
+    def __deepcopy__(self, memo: dict[int, Any]) -> FeatureHook:
         return self
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lesa.engine.graphs.capture import CudaRecorder, Recorder
-from lesa.hooks.class_swap import Listener, Tap
+from lesa.hooks.class_swap import FeatureHook, Listener
 
 __all__ = ["refusal"]
 
@@ -44,7 +44,7 @@ def refusal(
         name = type(module).__name__
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
         if not all(
-            isinstance(hook, (Tap, Listener)) for hook in hooks
+            isinstance(hook, (FeatureHook, Listener)) for hook in hooks
         ):  # a replay would not call it
             return f"a forward hook is on {name}"
         for tensor in (*module.parameters(False), *module.buffers(False)):
