@@ -16,7 +16,7 @@ from lesa.engine.config import LesaConfig
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.stats import Counters, Stats
-from lesa.engine.step_table import Planner
+from lesa.engine.step_table import StepTables
 from lesa.engine.tail import ModulatedTail
 from lesa.engine.trajectory import Trajectory
 from lesa.errors import LesaError, RunError
@@ -41,7 +41,7 @@ class CacheController:
         self.config = config
         self.tap = config.resolved_tap
         self.counters = Counters(config.forecaster.name, self.tap)
-        self._planner = Planner(config)
+        self._tables = StepTables(config)
         self._local = threading.local()
         wanted = config.graph == "auto" and torch.cuda.is_available()
         self.graphs: StepGraphs[TailBuffers] | None = StepGraphs() if wanted else None
@@ -134,7 +134,7 @@ class CacheController:
             _check_caches(call)
         self.counters.add_generation()
         try:
-            self.counters.set_schedule(self._planner.schedule(step).full_steps, step.num_steps)
+            self.counters.set_schedule(self._tables.schedule(step).full_steps, step.num_steps)
         except LesaError:  # counted where the plan is asked for
             self.counters.set_schedule((), step.num_steps)
 
@@ -146,7 +146,7 @@ class CacheController:
         trajectories.pop(call.step.branch, None)
         if call.step.index == 0:
             self.config.check_run(call.step.num_steps, call.step.branch)
-        plan = self._planner.plan(call.step)
+        plan = self._tables.of(call.step)
         if isinstance(plan, str):
             if reason is None:
                 self._fall_back(plan)

@@ -16,14 +16,18 @@ __all__ = ["Ring"]
 class Ring:
     """The K newest features, `data` [K, *feature_shape], in the features' own dtype and device.
 
-    `push` overwrites the oldest feature. `order` lists the slots newest first as Python ints and
-    `slots` is the same on the device (int32), for kernels. A ring keeps nothing but its `data`: the
-    K * K slot numbers of a device are shared by all rings there.
+    `push` overwrites the oldest feature. A ring keeps nothing but its `data`: the K * K slot
+    numbers of a device are shared by all rings there.
 
     Args:
         history: K, at least 1.
         like: a feature that gives shape, dtype and device.
         data: memory [K, *like.shape] to use instead of its own, for a graph that reads it.
+
+    Attributes:
+        order: slot of the feature pushed 0, 1, ..., K - 1 pushes ago, as Python ints.
+        slots: the same as an int32 tensor [K] on the device, for kernels.
+        pushed: how many features have entered.
 
     Raises:
         LesaError: `history` is below 1, or a pushed feature has another shape, dtype or device.
@@ -41,8 +45,8 @@ class Ring:
             self.features = self.data.unbind(0)
         self._orders = _orders(history)
         self._slots = _slots(history, like.device)
-        self._head = history - 1
         self.pushed = 0
+        self._newest(history - 1)
 
     def push(self, feature: Tensor) -> None:
         """Copy `feature` over the oldest one."""
@@ -51,9 +55,9 @@ class Ring:
                 f"feature is {_describe(feature)}, the ring holds {_describe(self.data[0])}: "
                 "make a new ring for it."
             )
-        self._head = (self._head + 1) % self.history
+        self._newest((self.order[0] + 1) % self.history)
         with nvtx_ranges.push:
-            self.features[self._head].copy_(feature.detach())
+            self.features[self.order[0]].copy_(feature.detach())
         self.pushed += 1
 
     def matches(self, feature: Tensor) -> bool:
@@ -67,23 +71,17 @@ class Ring:
 
     def reset(self) -> None:
         """Forget all features; the memory stays."""
-        self._head = self.history - 1
         self.pushed = 0
+        self._newest(self.history - 1)
+
+    def _newest(self, slot: int) -> None:
+        """Let `slot` be the first one of the order."""
+        self.order, self.slots = self._orders[slot], self._slots[slot]
 
     @property
     def count(self) -> int:
         """How many features it holds, at most K."""
         return min(self.pushed, self.history)
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        """Slot of the feature pushed 0, 1, ..., K - 1 pushes ago."""
-        return self._orders[self._head]
-
-    @property
-    def slots(self) -> Tensor:
-        """`order` as an int32 tensor [K] on the device."""
-        return self._slots[self._head]
 
     @property
     def nbytes(self) -> int:

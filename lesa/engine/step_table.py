@@ -15,9 +15,9 @@ from lesa.engine.config import LesaConfig
 from lesa.errors import LesaError
 from lesa.hooks.step_clock import Step
 
-__all__ = ["DeviceTable", "Plan", "Planner", "Row"]
+__all__ = ["DeviceTable", "Row", "StepTable", "StepTables", "gates_by_step"]
 
-_MAX_PLANS = 64
+_MAX_TABLES = 64
 
 
 class Row(NamedTuple):
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 class DeviceTable(NamedTuple):
-    """A plan's rows on a device, for kernels: fp32 [S, K (+ 1)] and [S] or None, with a last
+    """The coefficients on a device, for kernels: fp32 [S, K (+ 1)] and [S] or None, with a last
     dimension more for several parts; S step numbers.
 
     A row of a full step is zero. `gated` is the paper's form of the rows, fp32 and int32, if any.
@@ -41,8 +41,8 @@ class DeviceTable(NamedTuple):
     gated: GatedRows | None = None
 
 
-class Plan:
-    """A table, unpacked.
+class StepTable:
+    """A table, unpacked for the step path.
 
     `rows[s]` is None at a full step, else one row for each of the `parts` of a call: 1, or as many
     guidance parts as the table has rows of their own for, where calls hold that many. `pushes[s]`
@@ -72,13 +72,6 @@ class Plan:
         self.expected = list(accumulate(self.pushes, initial=0))
         self._table = table
         self._devices: dict[torch.device, DeviceTable] = {}
-
-    def of(self, index: int) -> tuple[Row, ...]:
-        """The coefficients of a skipped step, part by part."""
-        rows = self.rows[index]
-        if rows is None:
-            raise LesaError(f"step {index} is full and has no forecast; ask for skipped steps only")
-        return rows
 
     def on(self, device: torch.device) -> DeviceTable:
         """The rows on a device; copied there once."""
@@ -118,28 +111,39 @@ def _moved(gated: GatedRows, device: torch.device) -> GatedRows:
     )
 
 
-class Planner:
+def gates_by_step(gated: GatedRows) -> list[tuple[Any, ...]]:
+    """Of each step weights, tau, its expert's gate and the bias, for the compiled kernel."""
+    *parts, low, high = gated.gate
+    experts = gated.experts.tolist()
+    rows = zip(gated.weights.unbind(0), gated.tau.unbind(0), gated.bias.tolist(), strict=True)
+    return [
+        (weights, tau, *(part[expert] for part in parts), low, high, bias)
+        for expert, (weights, tau, bias) in zip(experts, rows, strict=True)
+    ]
+
+
+class StepTables:
     """Asks the forecaster for tables and remembers them."""
 
     def __init__(self, config: LesaConfig) -> None:
         self._config = config
-        self._plans: dict[tuple[Any, ...], Plan | str] = {}
+        self._tables: dict[tuple[Any, ...], StepTable | str] = {}
 
     def schedule(self, step: Step) -> Schedule:
         """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
         return self._config.bound_schedule(step.num_steps, step.sigmas)
 
-    def plan(self, step: Step) -> Plan | str:
-        """Plan for the steps from `step` on, as a run of their own, or why there is none."""
+    def of(self, step: Step) -> StepTable | str:
+        """The table of the steps from `step` on, as a run of their own, or why there is none."""
         key = (step.num_steps, step.sigmas, step.branch, step.index, step.parts)
-        found = self._plans.get(key)
+        found = self._tables.get(key)
         if found is None:
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.clear()
-            found = self._plans[key] = self._make(step)
+            if len(self._tables) >= _MAX_TABLES:
+                self._tables.clear()
+            found = self._tables[key] = self._make(step)
         return found
 
-    def _make(self, step: Step) -> Plan | str:
+    def _make(self, step: Step) -> StepTable | str:
         start = step.index
         try:
             schedule = self.schedule(step)
@@ -149,4 +153,4 @@ class Planner:
             table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
         except LesaError as error:
             return f"no table: {error}"
-        return Plan(table, step.parts)
+        return StepTable(table, step.parts)

@@ -13,8 +13,9 @@ from lesa.engine import nvtx_ranges
 from lesa.engine.call import Call
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers, TailGraph
-from lesa.engine.mixer import Mixer, Modulation
-from lesa.engine.step_table import Plan
+from lesa.engine.mixer import Mixer
+from lesa.engine.modulation import Modulation
+from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.step_clock import Step
@@ -127,7 +128,7 @@ class PreparedTail:
         self._guidance, self._turn = call.argument("guidance"), call.denoiser.turn
         self._graph: TailGraph | None = None
 
-    def claim(self, call: Call, plan: Plan, feature: Tensor) -> Tensor | None:
+    def claim(self, call: Call, plan: StepTable, feature: Tensor) -> Tensor | None:
         """Memory for the ring that a captured step reads, or None where none is captured."""
         graphs = self.tail.graphs
         if graphs is None or plan.autoregressive:  # whose forecasts enter the ring
@@ -150,7 +151,7 @@ class PreparedTail:
         like = mixer.ring.features[0]
         modulation = self.modulation(like)
         if self._graph is not None:
-            return self._graph.run(index, mixer, modulation)
+            return self._graph.run(index, mixer.ring, modulation)
         normed = torch.empty_like(like)
         mixer.modulated(index, modulation, self.tail.eps, normed, feature)
         with nvtx_ranges.tail:

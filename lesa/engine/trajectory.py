@@ -14,7 +14,7 @@ from lesa.engine.call import Call, Refusal
 from lesa.engine.conditioning import Conditioning
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import Plan
+from lesa.engine.step_table import StepTable
 from lesa.engine.tail import ModulatedTail, PreparedTail
 from lesa.hooks.denoiser import Run, make_output, read_sample
 from lesa.hooks.step_clock import Step
@@ -30,7 +30,7 @@ class Trajectory:
     broke off leaves none behind, once its traceback is gone.
     """
 
-    def __init__(self, plan: Plan, call: Call, tails: ModulatedTail | None = None) -> None:
+    def __init__(self, plan: StepTable, call: Call, tails: ModulatedTail | None = None) -> None:
         self.plan = plan
         self.origin = call.step.index
         self.ring: Ring | None = None

@@ -11,7 +11,7 @@ from paper_form import STEPS, gated_table
 from lesa import Schedule, Table, ops
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import Plan
+from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
 
 
@@ -36,7 +36,7 @@ def test_forecasts(name, dtype, uses_latent, bias, request, monkeypatch):
         request.getfixturevalue("native_kernels")
     monkeypatch.setenv("LESA_BACKEND", name)
     made = table(uses_latent, bias)
-    plan, ring = Plan(made), Ring(3, torch.empty(2, 33, dtype=dtype))
+    plan, ring = StepTable(made), Ring(3, torch.empty(2, 33, dtype=dtype))
     ring.data.fill_(float("nan"))  # what no full step has filled yet must not be read
     mixer, generator = Mixer(plan, ring), torch.Generator().manual_seed(0)
     for step in range(7):
@@ -60,10 +60,10 @@ def test_the_papers_form(name, dtype, request, monkeypatch):
         request.getfixturevalue("native_kernels")
     monkeypatch.setenv("LESA_BACKEND", name)
     made = gated_table()
-    plan, ring = Plan(made), Ring(3, torch.empty(2, 33, dtype=dtype))
+    plan, ring = StepTable(made), Ring(3, torch.empty(2, 33, dtype=dtype))
     mixer, generator = Mixer(plan, ring), torch.Generator().manual_seed(0)
     kernel = name == "native" and dtype != torch.float64
-    assert (mixer._write is Mixer._native_gated) == kernel
+    assert type(mixer.writer).__name__ == ("_NativeGated" if kernel else "_Eager")
     gates = made.coefficients[3:, 0] - 1
     assert gates.abs().max() > 0.05
     for step in range(STEPS):
@@ -101,22 +101,22 @@ def test_guidance_parts_have_rows_of_their_own(dtype):
         ]
     )
     eps = max(torch.finfo(dtype).eps, 1e-15)
-    found = Mixer(Plan(made, 2), ring)(5, torch.empty_like(feature), latent)
+    found = Mixer(StepTable(made, 2), ring)(5, torch.empty_like(feature), latent)
     torch.testing.assert_close(found.double(), exact, rtol=eps, atol=4 * eps)
     # As the kernels get it: a part is a band as long as a part of the batch.
-    rows = Plan(made, 2).on(torch.device("cpu"))
+    rows = StepTable(made, 2).on(torch.device("cpu"))
     given = ring.data, ring.slots, rows.coefficients, rows.steps[5], torch.empty_like(feature)
     found = ops.mix(*given, latent=latent, bias=rows.bias, band_size=66)
     torch.testing.assert_close(found.double(), exact, rtol=max(eps, 1e-6), atol=max(eps, 1e-6))
-    one = Mixer(Plan(made), ring)(5, torch.empty_like(feature), latent)  # parts not known
-    assert torch.equal(one, Mixer(Plan(shared), ring)(5, torch.empty_like(feature), latent))
+    one = Mixer(StepTable(made), ring)(5, torch.empty_like(feature), latent)  # parts not known
+    assert torch.equal(one, Mixer(StepTable(shared), ring)(5, torch.empty_like(feature), latent))
     with pytest.raises(LesaError, match="a batch of 4 does not hold 3"):
         three = replace(shared, split=shared.coefficients[..., None].repeat(1, 1, 3))
-        Mixer(Plan(three, 3), ring)
+        Mixer(StepTable(three, 3), ring)
 
 
 def test_rows_are_copied_to_a_device_once():
-    plan = Plan(table(True, True))
+    plan = StepTable(table(True, True))
     on_device = plan.on(torch.device("cpu"))
     assert plan.on(torch.device("cpu")) is on_device
     assert on_device.coefficients.dtype == torch.float32 and len(on_device.steps) == 7

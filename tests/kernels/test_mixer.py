@@ -10,9 +10,10 @@ import torch
 from paper_form import STEPS, gated_table
 
 from lesa import Schedule, Table
-from lesa.engine.mixer import Mixer, Modulation
+from lesa.engine.mixer import Mixer
+from lesa.engine.modulation import Modulation
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import Plan
+from lesa.engine.step_table import StepTable
 
 FULL = (0, 1, 4)
 
@@ -30,7 +31,7 @@ def made(device, monkeypatch, uses_latent=False, bias=False, parts=1):
     split = rows[..., None] * torch.linspace(1.0, -0.5, parts) if parts > 1 else None
     table = Table(schedule, rows, uses_latent, shift if bias else None, split=split)
     ring = Ring(3, torch.empty(4, 5, 16, device=device))
-    plan, mixers = Plan(table, parts), []
+    plan, mixers = StepTable(table, parts), []
     for backend in ("triton", "eager"):
         monkeypatch.setenv("LESA_BACKEND", backend)
         mixers.append(Mixer(plan, ring))
@@ -46,7 +47,10 @@ def draw(device, *shape):
 )
 def test_every_skipped_step_is_what_eager_gives(device, monkeypatch, uses_latent, bias, parts):
     ring, (mixer, eager) = made(device, monkeypatch, uses_latent, bias, parts)
-    assert mixer._write is Mixer._triton and eager._write is not Mixer._triton
+    assert [type(each.writer).__name__ for each in (mixer, eager)] == [
+        "_Triton",
+        "_Eager" if parts == 1 else "_EagerParts",
+    ]
     for step in range(7):
         if step in FULL:
             ring.push(draw(device, 4, 5, 16))
@@ -62,9 +66,9 @@ def test_the_papers_gate_is_evaluated_in_the_kernel(device, monkeypatch):
     ring, mixers = Ring(3, torch.empty(2, 5, 16, device=device)), []
     for backend in ("triton", "eager"):
         monkeypatch.setenv("LESA_BACKEND", backend)
-        mixers.append(Mixer(Plan(table), ring))
+        mixers.append(Mixer(StepTable(table), ring))
     mixer, eager = mixers
-    assert mixer._write is Mixer._triton_gated and eager._write is not Mixer._triton_gated
+    assert [type(each.writer).__name__ for each in (mixer, eager)] == ["_TritonGated", "_Eager"]
     for step in range(STEPS):
         if not table.schedule.is_full(step):
             found = mixer(step, torch.full_like(ring.features[0], torch.nan))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from lesa.engine.graphs.capture import Body
 from lesa.engine.graphs.step_graphs import GraphKey, Lease, StepGraphs
-from lesa.engine.mixer import Mixer, Modulation
-from lesa.engine.step_table import Plan
+from lesa.engine.modulation import Modulation
+from lesa.engine.ring import Ring
+from lesa.engine.step_table import StepTable
 from lesa.ops import implementation
 
 __all__ = ["LastLayer", "TailBuffers", "TailGraph"]
@@ -39,17 +40,19 @@ class LastLayer(Protocol):
 class TailBuffers:
     """The tensors that the graph reads: all that varies from step to step is in them.
 
-    ring [K, *feature], slots [K] and step, table [S, K], bias [S], rows [S, B, 2 C] of scale and
-    shift. `normed`, as large as a feature, is written: inside a graph's memory it would outlive it.
+    ring [K, *feature], slots [K] and step (one of `steps`), table [S, K], bias [S], rows
+    [S, B, 2 C] of scale and shift. `normed`, as large as a feature, is written: inside a graph's
+    memory it would outlive it.
     """
 
-    def __init__(self, plan: Plan, feature: Tensor) -> None:
-        table = plan.on(feature.device)
-        self.ring = feature.new_empty(plan.history, *feature.shape)
-        self.slots = feature.new_zeros(plan.history, dtype=torch.int32)
+    def __init__(self, table: StepTable, feature: Tensor) -> None:
+        rows = table.on(feature.device)
+        self.steps = rows.steps
+        self.ring = feature.new_empty(table.history, *feature.shape)
+        self.slots = feature.new_zeros(table.history, dtype=torch.int32)
         self.step = feature.new_zeros((), dtype=torch.int32)
-        self.table, self.bias = table.coefficients, table.bias
-        self.rows = feature.new_empty(len(plan.rows), feature.shape[0], 2 * feature.shape[-1])
+        self.table, self.bias = rows.coefficients, rows.bias
+        self.rows = feature.new_empty(len(table.rows), feature.shape[0], 2 * feature.shape[-1])
         self.normed = torch.empty_like(feature, memory_format=torch.contiguous_format)
 
 
@@ -71,7 +74,7 @@ class TailGraph:
         cls,
         graphs: StepGraphs[TailBuffers],
         layer: LastLayer,
-        plan: Plan,
+        table: StepTable,
         branch: str,
         feature: Tensor,
     ) -> TailGraph | None:
@@ -80,28 +83,28 @@ class TailGraph:
         Args:
             graphs: the controller's.
             layer: the model's last layer.
-            plan: has the rows that the graph reads.
+            table: has the rows that the graph reads.
             branch: the guidance branch.
             feature: gives the layout of what goes into the ring.
 
         Returns:
             None where nothing is to be recorded; the reason is counted.
         """
-        bias = plan.on(feature.device).bias
-        mix_modulate = implementation("mix_modulate", feature, plan.history, {"bias": bias})
+        bias = table.on(feature.device).bias
+        mix_modulate = implementation("mix_modulate", feature, table.history, {"bias": bias})
         key = GraphKey(
             tuple(feature.shape),
             feature.dtype,
             feature.device,
             branch,
-            plan.history,
-            len(plan.rows),
+            table.history,
+            len(table.rows),
             (bias is None, mix_modulate),
         )
         lease = graphs.acquire(
             key,
             (layer.projection,),
-            partial(TailBuffers, plan, feature),
+            partial(TailBuffers, table, feature),
             partial(_body, layer, mix_modulate),
             model=layer.model,
         )
@@ -110,9 +113,9 @@ class TailGraph:
             return None
         return cls(lease)
 
-    def run(self, index: int, mixer: Mixer, modulation: Modulation) -> Tensor:
-        """The model's output at the plan's step `index`."""
-        buffers, ring = self._lease.buffers, mixer.ring
+    def run(self, index: int, ring: Ring, modulation: Modulation) -> Tensor:
+        """The model's output at the table's step `index`."""
+        buffers = self._lease.buffers
         if self._modulation is not modulation:
             self._modulation = modulation
             scale, shift = buffers.rows.chunk(2, dim=-1)
@@ -121,7 +124,7 @@ class TailGraph:
         if self._pushed != ring.pushed:
             self._pushed = ring.pushed
             buffers.slots.copy_(ring.slots)
-        buffers.step.copy_(mixer.table.steps[index])
+        buffers.step.copy_(buffers.steps[index])
         return self._lease.run()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lesa.core.schedule import Schedule
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import Plan
+from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.thresholds import Applied
@@ -43,7 +43,7 @@ class FreqCa(StepCache[_State]):
 
     def __init__(self, model: nn.Module, schedule: Schedule) -> None:
         super().__init__(model)
-        self._plan = Plan(HiCache(order=2, sigma=0.71).table(schedule))
+        self._plan = StepTable(HiCache(order=2, sigma=0.71).table(schedule))
 
     def begin(self) -> _State:
         return _State()
