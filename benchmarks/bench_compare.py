@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import parse
 from lesa.evaluation.report import rich_table, write_report
 from lesa.evaluation.standing import OTHER_TAP, OURS, origin, ours
+from lesa.forecasters.published import with_canonical_names
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.job import weights_hash
 from lesa.training.progress import Progress
@@ -106,14 +108,19 @@ def shares(result: Comparison) -> dict[str, dict[str, float]]:
 
 
 def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """What was found, and of an earlier file the rows of methods that did not run this time; those
-    on step lists that are no longer lesa's are dropped."""
+    """What was found, and of an earlier file the rows of methods that did not run this time.
+
+    Rows on step lists that are no longer lesa's are dropped. Every kept row carries the `commit`
+    that it was measured at; a row without one was measured at that of the file's environment.
+    """
     if any(known.get(key) != found[key] for key in ("prompts", "seed", "settings", "weights")):
         return found
+    known = renamed(known)
     new = {row["label"] for row in found["rows"]}
     lists = {row["schedule"] for row in ours(found["rows"])}
+    at = known["environment"]["commit"]
     old = [
-        row
+        {**row, "commit": row.get("commit", at)}
         for row in known["rows"]
         if row["label"] not in new
         and row["method"] != OURS
@@ -121,13 +128,20 @@ def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     ]
     labels = {row["label"] for row in old}
     curves = {k: v for k, v in known["error_per_step"].items() if k in labels}
-    at = known["environment"]["commit"]
-    notes = [f"{len(old)} rows of other methods are kept from commit {at}."] if old else []
+    counts = Counter(row["commit"] for row in old)
+    notes = [
+        f"{count} rows of other methods are kept from commit {at}." for at, count in counts.items()
+    ]
     return found | {
         "rows": [*old, *found["rows"]],
         "error_per_step": {**curves, **found["error_per_step"]},
         "notes": [*found["notes"], *notes],
     }
+
+
+def renamed(report: dict[str, Any]) -> dict[str, Any]:
+    """A file in which methods have the names of today."""
+    return json.loads(with_canonical_names(json.dumps(report)))
 
 
 def rounded(value: Any) -> Any:

@@ -176,5 +176,27 @@ def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
     ]  # fmt: skip
     assert set(found["error_per_step"]) == {each["label"] for each in found["rows"]}
     assert found["notes"] == ["2 rows of other methods are kept from commit abc."]
+    assert [each.get("commit") for each in found["rows"]] == ["abc", "abc", None, None]
     for changed in ({"prompts": ["b"]}, {"weights": "1"}):
         assert kept(old, {**new, **changed})["rows"] == new["rows"]
+
+
+def test_two_partial_runs_leave_each_kept_row_the_commit_that_it_was_measured_at():
+    def report(commit, *labels):
+        rows = [{"method": label, "label": label, "schedule": "own: 0,5"} for label in labels]
+        known = {"prompts": ["a"], "seed": 1, "settings": {}, "weights": "0", "notes": []}
+        return {**known, "rows": rows, "error_per_step": {}, "environment": {"commit": commit}}
+
+    first = report("one", "fora", "foca", "taylorseer-1")
+    second = kept(first, report("two", "foca"))
+    third = kept(second, report("three", "spectrum"))
+    assert {row["label"]: row.get("commit") for row in third["rows"]} == {
+        "fora": "one",
+        "taylor-1": "one",  # by its name of today
+        "foca": "two",
+        "spectrum": None,  # the file's own
+    }
+    assert sorted(third["notes"]) == [
+        "1 rows of other methods are kept from commit two.",
+        "2 rows of other methods are kept from commit one.",
+    ]
