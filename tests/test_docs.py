@@ -1,0 +1,72 @@
+"""What the documents name is there: paths in backticks, links and their headings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+MADE = ("lesa-demo/", "gpu-evidence/", "profiles/")  # folders that commands write
+WRITTEN = {"summary.json", "log.txt", "kernels.json", "skipped_step.json", "loop.json"}  # files
+
+
+def prose(document: Path) -> str:
+    """Without blocks of code, which show users' folders and programs."""
+    return re.sub(r"(?ms)^\s*```.*?^\s*```", "", document.read_text())
+
+
+def named(text: str) -> Iterator[str]:
+    """`a/b`, `a/` and `a.py`; no commands, formulas or patterns."""
+    for span in re.findall(r"`([^`\n]+)`", text):
+        if re.fullmatch(r"[\w./-]+", span) and re.search(r"/|\.(py|md|json|toml|txt|sh)$", span):
+            yield span
+
+
+def heading(line: str) -> str:
+    """The anchor of a heading."""
+    return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_path_exists(document):
+    bases = ROOT, ROOT / "lesa", ROOT / "benchmarks" / "results", document.parent
+    absent = {
+        path
+        for path in named(prose(document))
+        if not path.startswith(MADE)
+        and path not in WRITTEN
+        and not any((base / path).exists() for base in bases)
+    }
+    assert not absent
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(document)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = document.parent / path if path else document
+        assert file.exists(), target
+        if anchor:
+            lines = prose(file).splitlines()
+            assert anchor in {heading(line) for line in lines if line.startswith("#")}, target
+
+
+def test_the_map_names_the_rooms_and_their_files():
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    assert len(text.splitlines()) <= 120
+    rows = re.findall(r"(?m)^\| `(\w+)/` \| (.+?) \|", text)
+    rooms = {path.parent.name for path in (ROOT / "lesa").glob("*/__init__.py")}
+    assert {room for room, _ in rows} == rooms
+    for room, files in rows:
+        for name in re.findall(r"`([^`]+)`", files):
+            place = ROOT / "lesa" / room / name
+            assert place.is_dir() or place.with_suffix(".py").exists(), f"{room}: {name}"
