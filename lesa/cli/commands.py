@@ -61,7 +61,7 @@ def make_pictures(
 ) -> dict[str, Any]:
     """Generate in batches and save each batch at once, so that an interrupt loses one at most."""
     from lesa.api import accelerate, stats
-    from lesa.evaluation.runs import generate
+    from lesa.hooks.timed_run import generate
 
     files, seconds, counters = [], 0.0, None
     with accelerate(pipe, forecaster, **cache) if cache else nullcontext():

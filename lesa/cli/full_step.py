@@ -80,7 +80,7 @@ class FullStep:
         """
         if self == FullStep():
             return
-        from lesa.evaluation.runs import generate
+        from lesa.hooks.timed_run import generate
 
         short = {**settings, "num_inference_steps": 2, "output_type": "latent"}
         try:

@@ -239,7 +239,7 @@ def test_a_device_that_is_too_small(error, options, prompts, tmp_path, monkeypat
     def full(*_, **__):
         raise error
 
-    monkeypatch.setattr("lesa.evaluation.runs.generate", full)
+    monkeypatch.setattr("lesa.hooks.timed_run.generate", full)
     given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS, "--device", "cpu", *options)
     line = refused("generate", "testbed", *given)
     assert line.startswith("lesa: device: cpu has too little memory (")
@@ -251,7 +251,7 @@ def test_another_error_is_not_taken_for_a_small_device(prompts, tmp_path, monkey
     def broken(*_, **__):
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr("lesa.evaluation.runs.generate", broken)
+    monkeypatch.setattr("lesa.hooks.timed_run.generate", broken)
     result = invoke("generate", "testbed", "--prompts", prompts, "--out", tmp_path / "out", *STEPS)
     assert isinstance(result.exception, RuntimeError)
 
