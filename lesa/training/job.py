@@ -90,9 +90,14 @@ class Job:
         }
 
 
+def pipeline_arguments(pipe: Any) -> tuple[str, ...]:
+    """Names of the arguments that ``pipe(...)`` takes."""
+    return tuple(inspect.signature(type(pipe).__call__).parameters)
+
+
 def call_arguments(pipe: Any, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split keyword arguments into those that ``pipe(...)`` takes and the others."""
-    known = inspect.signature(type(pipe).__call__).parameters
+    known = pipeline_arguments(pipe)
     taken = {name: value for name, value in given.items() if name in known}
     return taken, {name: value for name, value in given.items() if name not in known}
 

@@ -13,11 +13,11 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
-from lesa.hooks.prompt_inputs import count_prompts
+from lesa.training import arguments
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous, fit_paper
-from lesa.training.job import Job, call_arguments
+from lesa.training.job import Job
 from lesa.training.on_policy import visited_gram
 from lesa.training.progress import Progress
 from lesa.training.search import search_schedule
@@ -40,6 +40,7 @@ def train(
     batch_size: int = 8,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool | Progress = True,
     **more: Any,
@@ -60,39 +61,32 @@ def train(
         polish: rounds of fitting all gaps together on the final latents, after all else.
         batch_size: prompts that the denoiser computes at once.
         seed: prompt i is generated from noise seed + i (picture n of N: seed + i N + n).
-        call: further arguments of ``pipe(...)``.
+        call: further arguments of ``pipe(...)`` (height, guidance_scale, ...).
+        settings: fields of the forecaster (``history``, ``stages``, ``gate``, ...; see
+            `lesa.forecasters.settings.Settings`).
         folder: keep statistics here, to resume an interrupted collection.
         progress: show bars and log lines; or a Progress, which keeps the lines.
-        more: arguments of ``pipe(...)`` (height, guidance_scale, ...) or fields of the forecaster
-            (``history``, ``stages``, ``gate``, ...; see ``lesa.forecasters.settings.Settings``).
+        more: the same as in ``call`` or ``settings``, each told by its name.
 
     Returns:
         A LesaForecaster; ``save_pretrained`` writes it.
 
     Raises:
-        LesaError: no prompts, impossible counts, an unknown argument, or a pipeline whose steps
-            cannot be followed.
+        LesaError: no prompts, impossible counts or an unknown argument, before the pipeline runs;
+            or a pipeline whose steps cannot be followed.
     """
-    counts = _whole_numbers("num_inference_steps", num_inference_steps)
-    wanted = _whole_numbers("full_steps", full_steps)
-    if max(wanted) > min(counts):
-        raise LesaError(
-            f"full_steps={max(wanted)} is more than num_inference_steps={min(counts)}: ask for "
-            "fewer full steps"
-        )
-    taken, fields = call_arguments(pipe, {**(call or {}), **more})
-    taken.pop("num_inference_steps", None)
+    counts = arguments.whole_numbers("num_inference_steps", num_inference_steps)
+    wanted = arguments.whole_numbers("full_steps", full_steps)
+    arguments.check_counts(counts, wanted)
+    arguments.check_at_least(0, refine=refine, polish=polish)
+    arguments.check_at_least(1, batch_size=batch_size)
+    taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
+    arguments.checked_settings(form, tap, fields)
+    texts, where = arguments.checked_prompts(prompts, taken), arguments.made_folder(folder)
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-    calibration = _checked_prompts(prompts, taken)
-    job = Job(pipe, calibration, taken, tap, seed, batch_size, _folder(folder), report)
-    if tap == "hidden" and len(job.models) > 1:
-        raise LesaError(
-            f"tap='hidden': {type(pipe).__name__} has {len(job.models)} transformers, each with a "
-            "tail of its own; train with tap='output'"
-        )
-    started = time.perf_counter()
-    collected = [collect(job, count) for count in counts]
-    job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")
+    job = Job(pipe, texts, taken, tap, seed, batch_size, where, report)
+    _check_tap(job)
+    collected = _collect(job, counts)
     forecaster = _untrained(job, collected[0], form, fields)
     if form == "paper":
         return _train_paper(job, forecaster, collected[0], schedule, wanted)
@@ -108,6 +102,21 @@ def train(
     return forecaster
 
 
+def _check_tap(job: Job) -> None:
+    if job.tap == "hidden" and len(job.models) > 1:
+        raise LesaError(
+            f"tap='hidden': {type(job.pipe).__name__} has {len(job.models)} transformers, each "
+            "with a separate tail; train with tap='output'"
+        )
+
+
+def _collect(job: Job, counts: Sequence[int]) -> list[Statistics]:
+    started = time.perf_counter()
+    collected = [collect(job, count) for count in counts]
+    job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")
+    return collected
+
+
 def _untrained(
     job: Job, statistics: Statistics, form: str, fields: dict[str, Any]
 ) -> LesaForecaster:
@@ -116,13 +125,7 @@ def _untrained(
         "num_steps": statistics.num_steps,
         "uses_latent": statistics.has_latent and form != "paper",
     }
-    try:
-        return LesaForecaster(form, tap=job.tap, metadata=job.metadata(), **{**known, **fields})
-    except TypeError as error:
-        raise LesaError(
-            f"{', '.join(fields)}: not all are arguments of {type(job.pipe).__name__} or fields of "
-            f"the forecaster ({error}); drop or correct them"
-        ) from None
+    return LesaForecaster(form, tap=job.tap, metadata=job.metadata(), **{**known, **fields})
 
 
 def _train_paper(
@@ -142,34 +145,3 @@ def _train_paper(
     fit_paper(forecaster, statistics, plan, visits, progress=job.progress)
     forecaster.recommend(plan, statistics.sigmas)
     return forecaster
-
-
-def _checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> list[str]:
-    if prompts is None:
-        return [f"embedding {row}" for row in range(count_prompts(call))]
-    fine = not isinstance(prompts, str) and len(prompts) > 0
-    if not fine or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise LesaError(
-            f"prompts={prompts!r} must be a list of non-empty strings: pass 5 to 32 prompts"
-        )
-    return list(prompts)
-
-
-def _whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
-    numbers = [value] if isinstance(value, int) else list(value)
-    if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
-        raise LesaError(f"{name}={value!r} must be a whole number of at least 1, or several")
-    return list(dict.fromkeys(numbers))
-
-
-def _folder(folder: str | Path | None) -> Path | None:
-    if folder is None:
-        return None
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LesaError(
-            f"folder={str(folder)!r} cannot be made ({error}): choose another"
-        ) from None
-    return path

@@ -1,0 +1,161 @@
+"""The arguments of `lesa.train`, sorted and checked before the pipeline runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
+from numbers import Integral
+from pathlib import Path
+from reprlib import repr as shortened
+from typing import Any
+
+from torch import Tensor
+
+from lesa.errors import LesaError
+from lesa.forecasters.settings import Settings
+from lesa.hooks.prompt_inputs import count_prompts
+from lesa.training.job import call_arguments, pipeline_arguments
+
+TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
+FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
+
+
+def sorted_arguments(
+    pipe: Any,
+    call: Mapping[str, Any] | None,
+    settings: Mapping[str, Any] | None,
+    more: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ``pipe(...)`` is called with, and the fields of the forecaster.
+
+    ``more`` may hold both; its values come before those of ``call`` and ``settings``.
+
+    Raises:
+        LesaError: a name that the pipeline, or the forecaster, does not know.
+    """
+    taken, wrong = call_arguments(pipe, dict(call or {}))
+    for name, value in wrong.items():
+        raise LesaError(f"{_told('call', name, value)}; {_remedy(pipe, name)}")
+    chosen = dict(settings or {})
+    for name, value in chosen.items():
+        if name not in FIELDS:
+            raise LesaError(f"{_told('settings', name, value)}; {_remedy(pipe, name)}")
+    of_pipe, of_forecaster = call_arguments(pipe, dict(more))
+    for name, value in of_forecaster.items():
+        if name not in FIELDS:
+            raise LesaError(
+                f"{name}={_shown(value)}: neither an argument of {type(pipe).__name__} nor a field "
+                f"of the forecaster; {_remedy(pipe, name)}"
+            )
+    taken |= of_pipe
+    taken.pop("num_inference_steps", None)  # an argument of `lesa.train` itself
+    if "generator" in taken:
+        raise LesaError(
+            "generator=...: training makes a noise source for every picture; drop it and pass seed="
+        )
+    return taken, chosen | of_forecaster
+
+
+def checked_settings(form: str, tap: str, chosen: Mapping[str, Any]) -> None:
+    """Try the fields of the forecaster, so that a wrong value is told before any work.
+
+    Raises:
+        LesaError: a field has an impossible value.
+    """
+    try:
+        Settings(**{**chosen, "form": form, "tap": tap})
+    except TypeError as error:  # a value of another type, which no rule of Settings expects
+        listed = ", ".join(f"{name}={_shown(value)}" for name, value in chosen.items())
+        raise LesaError(
+            f"{listed}: of another type than a forecaster's fields ({error}); correct it as "
+            "lesa.forecasters.settings.Settings tells"
+        ) from None
+
+
+def checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> list[str]:
+    """The prompts, or titles for the embeddings in ``call``.
+
+    Raises:
+        LesaError: there are none, or one is empty or no string.
+    """
+    if prompts is None:
+        return [f"embedding {row}" for row in range(count_prompts(call))]
+    fine = not isinstance(prompts, str) and len(prompts) > 0
+    if not fine or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise LesaError(
+            f"prompts={prompts!r} must be a list of non-empty strings: pass 5 to 32 prompts"
+        )
+    return list(prompts)
+
+
+def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
+    """One number or several, without repeats.
+
+    Raises:
+        LesaError: none, or one below 1.
+    """
+    numbers = [value] if isinstance(value, int) else list(value)
+    if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
+        raise LesaError(f"{name}={value!r} must be a whole number of at least 1, or several")
+    return list(dict.fromkeys(numbers))
+
+
+def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int]) -> None:
+    """LesaError where more steps are to be full than there are."""
+    if max(full_steps) > min(num_inference_steps):
+        raise LesaError(
+            f"full_steps={max(full_steps)} is more than num_inference_steps="
+            f"{min(num_inference_steps)}: ask for fewer full steps"
+        )
+
+
+def check_at_least(least: int, **numbers: int) -> None:
+    """LesaError for what is no whole number, or below the least."""
+    for name, value in numbers.items():
+        if not isinstance(value, Integral) or value < least:
+            raise LesaError(
+                f"{name}={_shown(value)}: no whole number of at least {least}; pass {least} or more"
+            )
+
+
+def made_folder(folder: str | Path | None) -> Path | None:
+    """The folder of the statistics, made where it is missing.
+
+    Raises:
+        LesaError: it cannot be made.
+    """
+    if folder is None:
+        return None
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LesaError(
+            f"folder={str(folder)!r} cannot be made ({error}): choose another"
+        ) from None
+    return path
+
+
+def _told(where: str, name: str, value: Any) -> str:
+    what = "argument of the pipeline" if where == "call" else "field of the forecaster"
+    return f"{name}={_shown(value)}: no {what}, but it stands in {where}="
+
+
+def _remedy(pipe: Any, name: str) -> str:
+    """Where a name belongs, or the known one that is most like it."""
+    parameters = list(pipeline_arguments(pipe))
+    if name in TRAINS:
+        return f"pass {name}= to lesa.train itself"
+    if name in parameters:
+        return "pass it in call="
+    if name in FIELDS:
+        return "pass it in settings="
+    near = get_close_matches(name, [*parameters, *FIELDS], 1)
+    return f"did you mean {near[0]}?" if near else "drop or correct it"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor {list(value.shape)}"
+    return shortened(value)

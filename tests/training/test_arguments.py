@@ -1,0 +1,78 @@
+"""`lesa.train` sorts and checks its arguments before the pipeline runs."""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from training_jobs import STEPS, make
+
+import lesa
+from lesa.errors import LesaError
+from lesa.training.arguments import sorted_arguments
+
+
+@pytest.fixture(scope="module")
+def idle():
+    """A pipeline that fails the test when it is called, with the arguments of a real one."""
+    pipe = copy.copy(make("sdxl")[0])
+
+    @functools.wraps(type(pipe).__call__)
+    def called(self, *args, **kwargs):
+        pytest.fail("the pipeline has run before the arguments were checked")
+
+    pipe.__class__ = type("IdlePipeline", (type(pipe),), {"__call__": called})
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(hihgt=64), r"^hihgt=64: neither .* IdlePipeline nor .*; did you mean height\?$"),
+        (dict(xyz=1), r"^xyz=1: neither .*; drop or correct it$"),
+        (dict(xyz=torch.zeros(2, 3)), r"^xyz=a tensor \[2, 3\]: neither "),
+        (dict(call={"hihgt": 64}), r"^hihgt=64: no argument of the pipeline, .* mean height\?$"),
+        (dict(call={"stages": (0.5,)}), r"^stages=\(0.5,\): .*call=; pass it in settings=$"),
+        (dict(settings={"height": 64}), r"^height=64: .*settings=; pass it in call=$"),
+        (dict(settings={"histroy": 2}), r"^histroy=2: .*; did you mean history\?$"),
+        (dict(settings={"tap": "hidden"}), r"^tap='hidden': .*; pass tap= to lesa.train itself$"),
+        (dict(settings={"history": 0}), "^history=0 is not a whole number"),
+        (dict(settings={"stages": 0.5}), "^stages=0.5: of another type"),
+        (dict(history=0), "^history=0 is not a whole number"),
+        (dict(form="papre"), "^form='papre' is unknown"),
+        (dict(tap="middle"), "^tap='middle' is unknown"),
+        (dict(batch_size=0), "^batch_size=0: no whole number of at least 1"),
+        (dict(refine=-1), "^refine=-1: no whole number of at least 0"),
+        (dict(polish=0.5), "^polish=0.5: no whole number of at least 0"),
+        (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
+        (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
+        (dict(prompts=[""]), "^prompts="),
+    ],
+)
+def test_a_wrong_argument_is_told_before_any_work(idle, options, message):
+    given = {"prompts": ["a"], "num_inference_steps": STEPS, "full_steps": 3, **options}
+    with pytest.raises(LesaError, match=message) as told:
+        lesa.train(idle, progress=False, **given)
+    assert "\n" not in str(told.value)
+
+
+def test_call_settings_and_more_are_sorted_by_name(idle):
+    call = {"height": 64, "guidance_scale": 2.0, "num_inference_steps": 50}
+    taken, fields = sorted_arguments(
+        idle, call, {"history": 2}, {"guidance_scale": 3.0, "stages": (0.5,)}
+    )
+    assert taken == {"height": 64, "guidance_scale": 3.0}
+    assert fields == {"history": 2, "stages": (0.5,)}
+
+
+def test_settings_and_more_train_the_same_forecaster():
+    pipe, call = make("sdxl")
+    options = dict(form="table", refine=0, polish=0, call=call, progress=False)
+    one = lesa.train(pipe, None, STEPS, 3, settings={"history": 2}, **options)
+    other = lesa.train(pipe, None, STEPS, 3, history=2, **options)
+    (first,), (second,) = one.calibrations, other.calibrations
+    assert one.settings == other.settings and one.settings.history == 2
+    assert first.schedule == second.schedule
+    assert all(torch.equal(rows, second.rows[name]) for name, rows in first.rows.items())
