@@ -71,6 +71,18 @@ def test_training_brings_it_nearer_to_the_plain_run(bench, monkeypatch):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_pipeline_loaded_in_inference_mode_is_imitated_too(monkeypatch):
+    """As servers load them: its weights and the states that it computes know no gradients."""
+    monkeypatch.setattr(disca_module, "EPOCHS", 1)
+    monkeypatch.setattr(disca_module, "ROUNDS", 2)
+    with torch.inference_mode():
+        bench = make("qwen")
+        predictor = train_predictor(bench, SCHEDULE)
+        with disca(bench.pipe, predictor, SCHEDULE):
+            assert latents(bench).isfinite().all()
+    assert any(part.abs().max() > 0 for part in predictor.out.parameters())  # 0 untrained
+
+
 def test_a_skipped_step_runs_two_blocks_and_none_of_the_models(bench):
     model = core_of(bench.pipe.transformer)
     predictor, ran = Predictor(model), []

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+from torch.utils._pytree import tree_map
 
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Use
@@ -55,6 +56,12 @@ class Predictor(nn.Module):
         width = getattr(model, _EMBEDDERS[type(model).__name__]).out_features
         self.join, self.out = nn.Linear(2 * width, width), nn.Linear(width, width)
         self.blocks = nn.ModuleList(copy.deepcopy(blocks[-2:]))
+        for module in self.blocks.modules():  # weights loaded in inference mode know no gradients
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = nn.Parameter(_outside(parameter))
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = _outside(buffer)
         with torch.no_grad():
             self.join.weight.copy_(torch.eye(width, 2 * width).roll(width, 1))
             for parameter in (self.join.bias, *self.out.parameters()):
@@ -223,11 +230,17 @@ def _collect(bench: Bench, teacher: _Teacher, stage: int) -> list[_Sample]:
 
 
 def _learn(predictor: Predictor, optimizer: torch.optim.Optimizer, sample: _Sample) -> None:
+    sample = tree_map(_outside, sample)
     predictor.cached = sample.cached
     _, forecast = predictor(**sample.inputs)
     optimizer.zero_grad()
     mse_loss(forecast, sample.target).backward()
     optimizer.step()
+
+
+def _outside(value: Any) -> Any:
+    """A tensor of inference mode as an ordinary one; everything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 @contextmanager
