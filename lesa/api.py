@@ -24,6 +24,7 @@ from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoiser, find_denoisers
 from lesa.hooks.step_clock import StepClock
 from lesa.hooks.weights_hash import weights_hash
+from lesa.ops import backend
 
 __all__ = [
     "accelerate",
@@ -171,6 +172,7 @@ def _put_back(model: nn.Module, before: Denoiser | None) -> None:
 
 def _check_model(model: nn.Module, config: LesaConfig) -> None:
     """LesaError if this model cannot be accelerated, or not by this forecaster."""
+    backend.wanted()
     core = core_of(model)
     spec = model_spec(core)
     if attached(model) is not None:

@@ -32,7 +32,7 @@ ALLOWED = {
     "engine": {"core", "ops", "hooks", "forecasters"},
     "training": {"core", "util", "hooks", "forecasters"},
     "testbed": {"hooks"},
-    "api": {"core", "hooks", "engine", "forecasters"},
+    "api": {"core", "hooks", "engine", "forecasters", "ops"},
 }
 ALLOWED["evaluation"] = {"lesa", *ALLOWED}
 ALLOWED["cli"] = {"lesa", *ALLOWED}

@@ -13,9 +13,9 @@ import torch
 from lesa.errors import LesaError
 from lesa.ops import native
 
-__all__ = ["BACKENDS", "active", "why_not"]
+__all__ = ["BACKENDS", "active", "wanted", "why_not"]
 
-VARIABLE = "LESA_BACKEND"
+VARIABLE, AUTO = "LESA_BACKEND", "auto"
 BACKENDS = ("triton", "native", "eager")  # the first that works on a device is taken
 
 
@@ -26,15 +26,21 @@ def active(device: torch.device | str = "cpu") -> str:
         LesaError: LESA_BACKEND names an unknown backend, or one that does not work there.
     """
     kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    return _active(kind, os.environ.get(VARIABLE, "auto"))
+    return _active(kind, wanted())
+
+
+def wanted() -> str:
+    """What LESA_BACKEND asks for, "auto" where it is not set or empty; LesaError if unknown."""
+    name = os.environ.get(VARIABLE) or AUTO
+    if name not in (AUTO, *BACKENDS):
+        raise LesaError(f"{VARIABLE} is {name!r}: set it to {AUTO}, {', '.join(BACKENDS)}.")
+    return name
 
 
 @cache
 def _active(kind: str, wanted: str) -> str:
-    if wanted == "auto":
+    if wanted == AUTO:
         return next(name for name in BACKENDS if not why_not(name, kind))
-    if wanted not in BACKENDS:
-        raise LesaError(f"{VARIABLE} is {wanted!r}: set it to auto, {', '.join(BACKENDS)}.")
     # Triton's interpreter runs on the CPU: far too slow to be chosen, good enough to be forced.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if (reason := why_not(wanted, kind)) and not interpreted:

@@ -7,6 +7,7 @@ import torch
 from lesa_kernels.gate import Gate
 from lesa_testbed import reference
 
+import lesa
 from lesa import ops
 from lesa.errors import LesaError
 from lesa.ops import backend, eager
@@ -194,6 +195,15 @@ def test_the_environment_chooses(monkeypatch, native_kernels):
     monkeypatch.setenv("LESA_BACKEND", "cuda")
     with pytest.raises(LesaError, match="LESA_BACKEND is 'cuda': set it to auto, triton"):
         backend.active("cpu")
+
+
+def test_an_unknown_backend_is_refused_before_any_step(monkeypatch, tiny_flux):
+    monkeypatch.setenv("LESA_BACKEND", "bogus")
+    with pytest.raises(LesaError, match="LESA_BACKEND is 'bogus': set it to auto"):
+        lesa.enable(tiny_flux)
+    monkeypatch.setenv("LESA_BACKEND", "")
+    assert backend.wanted() == "auto"
+    lesa.enable(tiny_flux)
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
