@@ -29,8 +29,8 @@ from lesa.evaluation.compare import PLAIN, Comparison, compare
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import parse
+from lesa.evaluation.ranking import OTHER_TAP, OURS, origin, ours
 from lesa.evaluation.report import rich_table, write_report
-from lesa.evaluation.standing import OTHER_TAP, OURS, origin, ours
 from lesa.forecasters.published import with_canonical_names
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.job import weights_hash

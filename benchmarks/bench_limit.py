@@ -20,7 +20,7 @@ from lesa.core.schedule import Schedule
 from lesa.evaluation.compare import Comparison
 from lesa.evaluation.limit import add_limits
 from lesa.evaluation.method import Method
-from lesa.evaluation.standing import ours
+from lesa.evaluation.ranking import ours
 from lesa.forecasters import LesaForecaster
 from lesa.testbed import load
 

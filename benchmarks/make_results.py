@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from lesa.evaluation.standing import (  # noqa: E402
+from lesa.evaluation.ranking import (  # noqa: E402
     Row,
     decibels,
     difference,

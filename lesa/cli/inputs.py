@@ -111,7 +111,7 @@ def parse_counts(
     except ValueError:
         counts = ()
     if not counts:
-        raise LesaError(f"{field}: {text!r} is no list of whole numbers; write 10 or 13,10,8")
+        raise LesaError(f"{field}: {text!r} is not a list of whole numbers; write 10 or 13,10,8")
     for count in counts:
         check_count(count, num_steps or max(count, 1), field)
     return tuple(dict.fromkeys(counts))

@@ -13,7 +13,7 @@ from math import isfinite
 from typing import Any
 
 from lesa.evaluation.plots import figure_png, pyplot
-from lesa.evaluation.standing import (
+from lesa.evaluation.ranking import (
     OURS,
     Row,
     decibels,
@@ -40,7 +40,7 @@ X_LABELS = {
     "tflops": "TFLOP of the denoising loop, one prompt",
 }
 _MARKERS = "os^DvPX<>phd*"
-_EXTRA = "#000000"  # of named series that are no methods
+_EXTRA = "#000000"  # of named series that are not methods
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def quality_png(
     x: str = "full_steps",
     extra: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> bytes:
-    """Mean and worst decile of the PSNR, with their 95 % intervals, against a column of the rows.
+    """PSNR, mean and 10th percentile (p10) with 95 % intervals, against a column of the rows.
 
     `extra` are named lines of (x, dB) in the panel of the mean, such as a bound.
     """
@@ -161,7 +161,7 @@ def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> by
     return figure_png(figure)
 
 
-_TITLES = ("mean over the prompts", "worst decile of the prompts")
+_TITLES = ("mean over the prompts", "10th percentile of the prompts (p10)")
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:

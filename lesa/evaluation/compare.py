@@ -15,10 +15,10 @@ from lesa.evaluation.intervals import bootstrap, mean
 from lesa.evaluation.judges import Judge, perceptual_distance
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import lpips_is_missing
-from lesa.evaluation.rounds import Chunk, run_method, run_tflops
+from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.ranking import best_peer, ours, wanted
+from lesa.evaluation.runner import Chunk, run_method, run_tflops
 from lesa.evaluation.runs import step_flops
-from lesa.evaluation.standing import best_peer, ours, wanted
-from lesa.evaluation.tally import Tally
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
 
 PLAIN = "plain"
@@ -123,10 +123,10 @@ def compare(
     Raises: LesaError if there is no prompt or method, or batch_size is below 1.
     """
     _check(prompts, methods, settings, batch_size)
-    tallies = {method.label: Tally() for method in methods}
+    tallies = {method.label: MetricsRow() for method in methods}
     result = Comparison(list(prompts), dict(settings), seed=seed)
     judges = _with_lpips(judges, result)
-    reference, base = Method(PLAIN, settings["num_inference_steps"]), Tally()
+    reference, base = Method(PLAIN, settings["num_inference_steps"]), MetricsRow()
     each = pictures_per_prompt(settings)
     result.titles = [prompt for prompt in prompts for _ in range(each)]
     first = settings_of(settings, [0], len(prompts))
@@ -144,11 +144,11 @@ def compare(
         base.pictures.append(plain.images[:kept])
         advance(PLAIN)
         for method in _rotated(methods, batch):
-            tally = tallies[method.label]
-            run = run_method(pipe, method, chunk, tally)
-            tally.add(plain, run)
-            tally.judge(judges, plain, run, chunk.titles)
-            tally.pictures.append(run.images[:kept])
+            measured = tallies[method.label]
+            run = run_method(pipe, method, chunk, measured)
+            measured.add(plain, run)
+            measured.judge(judges, plain, run, chunk.titles)
+            measured.pictures.append(run.images[:kept])
             advance(method.label)
     _collect(result, methods, tallies, base)
     _show_worst(pipe, result, {PLAIN: reference, **{m.label: m for m in methods}}, seed, each)
@@ -164,7 +164,7 @@ def _with_lpips(judges: Sequence[Judge], result: Comparison) -> Sequence[Judge]:
 
 
 def _collect(
-    result: Comparison, methods: Sequence[Method], tallies: dict[str, Tally], base: Tally
+    result: Comparison, methods: Sequence[Method], tallies: dict[str, MetricsRow], base: MetricsRow
 ) -> None:
     result.plain_seconds = median(base.seconds)
     result.pictures[PLAIN] = torch.cat(base.pictures)
@@ -175,12 +175,12 @@ def _collect(
             name: bootstrap(mean, values) for name, values in base.judged.items()
         }
     for method in methods:
-        tally = tallies[method.label]
-        result.rows.append(tally.row(method, base))
-        result.pictures[method.label] = torch.cat(tally.pictures)
-        if tally.errors:
-            result.curves[method.label] = torch.cat(tally.errors).mean(0).tolist()
-        for reason, count in tally.fallbacks.items():
+        measured = tallies[method.label]
+        result.rows.append(measured.row(method, base))
+        result.pictures[method.label] = torch.cat(measured.pictures)
+        if measured.errors:
+            result.curves[method.label] = torch.cat(measured.errors).mean(0).tolist()
+        for reason, count in measured.fallbacks.items():
             result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
 
 
@@ -201,7 +201,7 @@ def _show_worst(
                 chunk.titles,
                 {r["label"]: [r["psnr"][picture] for picture in pictures] for r in shown},
                 {
-                    label: run_method(pipe, methods[label], chunk, Tally()).images
+                    label: run_method(pipe, methods[label], chunk, MetricsRow()).images
                     for label in (PLAIN, *(r["label"] for r in shown))
                 },
             )

@@ -35,7 +35,7 @@ class Size:
         size = Size(height or self.height, width or self.width, frames or self.frames)
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < _PATCH or pixels % _PATCH):
-                raise LesaError(f"{name}: {pixels} is no multiple of {_PATCH}; give one")
+                raise LesaError(f"{name}: {pixels} is not a multiple of {_PATCH}; give one")
         if frames is not None and (frames < 1 or frames % _FRAMES != 1):
             raise LesaError(f"frames: {frames} is not 1 more than a multiple of {_FRAMES}; give 65")
         return size

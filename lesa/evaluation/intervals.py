@@ -29,7 +29,7 @@ def mean(values: Tensor) -> Tensor:
     return values.mean(-1)
 
 
-def worst_decile(values: Tensor) -> Tensor:
+def percentile_10(values: Tensor) -> Tensor:
     """10th percentile over the last dimension, interpolated; infinite where it falls on identical
     pictures."""
     ordered, place = values.sort(-1).values, 0.1 * (values.shape[-1] - 1)

@@ -9,8 +9,8 @@ from typing import Any
 from lesa.evaluation.compare import Comparison
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import psnr
-from lesa.evaluation.rounds import Chunk, run_method
-from lesa.evaluation.tally import Tally
+from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.runner import Chunk, run_method
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.hooks.prompt_inputs import pictures_per_prompt
 from lesa.training.calibrate import Calibrator
@@ -56,9 +56,9 @@ def _limit(
     """dB of one prompt's pictures with a table that was fitted on them."""
     each = pictures_per_prompt(result.settings)
     chunk = Chunk.of(result.prompts, result.settings, [row], result.seed, each)
-    plain = run_method(pipe, Method("plain", method.num_steps), chunk, Tally())
+    plain = run_method(pipe, Method("plain", method.num_steps), chunk, MetricsRow())
     fitted = _fitted(pipe, method, chunk.prompts, chunk.settings, chunk.seeds[0])
-    run = run_method(pipe, fitted, chunk, Tally())
+    run = run_method(pipe, fitted, chunk, MetricsRow())
     advance(fitted.label)
     return psnr(plain.images, run.images).tolist()
 

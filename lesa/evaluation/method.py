@@ -14,7 +14,7 @@ Origin = Literal["own", "searched"]
 
 @dataclass(frozen=True)
 class Use:
-    """What a cache that is no forecaster tells while it is on a pipeline.
+    """What a cache that is not a forecaster tells while it is on a pipeline.
 
     cache_bytes: how many it holds now. full_steps: how many calls of the denoiser ran the whole
     model since it was put on, per guidance branch; None where its schedule says so beforehand.

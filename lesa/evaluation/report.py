@@ -16,7 +16,7 @@ from lesa.errors import LesaError
 from lesa.evaluation.charts import X_LABELS, duels_png, errors_png, quality_png
 from lesa.evaluation.compare import PLAIN, Comparison, Worst
 from lesa.evaluation.plots import GAIN, grid_png, sheet_png
-from lesa.evaluation.standing import (
+from lesa.evaluation.ranking import (
     Row,
     best_peer,
     decibels,
@@ -159,10 +159,10 @@ def _number(value: float, digits: int = 1, signed: bool = False) -> str:
 
 
 def rich_table(rows: Iterable[dict[str, Any]], plain_seconds: float, num_steps: int) -> Table:
-    """The rows for a terminal: full steps, seconds, speed-up, PSNR mean and worst decile, cache."""
+    """The rows for a terminal: full steps, seconds, speed-up, PSNR mean and p10, cache."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title="against the plain run")
     table.add_column("method", no_wrap=True)
-    for column in ("full steps", "seconds", "speed-up", "PSNR mean", "worst decile", "cache"):
+    for column in ("full steps", "seconds", "speed-up", "PSNR mean", "PSNR p10", "cache"):
         table.add_column(column, justify="right")
     table.add_row("plain", f"{num_steps}", f"{plain_seconds:.3g}", "1.00x", "-", "-", "-")
     for row in rows:

@@ -66,7 +66,7 @@ def _listed(values: Any) -> list[str]:
 
 
 def _prompt(record: Any) -> str:
-    """The prompt of one row or object; an empty cell at a row's end is no text, and is empty."""
+    """The prompt of one row or object; an empty cell at a row's end is empty."""
     if not isinstance(record, dict):
         raise ValueError(f"{record!r} is neither a text nor an object")
     for name, value in record.items():

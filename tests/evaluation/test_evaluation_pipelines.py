@@ -12,9 +12,9 @@ from lesa.errors import LesaError
 from lesa.evaluation import Bench, compare, frame_psnr, psnr, temporal_psnr
 from lesa.evaluation import build as method
 from lesa.evaluation.methods import PEERS, parse
+from lesa.evaluation.metrics_row import COLUMNS, VIDEO_COLUMNS
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
-from lesa.evaluation.tally import COLUMNS, VIDEO_COLUMNS
 
 STEPS = 6
 

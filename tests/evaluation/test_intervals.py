@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lesa.errors import LesaError
-from lesa.evaluation.intervals import bootstrap, mean, worst_decile
-from lesa.evaluation.standing import best_peer, difference, duels, name, opponents, wanted
+from lesa.evaluation.intervals import bootstrap, mean, percentile_10
+from lesa.evaluation.ranking import best_peer, difference, duels, name, opponents, wanted
 
 
 def draw(*shape, seed=0):
@@ -55,12 +55,12 @@ def test_it_holds_the_truth_about_as_often_as_it_says():
     assert 0.90 <= share <= 0.98
 
 
-def test_worst_decile_is_numpys_percentile_and_knows_identical_pictures():
+def test_percentile_10_is_numpys_percentile_and_knows_identical_pictures():
     values = 40 + draw(64)
-    assert float(worst_decile(values)) == pytest.approx(np.percentile(values.numpy(), 10))
+    assert float(percentile_10(values)) == pytest.approx(np.percentile(values.numpy(), 10))
     values[1:] = math.inf
-    assert float(worst_decile(values)) == math.inf
-    found = bootstrap(worst_decile, values)
+    assert float(percentile_10(values)) == math.inf
+    found = bootstrap(percentile_10, values)
     assert found["high"] == math.inf and not math.isnan(found["low"])
 
 

@@ -115,7 +115,7 @@ def test_the_low_band_is_a_masked_transform_of_every_frame():
     assert 1 < len(low) < 0.05 * 32 * 24
     found = project(feature.flatten(1, 3), low).view_as(feature)
     torch.testing.assert_close(found, masked(feature, 32, 24))
-    with pytest.raises(lesa.LesaError, match="769 tokens are no frames of 768"):
+    with pytest.raises(lesa.LesaError, match="769 tokens are not frames of 768"):
         project(torch.zeros(1, 769, 2, dtype=torch.float64), low)
 
 

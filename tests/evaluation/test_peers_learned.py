@@ -16,7 +16,7 @@ from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers import learned
 from lesa.evaluation.peers.learned import L2P, LEARNED, fit_l2p, l2p_schedule
-from lesa.evaluation.peers.memo import once_per_bench
+from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.forecasters import Forecaster, Reuse
 from lesa.training.fit import fit_paper
 from lesa.training.statistics import Statistics, gram

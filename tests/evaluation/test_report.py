@@ -21,9 +21,9 @@ from lesa.evaluation.charts import quality_png
 from lesa.evaluation.compare import PLAIN
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
+from lesa.evaluation.ranking import best_peer, duels, opponents
 from lesa.evaluation.report import _in_grid, _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
-from lesa.evaluation.standing import best_peer, duels, opponents
 from lesa.util.files import read_prompts, to_json, write_atomically
 
 STEPS = 8
@@ -295,19 +295,19 @@ def test_peak_memory_is_what_cuda_allocated_on_top(monkeypatch):
     """No GPU needed: the allocator's own counters are played."""
     import types
 
-    from lesa.evaluation.rounds import _peak_memory
-    from lesa.evaluation.tally import Tally
+    from lesa.evaluation.metrics_row import MetricsRow
+    from lesa.evaluation.runner import _peak_memory
 
     peaks = iter((900, 700))
     monkeypatch.setattr("torch.cuda.reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr("torch.cuda.memory_allocated", lambda device: 400)
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: next(peaks))
-    tally, pipe = Tally(), types.SimpleNamespace(_execution_device="cuda:0")
+    measured, pipe = MetricsRow(), types.SimpleNamespace(_execution_device="cuda:0")
     for _ in range(2):
-        with _peak_memory(pipe, tally):
+        with _peak_memory(pipe, measured):
             pass
-    assert tally.peak_bytes == 500
-    with _peak_memory(types.SimpleNamespace(_execution_device="cpu"), cpu := Tally()):
+    assert measured.peak_bytes == 500
+    with _peak_memory(types.SimpleNamespace(_execution_device="cpu"), cpu := MetricsRow()):
         pass
     assert cpu.peak_bytes is None
 
@@ -385,7 +385,7 @@ def test_terminal_table_fits_80_columns(comparison):
         console.quiet = False
         console.print(rich_table(comparison.rows, comparison.plain_seconds, STEPS))
     text = captured.get()
-    assert "taylor-1" in text and "worst decile" in text and "…" not in text
+    assert "taylor-1" in text and "PSNR p10" in text and "…" not in text
 
 
 def test_a_failed_write_leaves_no_file(tmp_path):

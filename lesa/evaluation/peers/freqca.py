@@ -102,7 +102,7 @@ def project(feature: Tensor, low: Tensor) -> Tensor:
     size = low.shape[1]
     if feature.shape[1] % size:
         raise LesaError(
-            f"grid: {feature.shape[1]} tokens are no frames of {size}; leave this method out"
+            f"grid: {feature.shape[1]} tokens are not frames of {size}; leave this method out"
         )
     frames = feature.unflatten(1, (-1, size))  # [B, F, height x width, C]
     return (low.T @ (low @ frames)).flatten(1, 2)

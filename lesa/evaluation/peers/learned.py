@@ -14,7 +14,7 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
-from lesa.evaluation.peers.memo import once_per_bench
+from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.forecasters.calibration import thinned
 from lesa.forecasters.published import LESA_PAPER

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.layouts import first_block
-from lesa.evaluation.peers.memo import once_per_bench
+from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import Applied, mean_full_steps
 from lesa.hooks.denoiser import Denoiser, core_of, read_sample
 from lesa.hooks.pipeline import find_denoiser

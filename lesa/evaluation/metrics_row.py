@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.evaluation.intervals import bootstrap, mean, worst_decile
+from lesa.evaluation.intervals import bootstrap, mean, percentile_10
 from lesa.evaluation.judges import Judge
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import frame_psnr, psnr, psnr_u8wrap, ssim, temporal_psnr
@@ -38,7 +38,7 @@ PAPER = "lesa-paper"  # the paper's own recipe, which alone is also read in the 
 
 
 @dataclass
-class Tally:
+class MetricsRow:
     """One method's measurements, a batch at a time."""
 
     psnr: list[float] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Tally:
             for name, values in judge(plain.images, run.images, prompts).items():
                 self.judged.setdefault(name, []).extend(values.tolist())
 
-    def scores(self, plain: Tally) -> dict[str, dict[str, Any]]:
+    def scores(self, plain: MetricsRow) -> dict[str, dict[str, Any]]:
         """What the judges found: the mean with its interval, and with a paired one the difference
         from the plain run."""
         return {
@@ -86,8 +86,8 @@ class Tally:
             for name, values in self.judged.items()
         }
 
-    def row(self, method: Method, plain: Tally) -> dict[str, Any]:
-        average, tail = bootstrap(mean, self.psnr), bootstrap(worst_decile, self.psnr)
+    def row(self, method: Method, plain: MetricsRow) -> dict[str, Any]:
+        average, tail = bootstrap(mean, self.psnr), bootstrap(percentile_10, self.psnr)
         values = (
             method.name,
             method.schedule_text,

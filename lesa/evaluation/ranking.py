@@ -1,4 +1,4 @@
-"""Where lesa stands: which rows are compared with which, and the differences between them."""
+"""How lesa ranks: which rows are compared with which, and the differences between them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.evaluation.intervals import bootstrap, mean, worst_decile
+from lesa.evaluation.intervals import bootstrap, mean, percentile_10
 
 Row = Mapping[str, Any]
 OURS = "lesa"
@@ -43,7 +43,7 @@ def ours(rows: Sequence[Row]) -> list[Row]:
 
 def opponents(rows: Sequence[Row], count: int) -> list[Row]:
     """Of every other method, on its own list and on lesa's, the row with the fewest full steps that
-    are not below `count`: the doubt goes to the peer. Best mean first.
+    are not below `count`: ties favour the peer. Best mean first.
 
     A row with more than 15 % more full steps is none: a step of a model of four, or PAB and
     FasterCache, which run all blocks at every step and are read by TFLOP.
@@ -70,7 +70,7 @@ def decibels(value: float | None) -> float:
 def difference(a: Row, b: Row) -> dict[str, Any]:
     """a minus b in dB over the same prompts, with paired 95 % intervals.
 
-    mean: of the prompts' differences. p10: worst decile of a minus worst decile of b. won: share of
+    mean: of the prompts' differences. p10: 10th percentile of a minus that of b. won: share of
     the prompts where a is the better one. Two identical pictures differ by 0 dB.
     """
     first, second = (
@@ -82,7 +82,7 @@ def difference(a: Row, b: Row) -> dict[str, Any]:
         "b": b["label"],
         "prompts": len(first),
         "mean": bootstrap(mean, _minus(first, second)),
-        "p10": bootstrap(lambda x, y: _minus(worst_decile(x), worst_decile(y)), first, second),
+        "p10": bootstrap(lambda x, y: _minus(percentile_10(x), percentile_10(y)), first, second),
         "won": (first > second).double().mean().item(),
     }
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from lesa.evaluation.method import Method
+from lesa.evaluation.metrics_row import MetricsRow
 from lesa.evaluation.runs import Run, generate, step_flops
-from lesa.evaluation.tally import Tally
 from lesa.hooks.prompt_inputs import settings_of
 
 
@@ -40,17 +40,17 @@ class Chunk:
 
 
 @contextmanager
-def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[None]:
-    """The method's cache on the pipeline for a while; its counters go into `tally`."""
+def _enabled(pipe: Any, method: Method, measured: MetricsRow | None = None) -> Iterator[None]:
+    """The method's cache on the pipeline for a while; its counters go into `measured`."""
     from lesa.api import accelerate, stats
 
     if method.applied is not None:
         with method.applied(pipe) as use:
             yield
-            if tally is not None:
-                tally.cache_bytes = max(tally.cache_bytes, use.cache_bytes())
+            if measured is not None:
+                measured.cache_bytes = max(measured.cache_bytes, use.cache_bytes())
                 if use.full_steps is not None:
-                    tally.full_steps.append(use.full_steps())
+                    measured.full_steps.append(use.full_steps())
         return
     cache: AbstractContextManager[Any] = (
         accelerate(pipe, method.forecaster, schedule=method.schedule)
@@ -59,24 +59,24 @@ def _enabled(pipe: Any, method: Method, tally: Tally | None = None) -> Iterator[
     )
     with cache:
         yield
-        if tally is not None and method.schedule is not None:
+        if measured is not None and method.schedule is not None:
             counters = stats(pipe)
-            tally.cache_bytes = max(tally.cache_bytes, counters.ring_bytes)
+            measured.cache_bytes = max(measured.cache_bytes, counters.ring_bytes)
             for reason, count in counters.fallbacks.items():
-                tally.fallbacks[reason] = tally.fallbacks.get(reason, 0) + count
+                measured.fallbacks[reason] = measured.fallbacks.get(reason, 0) + count
 
 
-def run_method(pipe: Any, method: Method, chunk: Chunk, tally: Tally) -> Run:
+def run_method(pipe: Any, method: Method, chunk: Chunk, measured: MetricsRow) -> Run:
     """One batch of a method; of an adaptive one prompt by prompt."""
     settings = {**chunk.settings, **method.overrides, "num_inference_steps": method.num_steps}
     if not method.one_by_one:
-        with _peak_memory(pipe, tally), _enabled(pipe, method, tally):
+        with _peak_memory(pipe, measured), _enabled(pipe, method, measured):
             return generate(pipe, chunk.prompts, chunk.seeds, settings, record=True)
     runs, each = [], len(chunk.seeds) // len(chunk.prompts)
     for row, prompt in enumerate(chunk.prompts):
         own = settings_of(settings, [row], len(chunk.prompts))
         drawn = chunk.seeds[each * row : each * (row + 1)]
-        with _peak_memory(pipe, tally), _enabled(pipe, method, tally):
+        with _peak_memory(pipe, measured), _enabled(pipe, method, measured):
             runs.append(generate(pipe, [prompt], drawn, own, record=True))
     latents = [torch.cat(step) for step in zip(*(run.latents for run in runs), strict=True)]
     images = torch.cat([run.images for run in runs])
@@ -84,8 +84,8 @@ def run_method(pipe: Any, method: Method, chunk: Chunk, tally: Tally) -> Run:
 
 
 @contextmanager
-def _peak_memory(pipe: Any, tally: Tally) -> Iterator[None]:
-    """The most that CUDA allocated meanwhile beyond what was there before goes into `tally`."""
+def _peak_memory(pipe: Any, measured: MetricsRow) -> Iterator[None]:
+    """The most that CUDA allocated meanwhile beyond what was there before goes into `measured`."""
     device = torch.device(getattr(pipe, "_execution_device", "cpu"))
     if device.type != "cuda":
         yield
@@ -94,7 +94,7 @@ def _peak_memory(pipe: Any, tally: Tally) -> Iterator[None]:
     before = torch.cuda.memory_allocated(device)
     yield
     peak = torch.cuda.max_memory_allocated(device) - before
-    tally.peak_bytes = max(tally.peak_bytes or 0, peak)
+    measured.peak_bytes = max(measured.peak_bytes or 0, peak)
 
 
 def run_tflops(
