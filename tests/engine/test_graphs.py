@@ -756,13 +756,14 @@ class PretendCuda:
                 del bound["self"]
                 self.captures.append({**bound, "stream": self.current})
                 self.recording.add(graph.pool)
-                self.random.state["capturing"] = True
+                graph.random = self.random.state
+                graph.random["capturing"] = True
 
             def capture_end(graph):
                 if self.breaks:  # torch leaves the allocator recording, and the mark
                     raise RuntimeError("operation failed due to a previous error during capture")
                 self.recording.discard(graph.pool)
-                self.random.state["capturing"] = False
+                graph.random["capturing"] = False
                 graph.ended = True
 
             def reset(graph):
@@ -792,6 +793,7 @@ class PretendCuda:
             "default_generators": (self.random,),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(CudaRecorder, "_streams", {})
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
         release = lambda index, token: self.freed.append((index, token))  # noqa: E731
         monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
@@ -838,6 +840,15 @@ def test_a_warm_up_runs_on_the_stream_of_the_capture(monkeypatch):
     *side, current, captures = streams[: len(streams) // 2]
     assert len(side) > 1 and set(side) == {captures} and current == 7
     assert set(streams) == {7, captures}
+
+
+def test_all_recorders_capture_on_one_stream(monkeypatch):
+    """Each `lesa.enable` has a recorder; a stream of its own would keep a workspace for each."""
+    cuda, states = PretendCuda(monkeypatch), []
+    for _ in range(3):
+        captured(CudaRecorder(), lambda: states.append(dict(cuda.random.state)))
+    assert len({id(bound["stream"]) for bound in cuda.captures}) == 1
+    assert states == [{"capturing": False}] * 3  # meanwhile other threads may draw
 
 
 def test_what_is_released_during_a_capture_is_reset_after_it(monkeypatch):

@@ -51,9 +51,10 @@ class Recorder(Protocol):
 
 @contextmanager
 def _random_state_aside(device: torch.device) -> Iterator[None]:
-    """Let a capture mark a copy of the device's random state as being captured.
+    """Let a capture that begins mark a copy of the device's random state as being captured.
 
-    Where CUDA breaks a capture off, torch leaves the mark: no random number could be drawn after.
+    The state itself is back before anything runs: other threads draw from it meanwhile, and where
+    CUDA breaks a capture off, torch leaves the mark, with which no random number can be drawn.
     """
     generator = torch.cuda.default_generators[device.index]
     state = generator.graphsafe_get_state()
@@ -67,8 +68,8 @@ def _random_state_aside(device: torch.device) -> Iterator[None]:
 class _Pool:
     """Memory that the graphs of one stream share, and the stream that they are captured on."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.stream = torch.cuda.Stream(device)
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
         self.graphs: weakref.WeakSet[Handle] = weakref.WeakSet()
         self.token: Any = None
         self.last: Handle | None = None  # released, but the memory behind the token hangs on it
@@ -84,6 +85,7 @@ class CudaRecorder:
 
     _turn = threading.Lock()  # torch captures one graph at a time in a process
     _released: ClassVar[deque[Callable[[], None]]] = deque()
+    _streams: ClassVar[dict[Any, Any]] = {}  # for captures, by device and stream: for all recorders
 
     def __init__(self) -> None:
         self._pools: dict[Any, _Pool] = {}
@@ -127,8 +129,9 @@ class CudaRecorder:
                     pool.token = torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
                 try:
-                    with torch.cuda.stream(pool.stream), _random_state_aside(device):
-                        graph.capture_begin(pool.token, capture_error_mode="thread_local")
+                    with torch.cuda.stream(pool.stream):
+                        with _random_state_aside(device):
+                            graph.capture_begin(pool.token, capture_error_mode="thread_local")
                         try:
                             output = body()
                         finally:
@@ -153,7 +156,9 @@ class CudaRecorder:
     def _pool(self, device: torch.device) -> _Pool:
         where = device, self.stream(device)
         if where not in self._pools:
-            self._pools[where] = _Pool(device)
+            if where not in self._streams:
+                self._streams[where] = torch.cuda.Stream(device)
+            self._pools[where] = _Pool(self._streams[where])
         return self._pools[where]
 
     def _undo(self, graph: torch.cuda.CUDAGraph, pool: _Pool, device: torch.device) -> None:
