@@ -27,7 +27,7 @@ from lesa.evaluation.intervals import bootstrap, mean
 from lesa.evaluation.peers.solvers import sampler
 from lesa.testbed import load, prompts, settings
 
-PEERS = ("taylorseer-1", "hicache", "spectrum")
+PEERS = ("taylor-1", "hicache", "spectrum")
 TRAINED = 10  # full steps of 50
 
 
