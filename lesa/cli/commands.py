@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import platform
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from lesa.core.schedule import Schedule, check_count
-from lesa.errors import LesaError
-from lesa.util.files import write_atomically
 from lesa.util.versions import versions
 
 SHADES = " ░▒▓█"
@@ -27,73 +21,6 @@ CONFIGURATIONS = {  # of Triton's kernels, by `lesa_kernels.config.source`
     "untimed": f"untimed: chosen from compiled code; {_TUNE}",
     "default": f"default: safe on any device; {_TUNE}",
 }
-
-
-def checked_schedule(
-    forecaster: str | None, full_steps: int | None, interval: int | None, num_steps: int
-) -> dict[str, Any]:
-    """Arguments of `lesa.enable` that say which steps are full.
-
-    Raises: LesaError unless exactly one of the two is given with a forecaster, none without.
-    """
-    if forecaster is None:
-        if full_steps is not None or interval is not None:
-            raise LesaError("forecaster: full-steps or interval without one; give --forecaster")
-        return {}
-    if (full_steps is None) == (interval is None):
-        raise LesaError("full-steps: give either --full-steps or --interval with a forecaster")
-    if interval is not None:
-        return {"schedule": Schedule.every(interval).bind(num_steps)}
-    assert full_steps is not None
-    check_count(full_steps, num_steps, "full-steps")
-    return {"full_steps": full_steps}
-
-
-def make_pictures(
-    pipe: Any,
-    prompts: Sequence[str],
-    settings: Mapping[str, Any],
-    out: Path,
-    forecaster: Any,
-    cache: Mapping[str, Any],
-    seed: int,
-    batch_size: int,
-) -> dict[str, Any]:
-    """Generate in batches and save each batch at once, so that an interrupt loses one at most."""
-    from lesa.api import accelerate, stats
-    from lesa.hooks.timed_run import generate
-
-    files, seconds, counters = [], 0.0, None
-    with accelerate(pipe, forecaster, **cache) if cache else nullcontext():
-        for start in range(0, len(prompts), batch_size):
-            chunk = prompts[start : start + batch_size]
-            seeds = range(seed + start, seed + start + len(chunk))
-            run = generate(pipe, chunk, seeds, settings)
-            seconds += run.seconds
-            for row, (prompt, image) in enumerate(zip(chunk, run.images, strict=True)):
-                path = out / f"{start + row:04d}-{_slug(prompt)}.png"
-                files.append(write_atomically(path, picture_png(image)))
-        if cache:
-            counters = stats(pipe)
-    return {
-        "files": files,
-        "seconds": seconds,
-        "settings": dict(settings),
-        "stats": counters.to_dict() if counters else None,
-        "summary": str(counters) if counters else "plain run",
-    }
-
-
-def picture_png(image: Tensor) -> bytes:
-    """[3, H, W] in [0, 1] as PNG; a video [F, 3, H, W] as its frames side by side."""
-    from PIL import Image
-
-    if image.ndim == 4:
-        image = image.movedim(0, -2).flatten(-2)  # [3, H, F * W]
-    pixels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def describe(forecaster: Any) -> dict[str, Any]:
@@ -265,7 +192,3 @@ def _strip(column: Tensor) -> str:
     """One character per step, darker for a larger absolute value."""
     size = column.abs() / max(float(column.abs().max()), 1e-9)
     return "".join(SHADES[round(value * (len(SHADES) - 1))] for value in size.tolist())
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"

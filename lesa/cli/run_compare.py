@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,113 +12,131 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lesa.cli.output import progress
+from lesa.cli.requests import CompareRequest
 from lesa.errors import LesaError
 from lesa.util.files import read_prompts, require_writable
 
 if TYPE_CHECKING:
-    from lesa.cli.full_step import FullStep
+    from lesa.evaluation.comparison import Comparison
+    from lesa.evaluation.judges import Judge
     from lesa.evaluation.method import Bench, Method
 
 CALIBRATION = 8  # captions of an embedded pipeline where no file gives others
 FULL_STEPS = "10"
 
 
-def run_compare(
-    pipeline: str,
-    prompts: Path,
-    given: Mapping[str, Any],
-    *,
-    full_steps: str | None,
-    methods: str,
-    forecaster: str | None,
-    calibration: Path | None,
-    searched: bool,
-    judges: Sequence[str],
-    limit: bool,
-    report: Path | None,
-    seed: int,
-    batch_size: int,
-    device: str | None,
-    dtype: str | None,
-    full_step: FullStep,
-    console: Console,
-) -> dict[str, Any]:
-    """Measure methods on a pipeline, print the table and return all of it.
+@dataclass(frozen=True)
+class _Inputs:
+    """What a request names, read before the pipeline is loaded."""
 
-    `given` are arguments of `pipe(...)`; those that are None stay the pipeline's own.
+    pipeline: str
+    settings: dict[str, Any]
+    counts: tuple[int, ...]
+    prompts: list[str]
+    calibration: list[str]
+    forecaster: Any
+    judges: list[Judge]
+
+
+def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
+    """Measure methods on a pipeline, print the table and return all of it.
 
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
-    from lesa.cli.inputs import (
-        call_settings,
-        check_target,
-        default_device,
-        load_forecaster,
-        load_pipeline,
-        parse_counts,
-    )
-    from lesa.evaluation import compare
-    from lesa.evaluation.judges import named
-    from lesa.evaluation.limit import add_limits
     from lesa.evaluation.method import Bench
-    from lesa.evaluation.report import rich_table, write_report
 
-    settings = call_settings(pipeline, given)
-    steps = settings["num_inference_steps"]
-    counts = parse_counts(FULL_STEPS if full_steps is None else full_steps, steps)
-    texts = read_prompts(prompts)
-    others = calibration_prompts(pipeline, calibration, texts)
-    check_target(pipeline, device, dtype, full_step)
-    if report is not None:
-        require_writable(report, "report")
-    trained = load_forecaster(forecaster) if forecaster else None
-    check_methods(methods, Bench(steps, forecaster=trained))
-    asked = [named(name, device or default_device()) for name in judges]
-    pipe = load_pipeline(pipeline, device=device, dtype=dtype, full_step=full_step)
+    inputs = _read(request)
+    settings, steps = inputs.settings, inputs.settings["num_inference_steps"]
+    pipe = request.load(inputs.pipeline)
     _check_frames(pipe, settings)
-    full_step.warm_up(pipe, texts[:batch_size], settings)
-    bench = Bench(steps, pipe, settings, others, trained, seed)
-    contenders = prepare(methods, counts, bench, searched)
-    batches = -(-len(texts) // batch_size)
+    request.full_step.warm_up(pipe, inputs.prompts[: request.batch_size], settings)
+    bench = Bench(steps, pipe, settings, inputs.calibration, inputs.forecaster, request.seed)
+    result = _measure(request, inputs, bench)
+    result.notes += [*left_out(request.methods, bench), *request.full_step.notes()]
+    _show(result, request.report, console)
+    return result.to_dict() | asdict(request.full_step)
+
+
+def _read(request: CompareRequest) -> _Inputs:
+    from lesa.cli.inputs import default_device, load_forecaster, parse_counts
+    from lesa.evaluation.judges import named
+    from lesa.evaluation.method import Bench
+
+    pipeline, prompts = request.pipeline, request.prompts
+    assert pipeline is not None and prompts is not None  # or the request is for --flops-only
+    settings = request.settings(
+        pipeline, num_inference_steps=request.num_inference_steps, num_frames=request.frames
+    )
+    steps = settings["num_inference_steps"]
+    counts = parse_counts(FULL_STEPS if request.full_steps is None else request.full_steps, steps)
+    texts = read_prompts(prompts)
+    others = calibration_prompts(pipeline, request.calibration, texts)
+    request.check_target(pipeline)
+    if request.report is not None:
+        require_writable(request.report, "report")
+    forecaster = load_forecaster(request.forecaster) if request.forecaster else None
+    check_methods(request.methods, Bench(steps, forecaster=forecaster))
+    judges = [named(name, request.device or default_device()) for name in request.judge or ()]
+    return _Inputs(pipeline, settings, counts, texts, others, forecaster, judges)
+
+
+def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparison:
+    """Prepare the contenders and run them, and where it is asked for the bound of lesa's rows."""
+    from lesa.evaluation import compare
+    from lesa.evaluation.limit import add_limits
+
+    contenders = prepare(request.methods, inputs.counts, bench, request.searched)
+    batches = -(-len(inputs.prompts) // request.batch_size)
     with progress("compare", batches * (len(contenders) + 1)) as advance:
         result = compare(
-            pipe,
-            texts,
+            bench.pipe,
+            inputs.prompts,
             contenders,
-            settings,
-            seed=seed,
-            batch_size=batch_size,
-            judges=asked,
+            inputs.settings,
+            seed=request.seed,
+            batch_size=request.batch_size,
+            judges=inputs.judges,
             advance=advance,
         )
-    if limit:
+    if request.limit:
         rows = sum(method.name == "lesa" for method in contenders)
-        with progress("limit", rows * len(texts)) as advance:
-            add_limits(pipe, result, contenders, advance)
-    result.notes += [*left_out(methods, bench), *full_step.notes()]
+        with progress("limit", rows * len(inputs.prompts)) as advance:
+            add_limits(bench.pipe, result, contenders, advance)
+    return result
+
+
+def _show(result: Comparison, report: Path | None, console: Console) -> None:
+    from lesa.evaluation.report import rich_table, write_report
+
+    steps = result.settings["num_inference_steps"]
     console.print(rich_table(result.rows, result.plain_seconds, steps))
     for note in result.notes:
         console.print(note, markup=False, soft_wrap=True)
     if report is not None:
         console.print(f"report: {write_report(result, report)['report.html']}")
-    return result.to_dict() | asdict(full_step)
 
 
-def run_flops(
-    model: str, full_steps: str | None, console: Console, **changes: int | None
-) -> list[dict[str, Any]]:
+def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]:
     """Count the operations of a published model, print the table and return its rows.
 
-    `changes` are num_steps, height, width and frames; those that are None are as in the paper.
+    Steps, size and frames that are not given are as in the paper.
     """
     from lesa.cli.inputs import parse_counts, quieten
     from lesa.evaluation.flops import flops_rows, flops_table, published
 
-    counts = None if full_steps is None else parse_counts(full_steps)
+    assert request.model is not None  # of a request for --flops-only
+    counts = None if request.full_steps is None else parse_counts(request.full_steps)
     quieten()
-    rows = flops_rows(model, full_steps=counts, **changes)
+    rows = flops_rows(
+        request.model,
+        full_steps=counts,
+        num_steps=request.num_inference_steps,
+        height=request.height,
+        width=request.width,
+        frames=request.frames,
+    )
     console.print(flops_table(rows))
-    console.print(published(model).note, soft_wrap=True)
+    console.print(published(request.model).note, soft_wrap=True)
     return rows
 
 

@@ -321,7 +321,7 @@ def test_prompt_file(command, case, tmp_path):
 
 
 def test_generate_without_any_prompt(tmp_path):
-    assert "prompts: none given" in refused("generate", "testbed", "--out", tmp_path)
+    assert "prompts=None: none given" in refused("generate", "testbed", "--out", tmp_path)
 
 
 @pytest.mark.parametrize(

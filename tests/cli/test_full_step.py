@@ -192,7 +192,6 @@ def test_what_cannot_be_had_is_told_before_any_work(
     monkeypatch.setattr(
         "lesa.cli.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun")
     )
-    monkeypatch.setattr("lesa.cli.load_pipeline", lambda *_, **__: pytest.fail("work was begun"))
     out = tmp_path / "out"
     place = ("testbed", "--out", out)
     if command == "compare":

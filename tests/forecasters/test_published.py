@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from lesa import FoCa, HiCache, LesaConfig, LesaForecaster, Reuse, Spectrum, Taylor
-from lesa.cli.commands import checked_schedule
 from lesa.cli.inputs import load_forecaster
+from lesa.cli.run_generate import checked_schedule
 from lesa.core.schedule import Schedule
 from lesa.evaluation import build
 from lesa.evaluation.method import Bench

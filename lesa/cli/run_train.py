@@ -1,0 +1,55 @@
+"""`lesa train`: a forecaster for a pipeline, as a folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+
+from lesa.cli.inputs import parse_counts
+from lesa.cli.output import check_json
+from lesa.cli.requests import TrainRequest
+from lesa.util.files import read_prompts, require_writable
+
+
+def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
+    """Train, save the forecaster, print its lists of full steps and return what is known of it.
+
+    Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
+    """
+    settings = request.settings(request.pipeline)
+    asked = request.num_inference_steps
+    asked = f"{settings['num_inference_steps']}" if asked is None else asked
+    steps = parse_counts(asked, field="num-inference-steps")
+    counts = parse_counts(request.full_steps, min(steps))
+    texts = read_prompts(request.prompts)
+    request.check_target(request.pipeline)
+    require_writable(request.out)
+    check_json(request.json)
+    pipe = request.load(request.pipeline)
+    request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
+    import lesa
+
+    optional: dict[str, Any] = {} if request.tap is None else {"tap": request.tap}
+    forecaster = lesa.train(
+        pipe,
+        texts,
+        num_inference_steps=steps,
+        full_steps=counts,
+        form=request.form,
+        polish=request.polish,
+        batch_size=request.batch_size,
+        call=settings,
+        seed=request.seed,
+        folder=request.out,
+        **optional,
+    )
+    forecaster.save_pretrained(request.out)
+    for schedule in forecaster.calibrated:
+        listed = ", ".join(map(str, schedule.full_steps))
+        console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
+    console.print(f"forecaster in {request.out}")
+    lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
+    facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
+    return facts | asdict(request.full_step)
