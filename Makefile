@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-oldest lint bench gpu profile clean
+.PHONY: help demo test test-slow test-oldest lint bench gpu profile clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -17,6 +17,9 @@ demo: $(STAMP)  ## train a forecaster on the embedded pipeline, skip most steps,
 
 test: $(STAMP)  ## run the tests
 	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## run the tests that `make test` leaves out for their time
+	$(BIN)/python -m pytest -m slow
 
 test-oldest: $(OLDEST)/.installed  ## test what touches diffusers on the oldest supported one
 	$(OLDEST)/bin/python -m pytest tests/hooks \

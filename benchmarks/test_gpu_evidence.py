@@ -95,6 +95,7 @@ def test_saved_time_goes_to_later_parts(evidence):
     assert rows["long"]["status"] == "ok"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")
 def test_every_part_runs_in_a_tiny_form(tmp_path):
     """On a CPU within 90 seconds; what has no tiny form says that it needs a device."""

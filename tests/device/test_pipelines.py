@@ -21,7 +21,7 @@ from lesa.training.progress import Progress
 STEPS, COUNT = 4, 2
 FULL = lesa.Schedule.explicit((0, 2), STEPS)
 TAPS = ("output", "hidden")
-PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
+PIPELINES = ("flux", "qwen", pytest.param("hunyuan", marks=pytest.mark.slow), "sdxl")
 
 # How often lesa makes the host wait in one generation: for the noise levels, which flow matching's
 # scheduler keeps on the device, and beside that at the first generation of a plan for the rows of
