@@ -22,9 +22,9 @@ def native_kernels(request: pytest.FixtureRequest) -> None:
     """The library of csrc/cpu as loaded already, or built once into pytest's cache."""
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
     if native.load("cpu"):
-        newest = max(path.stat().st_mtime for path in sources)
-        if native.library("cpu").stat().st_mtime < newest:
-            pytest.fail(f"{native.library('cpu')} is older than csrc/: build it again")
+        library, newest = native.library("cpu"), max(path.stat().st_mtime for path in sources)
+        if library.exists() and library.stat().st_mtime < newest:  # else it is that of the cache
+            pytest.fail(f"{library} is older than csrc/: build it again")
         return
     content = b"".join(path.read_bytes() for path in (ROOT / "setup.py", *sources))
     digest = hashlib.sha256(content + torch.__version__.encode()).hexdigest()[:16]
