@@ -122,7 +122,8 @@ def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]
     Steps, size and frames that are not given are as in the paper.
     """
     from lesa.cli.inputs import parse_counts, quieten
-    from lesa.evaluation.flops import flops_rows, flops_table, published
+    from lesa.evaluation.flops import flops_rows, published
+    from lesa.evaluation.flops_table import flops_table
 
     assert request.model is not None  # of a request for --flops-only
     counts = None if request.full_steps is None else parse_counts(request.full_steps)

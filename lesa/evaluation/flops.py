@@ -14,8 +14,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +23,6 @@ from lesa.engine.ring import Ring
 from lesa.engine.tail import ModulatedTail
 from lesa.errors import LesaError
 from lesa.evaluation.full_size import MODELS, FullSize, Size
-from lesa.evaluation.report import readable_bytes
 from lesa.hooks.attach import attach, detach
 from lesa.hooks.denoiser import Denoiser, Run, read_sample
 
@@ -75,32 +72,38 @@ def flops_rows(
         check_count(count, steps, "full-steps")
     cost = step_cost(row, size)
     paper = row.paper if (size, steps) == (row.size, row.num_steps) else {}
-    rows = []
-    for tap, count in [(None, steps), *((tap, count) for count in counts for tap in TAPS)]:
-        skipped = cost.skipped[tap] if tap else 0
-        total = (count * cost.full + (steps - count) * skipped) / 1e12
-        rows.append(
-            {
-                "model": model,
-                "tap": tap,
-                "tokens": [size.tokens, *row.text],
-                "branches": row.batch * len(row.text),
-                "num_steps": steps,
-                "full_steps": count,
-                "tflops_full_step": cost.full / 1e12,
-                "tflops_skipped_step": skipped / 1e12 if tap else None,
-                "tflops": total,
-                "speedup": steps * cost.full / 1e12 / total,
-                "cache_bytes": cost.cache_bytes[tap] if tap else 0,
-                "paper_tflops": paper.get(count),
-                "deviation": _deviation(total, paper.get(count)),
-            }
-        )
-        if cost.adapter:
-            with_adapter = total + count * cost.adapter / 1e12
-            rows[-1]["tflops_adapter"] = with_adapter
-            rows[-1]["deviation_adapter"] = _deviation(with_adapter, paper.get(count))
-    return rows
+    shared = {
+        "model": model,
+        "tokens": [size.tokens, *row.text],
+        "branches": row.batch * len(row.text),
+        "num_steps": steps,
+        "tflops_full_step": cost.full / 1e12,
+    }
+    wanted = [(None, steps), *((tap, count) for count in counts for tap in TAPS)]
+    return [shared | _row(cost, steps, count, tap, paper.get(count)) for tap, count in wanted]
+
+
+def _row(
+    cost: StepCost, steps: int, count: int, tap: Tap | None, paper: float | None
+) -> dict[str, Any]:
+    """A run of `steps` steps with `count` of them full, beside the paper's number of it."""
+    skipped = cost.skipped[tap] if tap else 0
+    total = (count * cost.full + (steps - count) * skipped) / 1e12
+    found = {
+        "tap": tap,
+        "full_steps": count,
+        "tflops_skipped_step": skipped / 1e12 if tap else None,
+        "tflops": total,
+        "speedup": steps * cost.full / 1e12 / total,
+        "cache_bytes": cost.cache_bytes[tap] if tap else 0,
+        "paper_tflops": paper,
+        "deviation": _deviation(total, paper),
+    }
+    if cost.adapter:
+        with_adapter = total + count * cost.adapter / 1e12
+        found["tflops_adapter"] = with_adapter
+        found["deviation_adapter"] = _deviation(with_adapter, paper)
+    return found
 
 
 def published(model: str) -> FullSize:
@@ -207,46 +210,3 @@ def _adapter_sizes(model: nn.Module, numbers: Mapping[str, int]) -> Iterator[lis
 
 def _deviation(tflops: float, paper: float | None) -> float | None:
     return None if paper is None else tflops / paper - 1
-
-
-def flops_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """`flops_rows` for a terminal."""
-    first = rows[0]
-    tokens = " + ".join(f"{count}" for count in first["tokens"])
-    branches = f", {first['branches']} guidance branches" if first["branches"] > 1 else ""
-    work = f"{first['num_steps']} steps of {_readable(first['tflops_full_step'])}FLOP"
-    title = f"{first['model']}: {tokens} tokens, {work}{branches}"
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    table.add_column("tap", no_wrap=True)
-    columns = ("full steps", "skipped step", "TFLOPs", "speed-up", "cache", "paper", "off by")
-    for name in columns:
-        table.add_column(name, justify="right")
-    for row in rows:
-        skipped = row["tflops_skipped_step"]
-        table.add_row(
-            row["tap"] or "plain",
-            f"{row['full_steps']}",
-            "-" if skipped is None else _readable(skipped),
-            f"{row['tflops']:.2f}",
-            f"{row['speedup']:.2f}x",
-            readable_bytes(row["cache_bytes"]) if row["tap"] else "-",
-            "-" if row["paper_tflops"] is None else f"{row['paper_tflops']:.2f}",
-            _deviations(row),
-        )
-    return table
-
-
-def _readable(tflops: float) -> str:
-    """0.0018 -> "1.8 G"."""
-    for unit in ("T", "G"):
-        if tflops >= 1:
-            return f"{tflops:.4g} {unit}"
-        tflops *= 1000
-    return f"{tflops:.4g} M"
-
-
-def _deviations(row: Mapping[str, Any]) -> str:
-    if row["deviation"] is None:
-        return "-"
-    adapter = row.get("deviation_adapter")
-    return f"{row['deviation']:+.1%}" + (f" ({adapter:+.1%})" if adapter is not None else "")
