@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from lesa.evaluation.comparison import Comparison
+    from lesa.evaluation.method import Bench
 
 UNSEEN = 16
 FULL_STEPS = {50: (10, 8), 8: (5, 4, 2), 4: (2, 1)}  # by steps of the sampler, as in the paper
@@ -33,18 +38,14 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
 
     Raises: LesaError for an unknown pipeline or an unwritable folder.
     """
-    import lesa
+    from lesa import testbed
     from lesa.cli.inputs import quieten
-    from lesa.cli.output import progress
-    from lesa.evaluation.compare import compare
-    from lesa.evaluation.judges import attributes
     from lesa.evaluation.method import Bench
-    from lesa.evaluation.methods import build_all, left_out
-    from lesa.evaluation.report import rich_table, write_report
+    from lesa.evaluation.methods import left_out
 
     quieten()
     begun = time.perf_counter()
-    pipe, settings = lesa.testbed.load(pipeline), lesa.testbed.settings(pipeline)
+    pipe, settings = testbed.load(pipeline), testbed.settings(pipeline)
     steps = settings["num_inference_steps"]
     counts, names = contest(pipe, steps)
     bench = Bench(steps, pipe, settings)
@@ -52,40 +53,74 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     names = tuple(name for name in names if name not in missing)
     console.print(*missing.values(), sep="\n", end="\n" * bool(missing), markup=False)
     console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
+    seen = testbed.prompts(pipeline, prompts_count, seed=0, split="train")
+    forecaster = _train(bench, seen, counts, out)
+    trained = time.perf_counter() - begun
+    console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
+    unseen = testbed.prompts(pipeline, UNSEEN, seed=1)
+    result = _measure(replace(bench, forecaster=forecaster), unseen, names, counts)
+    seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
+    facts = {**seconds, "attributes": result.scores()}
+    shown = ("deepcache" if "deepcache" in names else "taylor-1", "lesa")
+    files = _report(result, out, f"lesa demo: {pipeline}", shown, facts, console)
+    return {**result.to_dict(), **facts, "files": list(files.values())}
+
+
+def _train(bench: Bench, prompts: Sequence[str], counts: Sequence[int], out: Path) -> Any:
+    """A forecaster for the numbers of full steps, saved in a folder of the report."""
+    import lesa
+
     forecaster = lesa.train(
-        pipe,
-        lesa.testbed.prompts(pipeline, prompts_count, seed=0, split="train"),
-        num_inference_steps=steps,
+        bench.pipe,
+        prompts,
+        num_inference_steps=bench.num_steps,
         full_steps=counts,
-        call=settings,
+        call=bench.settings,
     )
     forecaster.save_pretrained(out / "forecaster")
-    trained = time.perf_counter() - begun
+    return forecaster
 
-    unseen = lesa.testbed.prompts(pipeline, UNSEEN, seed=1)
-    methods = build_all(names, counts, replace(bench, forecaster=forecaster))
-    console.print(f"Generating {UNSEEN} unseen prompts, plain and accelerated.")
-    batch = UNSEEN // 2
+
+def _measure(
+    bench: Bench, prompts: Sequence[str], names: Sequence[str], counts: Sequence[int]
+) -> Comparison:
+    """The methods against the plain run, in two batches."""
+    from lesa.cli.output import progress
+    from lesa.evaluation.compare import compare
+    from lesa.evaluation.judges import attributes
+    from lesa.evaluation.methods import build_all
+
+    methods = build_all(names, counts, bench)
     with progress("compare", 2 * (len(methods) + 1)) as advance:
-        result = compare(
-            pipe,
-            unseen,
+        return compare(
+            bench.pipe,
+            prompts,
             methods,
-            settings,
+            bench.settings,
             seed=1000,
-            batch_size=batch,
-            keep_pictures=UNSEEN,
+            batch_size=len(prompts) // 2,
+            keep_pictures=len(prompts),
             judges=[attributes],
             advance=advance,
         )
-    right = result.scores()
-    seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
-    facts = {**seconds, "attributes": right}
-    shown = ("deepcache" if "deepcache" in names else "taylor-1", "lesa")
-    files = write_report(result, out, title=f"lesa demo: {pipeline}", shown=shown, extra=facts)
+
+
+def _report(
+    result: Comparison,
+    out: Path,
+    title: str,
+    shown: Sequence[str],
+    facts: dict[str, Any],
+    console: Console,
+) -> dict[str, Path]:
+    """Write the report and print the table."""
+    from lesa.evaluation.report import rich_table, write_report
+
+    files = write_report(result, out, title=title, shown=shown, extra=facts)
     console.print(f"Pictures and curves: {files['report.html']}")
-    for label, shares in right.items():
+    for label, shares in result.scores().items():
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
         console.print(f"{label}: {listed} as in the captions", highlight=False)
+    steps = result.settings["num_inference_steps"]
     console.print(*result.notes, rich_table(result.rows, result.plain_seconds, steps), sep="\n")
-    return {**result.to_dict(), **facts, "files": list(files.values())}
+    return files
