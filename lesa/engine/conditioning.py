@@ -1,4 +1,4 @@
-"""What the features come from besides latent and time: whether it is still the same, and alive."""
+"""What must not change while features are cached: whether it is the same, and still alive."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lesa.engine.call import Call
+from lesa.hooks.denoiser import Call
 
 __all__ = ["Conditioning"]
 
@@ -16,16 +16,20 @@ _NUMBERS = (int, float, str)
 
 
 class Conditioning:
-    """The conditioning of one trajectory, held weakly.
+    """What the features of one trajectory come from besides time, held weakly.
 
     Args:
         call: the first call of the trajectory.
+        num_steps: how many steps the generation has by the trajectory's table.
         ended: called with a dead weak reference, at any moment and in any thread, when a tensor is
             gone without which no later call can continue the trajectory: its loop is over.
     """
 
-    def __init__(self, call: Call, ended: Callable[[Any], None]) -> None:
-        self._ended = ended
+    def __init__(self, call: Call, num_steps: int, ended: Callable[[Any], None]) -> None:
+        self._num_steps, self._ended = num_steps, ended
+        self._latent = _layout(call.argument(call.denoiser.spec.latent))
+        self._return_dict = call.argument("return_dict")
+        self._states = {call.denoiser: call.denoiser.state}
         self._kinds = _kinds(call)
         self._known = [_Known(self._held(value), _version(value)) for _, value in _parts(call)]
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
@@ -34,6 +38,15 @@ class Conditioning:
 
     def change(self, call: Call) -> str | None:
         """What is not as at the first call, if anything."""
+        if call.step.num_steps != self._num_steps:
+            return "number of steps changed"
+        if _layout(call.argument(call.denoiser.spec.latent)) != self._latent:
+            return "latent changed in shape, dtype or device"
+        if call.argument("return_dict") is not self._return_dict:
+            return "return_dict changed"
+        state = call.denoiser.state
+        if self._states.setdefault(call.denoiser, state) != state:  # a pipeline may have two
+            return "adapters, attention processors or the ControlNet's scale changed"
         if _kinds(call) != self._kinds:
             return "an argument appeared or vanished"
         for (name, value), known in zip(_parts(call), self._known, strict=False):
@@ -51,6 +64,12 @@ class Conditioning:
         known = [place() for place in self._places]
         both = [place for place in _places(call) if any(place is other for other in known)]
         self._places, self._watched = [], [weakref.ref(place, self._ended) for place in both]
+
+
+def _layout(latent: Any) -> tuple[Any, ...]:
+    if isinstance(latent, Tensor):
+        return latent.shape, latent.dtype, latent.device
+    return tuple(_layout(part) for part in latent or ())
 
 
 def _kinds(call: Call) -> tuple[type, ...]:

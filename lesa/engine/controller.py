@@ -6,26 +6,43 @@ import logging
 import threading
 from dataclasses import replace
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from lesa.engine import nvtx_ranges
-from lesa.engine.call import Call, Refusal
 from lesa.engine.config import LesaConfig
 from lesa.engine.graphs.step_graphs import StepGraphs
-from lesa.engine.graphs.tail_graph import TailBuffers
+from lesa.engine.hidden_tap import HiddenTap
 from lesa.engine.stats import Counters, Stats
 from lesa.engine.step_table import StepTables
-from lesa.engine.tail import ModulatedTail
-from lesa.engine.trajectory import Trajectory
+from lesa.engine.trajectory import FeatureTap, OutputTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.attach import refuse_other_cache
-from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.denoiser import Call, Denoiser
 
 __all__ = ["CacheController"]
 
 logger = logging.getLogger("lesa")
+
+
+class _Decision(NamedTuple):
+    """What becomes of a call: a forecast of `trajectory` if `skip`, else the whole model runs.
+
+    `trajectory` is the one that keeps the feature then, if any, and `reason` says why the call is
+    full though no schedule asked for it.
+    """
+
+    trajectory: Trajectory | None
+    skip: bool = False
+    reason: str | None = None
+
+
+class _Own(threading.local):
+    """A thread's trajectories by guidance branch."""
+
+    def __init__(self) -> None:
+        self.trajectories: dict[str, Trajectory] = {}
 
 
 class CacheController:
@@ -39,51 +56,103 @@ class CacheController:
 
     def __init__(self, config: LesaConfig) -> None:
         self.config = config
-        self.tap = config.resolved_tap
-        self.counters = Counters(config.forecaster.name, self.tap)
+        self.counters = Counters(config.forecaster.name, config.resolved_tap)
         self._tables = StepTables(config)
-        self._local = threading.local()
-        wanted = config.graph == "auto" and torch.cuda.is_available()
-        self.graphs: StepGraphs[TailBuffers] | None = StepGraphs() if wanted else None
-        self._found: ModulatedTail | None = None
-        self._searched = False
+        self._own = _Own()
+        self.tap = _tap(config)
 
     def stats(self) -> Stats:
         """What happened so far."""
-        counts = {} if self.graphs is None else dict(self.graphs.counts)
+        graphs = self.tap.graphs
+        counts = {} if graphs is None else dict(graphs.counts)
         return replace(self.counters.snapshot(), graphs=counts)
 
     def reset(self) -> None:
         """Drop this thread's features."""
-        self._local.trajectories = {}
+        self._own.trajectories = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: forecast it, or run it."""
         begun = perf_counter()
         call, trajectory = None, None
         try:
-            call = Call(denoiser, denoiser.clock.tick(kwargs), args, kwargs)
-            trajectory = self._trajectory(call)
-            if trajectory is not None and trajectory.skips(call.step):
-                try:
-                    output = trajectory.forecast(call, self.tap)
+            try:
+                call = Call(denoiser, denoiser.clock.tick(kwargs), args, kwargs)
+                trajectory, skip, reason = self._decide(call)
+                if skip:
+                    assert trajectory is not None
+                    output = trajectory.forecast(call)
                     self.counters.add_skipped(perf_counter() - begun)
                     return output
-                except Refusal as refusal:
-                    trajectory = self._restart(call, str(refusal))
-        except RunError:  # nothing has been computed yet
+                if reason is not None:
+                    self._fall_back(reason)
+            except RunError:  # nothing has been computed yet
+                raise
+            except Exception as error:
+                trajectory = self._recover(call, error)
+            output = self._full(denoiser, args, kwargs, call, trajectory)
+        except BaseException:  # of the model, an interrupt, a contradiction: this run is over
             denoiser.reset()
             raise
-        except Exception as error:  # the user's picture matters more
-            self._fall_back(f"{type(error).__name__}: {error}")
-            self.reset()
-            trajectory = None
-        except BaseException:  # an interrupt
-            denoiser.reset()
-            raise
-        output = self._full(denoiser, args, kwargs, call, trajectory)
         self.counters.add_full(perf_counter() - begun)
         return output
+
+    def _decide(self, call: Call) -> _Decision:
+        """Full or skipped, from the schedule and from what is not as it was."""
+        step = call.step
+        if step.fresh:
+            self._begin(call)
+        trajectory = self._own.trajectories.get(step.branch)
+        if torch.is_grad_enabled() or step.problem is not None:
+            self._own.trajectories.pop(step.branch, None)
+            return _Decision(None, reason=step.problem or "grad is enabled")
+        if trajectory is None:
+            return self._anew(call, "no history at a later step" if step.index else None)
+        disturbance = trajectory.disturbance(call)
+        if disturbance is not None:
+            return self._anew(call, disturbance)
+        return _Decision(trajectory, trajectory.skips(step))
+
+    def _anew(self, call: Call, reason: str | None) -> _Decision:
+        """Begin a trajectory with this call, or none where there is no table for it."""
+        step = call.step
+        self._own.trajectories.pop(step.branch, None)
+        if step.index == 0:
+            self.config.check_run(step.num_steps, step.branch)
+        table = self._tables.of(step)
+        if isinstance(table, str):
+            return _Decision(None, reason=reason or table)
+        trajectory = self._own.trajectories[step.branch] = Trajectory(table, call, self.tap)
+        return _Decision(trajectory, reason=reason)
+
+    def _recover(
+        self, call: Call | None, error: Exception, *, computed: bool = False
+    ) -> Trajectory | None:
+        """Go on after a failure of the engine's own: the user's picture matters more.
+
+        Args:
+            call: the call, if its step is known.
+            error: what went wrong; counted.
+            computed: the model has run, only the history has a hole now.
+
+        Returns:
+            The trajectory that keeps the feature of this call, if any.
+        """
+        refused = isinstance(error, Refusal)
+        reason = str(error) if refused else f"{type(error).__name__}: {error}"
+        self._fall_back(reason)
+        if call is None or not (refused or computed):
+            self.reset()
+        elif computed:
+            self._own.trajectories.pop(call.step.branch, None)
+        else:
+            try:
+                return self._anew(call, reason).trajectory
+            except RunError:
+                raise
+            except Exception as another:
+                return self._recover(None, another)
+        return None
 
     def _full(
         self,
@@ -93,41 +162,22 @@ class CacheController:
         call: Call | None,
         trajectory: Trajectory | None,
     ) -> Any:
-        """Run the model and keep its feature."""
-        wanted = trajectory is not None and self.tap == "hidden"
-        try:
-            with nvtx_ranges.full:
-                run = denoiser.run(args, kwargs, tap=wanted)
-        except BaseException:
-            denoiser.reset()
-            raise
+        """Run the model and let the trajectory, if there is one, keep its feature."""
+        inside = trajectory is not None and self.tap.inside
+        with nvtx_ranges.full:
+            run = denoiser.run(args, kwargs, tap=inside)
         if call is None or trajectory is None:
             return run.output
         try:
-            if trajectory.keep(call, run, self.tap):
-                rings = [t.ring for t in self._trajectories().values()]
+            if trajectory.keep(call, run):
+                rings = [each.ring for each in self._own.trajectories.values()]
                 self.counters.set_ring_bytes(sum(ring.nbytes for ring in rings if ring))
-        except Exception as error:  # as above; without this feature the history has a hole
-            self._fall_back(_reason(error))
-            self._trajectories().pop(call.step.branch, None)
+        except Exception as error:
+            self._recover(call, error, computed=True)
         return run.output
 
-    def _trajectory(self, call: Call) -> Trajectory | None:
-        """The trajectory of this call, begun anew where its features are of no use."""
-        step = call.step
-        if step.fresh:
-            self._begin(call)
-        if torch.is_grad_enabled() or step.problem is not None:
-            self._fall_back(step.problem or "grad is enabled")
-            self._trajectories().pop(step.branch, None)
-            return None
-        trajectory = self._trajectories().get(step.branch)
-        if trajectory is None:
-            return self._restart(call, "no history at a later step" if step.index else None)
-        disturbance = trajectory.disturbance(call)
-        return trajectory if disturbance is None else self._restart(call, disturbance)
-
     def _begin(self, call: Call) -> None:
+        """A generation begins: its schedule, and nothing of the one before."""
         step = call.step
         self.reset()
         if step.index == 0:
@@ -135,39 +185,20 @@ class CacheController:
         self.counters.add_generation()
         try:
             self.counters.set_schedule(self._tables.schedule(step).full_steps, step.num_steps)
-        except LesaError:  # counted where the plan is asked for
+        except LesaError:  # counted where the table is asked for
             self.counters.set_schedule((), step.num_steps)
-
-    def _restart(self, call: Call, reason: str | None) -> Trajectory | None:
-        """A trajectory that begins with this call, or None where there is no table for it."""
-        if reason is not None:
-            self._fall_back(reason)
-        trajectories = self._trajectories()
-        trajectories.pop(call.step.branch, None)
-        if call.step.index == 0:
-            self.config.check_run(call.step.num_steps, call.step.branch)
-        plan = self._tables.of(call.step)
-        if isinstance(plan, str):
-            if reason is None:
-                self._fall_back(plan)
-            return None
-        trajectory = trajectories[call.step.branch] = Trajectory(plan, call, self._tail(call))
-        return trajectory
-
-    def _tail(self, call: Call) -> ModulatedTail | None:
-        """The tail whose modulation is computed ahead, found once."""
-        if self.tap == "hidden" and not self._searched:
-            self._found, self._searched = ModulatedTail.of(call.denoiser, self.graphs), True
-        return self._found
-
-    def _trajectories(self) -> dict[str, Trajectory]:
-        if not hasattr(self._local, "trajectories"):
-            self.reset()
-        return self._local.trajectories
 
     def _fall_back(self, reason: str) -> None:
         if self.counters.add_fallback(reason):
             logger.warning("computed in full: %s", reason)
+
+
+def _tap(config: LesaConfig) -> FeatureTap:
+    """The tap that is asked for, with CUDA graphs where they are wanted and may be had."""
+    if config.resolved_tap == "output":
+        return OutputTap()
+    wanted = config.graph == "auto" and torch.cuda.is_available()
+    return HiddenTap(StepGraphs() if wanted else None)
 
 
 def _check_caches(call: Call) -> None:
@@ -176,7 +207,3 @@ def _check_caches(call: Call) -> None:
         refuse_other_cache(call.denoiser.model)
     except LesaError as error:
         raise RunError(str(error)) from None
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"

@@ -10,14 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lesa.engine import nvtx_ranges
-from lesa.engine.call import Call
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers, TailGraph
 from lesa.engine.mixer import Mixer
 from lesa.engine.modulation import Modulation
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.denoiser import Call, Denoiser, core_of
 from lesa.hooks.step_clock import Step
 
 __all__ = ["ModulatedTail", "PreparedTail"]
@@ -128,12 +127,12 @@ class PreparedTail:
         self._guidance, self._turn = call.argument("guidance"), call.denoiser.turn
         self._graph: TailGraph | None = None
 
-    def claim(self, call: Call, plan: StepTable, feature: Tensor) -> Tensor | None:
+    def claim(self, call: Call, table: StepTable, feature: Tensor) -> Tensor | None:
         """Memory for the ring that a captured step reads, or None where none is captured."""
         graphs = self.tail.graphs
-        if graphs is None or plan.autoregressive:  # whose forecasts enter the ring
+        if graphs is None or table.autoregressive:  # whose forecasts enter the ring
             return None
-        self._graph = TailGraph.acquire(graphs, self.tail, plan, call.step.branch, feature)
+        self._graph = TailGraph.acquire(graphs, self.tail, table, call.step.branch, feature)
         return None if self._graph is None else self._graph.ring
 
     def takes(self, call: Call) -> bool:

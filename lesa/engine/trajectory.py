@@ -1,108 +1,156 @@
-"""One generation in one guidance branch: its plan, its ring, and what must not change."""
+"""One generation in one guidance branch, and the forecasts of the output tap."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lesa.engine import nvtx_ranges
-from lesa.engine.call import Call, Refusal
+from lesa.core.forecaster import Tap
 from lesa.engine.conditioning import Conditioning
+from lesa.engine.graphs.step_graphs import StepGraphs
+from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
-from lesa.engine.tail import ModulatedTail, PreparedTail
-from lesa.hooks.denoiser import Run, make_output, read_sample
+from lesa.errors import LesaError
+from lesa.hooks.denoiser import Call, Run, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
-__all__ = ["Trajectory"]
+__all__ = ["FeatureTap", "Forecast", "OutputTap", "Refusal", "Trajectory"]
+
+
+class Refusal(LesaError):
+    """Why one call cannot be forecast; the engine computes it in full."""
+
+
+class Forecast(Protocol):
+    """What the skipped steps of one trajectory compute; the only owner of its ring.
+
+    `forecast(call, index)` is the model's output at the table's step `index`, whose feature enters
+    the ring where the table says so; it raises Refusal where there is no such output.
+    """
+
+    ring: Ring
+
+    def __call__(self, call: Call, index: int, /) -> Any: ...
+
+
+class FeatureTap(Protocol):
+    """A tap at work: which feature of a full step is cached, and how a forecast becomes an output.
+
+    Attributes:
+        name: "output" or "hidden".
+        inside: whether the feature lies inside of the model, which is then told to note it.
+        graphs: CUDA graphs of its skipped steps, if it has any.
+    """
+
+    name: Tap
+    inside: bool
+    graphs: StepGraphs[TailBuffers] | None
+
+    def take(self, call: Call, run: Run) -> Tensor | None:
+        """The feature of a full step; None where the model gave no single tensor."""
+
+    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
+        """The forecasts of a trajectory, with an empty ring, from its first feature on."""
+
+
+class OutputTap:
+    """The feature is what the model returns, so that a skipped step runs no module at all.
+
+    It has no graphs: a replay costs more than the one launch of a skipped step.
+    """
+
+    name: Tap = "output"
+    inside = False
+    graphs: StepGraphs[TailBuffers] | None = None
+
+    def take(self, call: Call, run: Run) -> Tensor | None:
+        """See `FeatureTap`."""
+        return read_sample(run.output)
+
+    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
+        """See `FeatureTap`."""
+        return _OutputForecast(type(run.output), feature, table)
+
+
+class _OutputForecast:
+    """One mix into a new tensor, with the current latent where the table has a weight for it."""
+
+    def __init__(self, kind: type, feature: Tensor, table: StepTable) -> None:
+        self.ring = Ring(table.history, feature)
+        self._table, self._kind = table, kind
+        self._mixer = Mixer(table, self.ring)
+
+    def __call__(self, call: Call, index: int) -> Any:
+        table, like, latent = self._table, self.ring.features[0], None
+        if table.uses_latent:
+            latent = call.argument(call.denoiser.spec.latent)
+            if not isinstance(latent, Tensor) or latent.shape != like.shape:
+                raise Refusal("latent and output differ in shape")
+        feature = self._mixer(index, torch.empty_like(like), latent)
+        if table.pushes[index]:
+            self.ring.push(feature)
+        return make_output(self._kind, feature)
 
 
 class Trajectory:
     """The steps from `origin` on, of one generation in one branch.
 
-    Keeps K features in `ring` and weak references to the conditioning; nothing else. The ring goes
+    Keeps K features in a ring and weak references to the conditioning; nothing else. The ring goes
     with the last skipped step, or with the tensors that only the caller's loop holds: a run that
     broke off leaves none behind, once its traceback is gone.
+
+    Args:
+        table: the coefficients of its steps.
+        call: its first call.
+        tap: which feature it caches.
     """
 
-    def __init__(self, plan: StepTable, call: Call, tails: ModulatedTail | None = None) -> None:
-        self.plan = plan
+    def __init__(self, table: StepTable, call: Call, tap: FeatureTap) -> None:
         self.origin = call.step.index
-        self.ring: Ring | None = None
-        self._mixer: Mixer | None = None
-        self._kind: Any = None
-        self._tails = tails
-        self._tail: PreparedTail | None = None
-        self._latent = _layout(call.argument(call.denoiser.spec.latent))
-        self._return_dict = call.argument("return_dict")
-        self._states = {call.denoiser: call.denoiser.state}
-        self._conditioning = Conditioning(call, _releaser(self))
+        self._table, self._tap = table, tap
+        self._forecast: Forecast | None = None
+        num_steps = self.origin + len(table.rows)
+        self._conditioning = Conditioning(call, num_steps, _releaser(self))
+
+    @property
+    def ring(self) -> Ring | None:
+        """The cached features, from the first one on until they are released."""
+        forecast = self._forecast
+        return None if forecast is None else forecast.ring
 
     def skips(self, step: Step) -> bool:
-        """Whether the plan forecasts this step."""
-        return self.plan.rows[step.index - self.origin] is not None
+        """Whether the table forecasts this step."""
+        return self._table.rows[step.index - self.origin] is not None
 
     def disturbance(self, call: Call) -> str | None:
         """Why the cached features do not fit this call, if so."""
-        if self.origin + len(self.plan.rows) != call.step.num_steps:
-            return "number of steps changed"
-        if _layout(call.argument(call.denoiser.spec.latent)) != self._latent:
-            return "latent changed in shape, dtype or device"
-        if call.argument("return_dict") is not self._return_dict:
-            return "return_dict changed"
-        state = call.denoiser.state
-        if self._states.setdefault(call.denoiser, state) != state:  # a pipeline may have two
-            return "adapters, attention processors or the ControlNet's scale changed"
         return self._conditioning.change(call)
 
     def release(self) -> None:
         """Let go of the features and of all that a forecast needs."""
-        self.ring = self._mixer = self._tail = None
+        self._forecast = None
 
-    def forecast(self, call: Call, tap: str) -> Any:
-        """The output of a skipped step; Refusal where there is none."""
-        plan, ring, index = self.plan, self.ring, call.step.index - self.origin
-        if ring is None or self._mixer is None or ring.pushed != plan.expected[index]:
+    def forecast(self, call: Call) -> Any:
+        """The output of a skipped step.
+
+        Raises:
+            Refusal: there is none.
+        """
+        forecast, index = self._forecast, call.step.index - self.origin
+        if forecast is None or forecast.ring.pushed != self._table.expected[index]:
             raise Refusal("missing history")
-        latent = None
-        if plan.uses_latent:
-            latent = call.argument(call.denoiser.spec.latent)
-            if not isinstance(latent, Tensor) or latent.shape != ring.features[0].shape:
-                raise Refusal("latent and output differ in shape")
-        pushes, tail = plan.pushes[index], self._tail
-        feature: Tensor | None
-        if tail is not None and tail.takes(call):
-            if not tail.knows(call.step):
-                self._run_without_blocks(call, ring.features[0])
-            feature = torch.empty_like(ring.features[0]) if pushes else None
-            output = make_output(self._kind, tail.run(index, self._mixer, feature))
-        else:
-            feature = self._mixer(index, torch.empty_like(ring.features[0]), latent)
-            if tap == "output":
-                output = make_output(self._kind, feature)
-            else:
-                output = self._run_without_blocks(call, feature)
-        if pushes and feature is not None:
-            ring.push(feature)
-        if index == plan.last:  # before a VAE decodes, when memory is scarcest
+        output = forecast(call, index)
+        if index == self._table.last:  # before a VAE decodes, when memory is scarcest
             self.release()
         return output
 
-    def _run_without_blocks(self, call: Call, feature: Tensor) -> Any:
-        with nvtx_ranges.tail:
-            run = call.denoiser.run_tail(feature, call.args, call.kwargs)
-        if run.output is None:
-            raise Refusal("feature and tail differ in shape")
-        if self._tails is not None:
-            self._tails.record(call.step, run.embedded)
-        return run.output
-
-    def keep(self, call: Call, run: Run, tap: str) -> bool:
+    def keep(self, call: Call, run: Run) -> bool:
         """Take the feature of a full step into the ring if a later step needs it.
 
         Returns:
@@ -111,33 +159,18 @@ class Trajectory:
         Raises:
             Refusal: the model gave no such feature, or one that does not fit the ring.
         """
-        if self._tails is not None:
-            self._tails.record(call.step, run.embedded)
-        if not self.plan.pushes[call.step.index - self.origin]:
+        feature, forecast = self._tap.take(call, run), self._forecast
+        if not self._table.pushes[call.step.index - self.origin]:
             return False
-        sample, self._kind = read_sample(run.output), type(run.output)
-        feature = run.feature if tap == "hidden" else sample
         if feature is None:
-            raise Refusal(f"no single tensor at the {tap} tap")
-        made = self.ring is None
-        if self.ring is None:
-            data = None
-            if self._tails is not None and sample is not None:
-                self._tail = self._tails.prepare(call, run.embedded, feature)
-                if self._tail is not None:
-                    data = self._tail.claim(call, self.plan, feature)
-            self.ring = Ring(self.plan.history, feature, data)
-            self._mixer = Mixer(self.plan, self.ring)
-        elif not self.ring.matches(feature):
+            raise Refusal(f"no single tensor at the {self._tap.name} tap")
+        made = forecast is None
+        if forecast is None:
+            forecast = self._forecast = self._tap.forecast(call, run, feature, self._table)
+        elif not forecast.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
-        self.ring.push(feature)
+        forecast.ring.push(feature)
         return made
-
-
-def _layout(latent: Any) -> tuple[Any, ...]:
-    if isinstance(latent, Tensor):
-        return latent.shape, latent.dtype, latent.device
-    return tuple(_layout(part) for part in latent or ())
 
 
 def _releaser(trajectory: Trajectory) -> Callable[[Any], None]:

@@ -7,12 +7,10 @@ undoes all of it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from lesa.errors import LesaError
@@ -21,22 +19,15 @@ from lesa.hooks.class_swap import (
     Listener,
     Noticed,
     Slot,
-    Swapped,
     is_swapped,
     restore,
     swap,
 )
-from lesa.hooks.denoiser import Controller, Denoiser, core_of
+from lesa.hooks.denoiser import Called, Controller, Denoiser, core_of
 from lesa.hooks.model_specs import ModelSpec, model_spec
 from lesa.hooks.step_clock import StepClock
 
 __all__ = ["attach", "attached", "controlled", "detach", "refuse_other_cache"]
-
-
-_COMPILED_LATE = (
-    "model: torch.compile(model) came after lesa.enable, so the model runs uncompiled; compile "
-    "first and enable then, or use model.compile()."
-)
 
 
 def attach(
@@ -121,19 +112,10 @@ def attached(model: nn.Module) -> Denoiser | None:
     return own or core_of(model).__dict__.get("_lesa_denoiser")
 
 
-class _Controlled(Swapped):
-    """The model: every call goes to the controller."""
+class _Controlled(Called):
+    """The model, with the cache API of diffusers' models."""
 
     is_cache_enabled = True
-    _lesa_denoiser: Denoiser
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self.__dict__.get("_lesa_denoiser")
-        if denoiser is None:  # detached, but an earlier torch.compile holds this very method
-            return type(self).__call__(self, *args, **kwargs)
-        if torch.compiler.is_dynamo_compiling():
-            return _call_uncompiled(denoiser, args, kwargs)
-        return denoiser.controller(denoiser, args, kwargs)
 
     def cache_context(self, name: str, **fields: Any) -> AbstractContextManager[None]:
         """As in diffusers; also tells the branch and the step to the clock."""
@@ -188,13 +170,6 @@ for _name in (
     "unload_lora",
 ):
     setattr(_Controlled, _name, Noticed(_name, _Controlled))
-
-
-@torch.compiler.disable(reason=_COMPILED_LATE)
-def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call out of a `torch.compile` that came later: else dynamo traces the controller."""
-    warnings.warn(_COMPILED_LATE, stacklevel=2)
-    return denoiser.controller(denoiser, args, kwargs)
 
 
 def _feature_hook(core: nn.Module, spec: ModelSpec, slot: Slot) -> FeatureHook | None:

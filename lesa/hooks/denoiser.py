@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -12,11 +13,26 @@ import torch
 from torch import nn
 
 from lesa.errors import LesaError
-from lesa.hooks.class_swap import ControlListener, Slot
+from lesa.hooks.class_swap import ControlListener, Slot, Swapped
 from lesa.hooks.model_specs import ModelSpec
-from lesa.hooks.step_clock import StepClock
+from lesa.hooks.step_clock import Step, StepClock
 
-__all__ = ["Controller", "Denoiser", "Run", "core_of", "make_output", "read_sample"]
+__all__ = [
+    "Call",
+    "Called",
+    "Controller",
+    "Denoiser",
+    "Run",
+    "core_of",
+    "make_output",
+    "read_sample",
+]
+
+
+_COMPILED_LATE = (
+    "model: torch.compile(model) came after lesa.enable, so the model runs uncompiled; compile "
+    "first and enable then, or use model.compile()."
+)
 
 
 class Controller(Protocol):
@@ -28,6 +44,19 @@ class Controller(Protocol):
     def __call__(
         self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any], /
     ) -> Any: ...
+
+
+class Call(NamedTuple):
+    """One call of the denoiser, at a step that is known."""
+
+    denoiser: Denoiser
+    step: Step
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def argument(self, name: str) -> Any:
+        """Value of an argument of the forward, or None."""
+        return self.denoiser.argument(name, self.args, self.kwargs)
 
 
 class Run(NamedTuple):
@@ -150,6 +179,27 @@ class Denoiser:
         reset = getattr(self.controller, "reset", None)
         if reset is not None:
             reset()
+
+
+class Called(Swapped):
+    """The model: every call goes to the controller."""
+
+    _lesa_denoiser: Denoiser
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        denoiser = self.__dict__.get("_lesa_denoiser")
+        if denoiser is None:  # detached, but an earlier torch.compile holds this very method
+            return type(self).__call__(self, *args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            return _call_uncompiled(denoiser, args, kwargs)
+        return denoiser.controller(denoiser, args, kwargs)
+
+
+@torch.compiler.disable(reason=_COMPILED_LATE)
+def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A call out of a `torch.compile` that came later: else dynamo traces the controller."""
+    warnings.warn(_COMPILED_LATE, stacklevel=2)
+    return denoiser.controller(denoiser, args, kwargs)
 
 
 def core_of(model: nn.Module) -> nn.Module:

@@ -424,7 +424,7 @@ def test_forecasts_enter_the_history_of_an_autoregressive_table(tiny_flux, input
     controller = watch(tiny_flux, WindowOfSteps(), schedule=Schedule.explicit([0]), tap=tap)
 
     def keep(pipe, i, t, values):
-        ring = controller._trajectories()["cond"].ring
+        ring = controller._own.trajectories["cond"].ring
         features.append(ring and ring.features[ring.order[0]].clone())
         return values
 

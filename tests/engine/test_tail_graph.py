@@ -58,9 +58,9 @@ def graphs(tiny_flux):
     def enable(**options):
         lesa.enable(tiny_flux, Taylor(1), tap="hidden", **{"schedule": FULL, **options})
         controller = attached(tiny_flux.transformer).controller
-        controller.graphs = StepGraphs(recorder=Recorder())
+        controller.tap.graphs = StepGraphs(recorder=Recorder())
         Tape.replays = 0
-        return controller.graphs
+        return controller.tap.graphs
 
     return enable
 
@@ -142,5 +142,5 @@ def test_the_ring_is_the_graphs_own_memory_and_goes_with_the_last_skipped_step(
 def test_graph_off_captures_nothing(tiny_flux, inputs):
     lesa.enable(tiny_flux, Taylor(1), schedule=FULL, tap="hidden", graph="off")
     tiny_flux(**inputs())
-    assert attached(tiny_flux.transformer).controller.graphs is None
+    assert attached(tiny_flux.transformer).controller.tap.graphs is None
     assert lesa.stats(tiny_flux).graphs == {}
