@@ -89,8 +89,8 @@ class FullStep:
             if isinstance(error, LesaError) or is_out_of_memory(error):
                 raise
             raise LesaError(
-                f"{self}: {type(pipe).__name__} cannot run with it here ({_sentence(error)}); "
-                "choose another or leave it out"
+                f"{self.fields()}: {type(pipe).__name__} cannot run with it here "
+                f"({_sentence(error)}); choose another or leave it out"
             ) from error
 
     def notes(self) -> list[str]:
@@ -101,6 +101,11 @@ class FullStep:
         if _COUNTED not in (self.attention_backend or _COUNTED):
             found.append(f"TFLOPs leave out the attention of {self.attention_backend!r}")
         return found
+
+    def fields(self) -> str:
+        """What is switched on, as errors name it: "attention-backend='flash', compile=True"."""
+        named = [f"attention-backend={self.attention_backend!r}"] * bool(self.attention_backend)
+        return ", ".join([*named, *["compile=True"] * self.compile])
 
     def __str__(self) -> str:
         named = [f"attention-backend {self.attention_backend!r}"] * bool(self.attention_backend)
@@ -116,14 +121,14 @@ def set_attention(pipe: Any, name: str) -> None:
         processors = (getattr(module, "processor", None) for module in model.modules())
         if not any(hasattr(processor, "_attention_backend") for processor in processors):
             raise LesaError(
-                f"attention-backend: {name!r} has no effect on {type(model).__name__}, whose "
+                f"attention-backend={name!r}: it has no effect on {type(model).__name__}, whose "
                 "layers do not take one in this diffusers; leave it out"
             )
         try:
             model.set_attention_backend(name)  # fetches a kernel of the hub
         except Exception as error:
             raise LesaError(
-                f"attention-backend: {name!r} cannot be set ({_sentence(error)}); choose another"
+                f"attention-backend={name!r}: it cannot be set ({_sentence(error)}); choose another"
             ) from None
 
 
@@ -149,11 +154,11 @@ def compile_blocks(pipe: Any) -> None:
 def _check_attention(name: str, device: str, dtype: torch.dtype) -> None:
     listed = ", ".join(_names())
     if name not in _names():
-        raise LesaError(f"attention-backend: {name!r} is unknown; choose from {listed}")
+        raise LesaError(f"attention-backend={name!r}: unknown; choose from {listed}")
     if reason := why_not(name, device, dtype):
         kind = str(dtype).removeprefix("torch.")
         raise LesaError(
-            f"attention-backend: {name!r} is not usable on {device} in {kind} ({reason}); "
+            f"attention-backend={name!r}: not usable on {device} in {kind} ({reason}); "
             "choose one that `lesa env` lists as usable"
         )
 
@@ -178,7 +183,7 @@ def _check_compiler(device: str) -> None:
         torch.compile(lambda x: x * 2 + 1, **COMPILE)(torch.zeros(8, device=device))
     except Exception as error:  # a missing compiler, Triton, header, ...
         raise LesaError(
-            f"compile: torch.compile does not work on {device} ({_sentence(error)}); "
+            f"compile=True: torch.compile does not work on {device} ({_sentence(error)}); "
             "leave --compile out"
         ) from None
 

@@ -88,7 +88,7 @@ def embedded_name(name: str) -> str | None:
         return inner
     if inner != name:
         listed = ", ".join(testbed.PIPELINES)
-        raise LesaError(f"pipeline: {inner!r} is not embedded; choose from {listed}")
+        raise LesaError(f"pipeline={inner!r}: not embedded; choose from {listed}")
     return None
 
 
@@ -111,7 +111,7 @@ def parse_counts(
     except ValueError:
         counts = ()
     if not counts:
-        raise LesaError(f"{field}: {text!r} is not a list of whole numbers; write 10 or 13,10,8")
+        raise LesaError(f"{field}={text!r}: not a list of whole numbers; write 10 or 13,10,8")
     for count in counts:
         check_count(count, num_steps or max(count, 1), field)
     return tuple(dict.fromkeys(counts))
@@ -147,7 +147,7 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
         raise
     except Exception as error:  # every kind of broken folder raises something else
         raise LesaError(
-            f"pipeline: cannot load {name!r} ({_first_line(error)}); give a folder saved with"
+            f"pipeline={name!r}: cannot load it ({_first_line(error)}); give a folder saved with"
             f" save_pretrained, a hub id, or {TESTBED}"
         ) from error
 
@@ -159,7 +159,7 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise LesaError(f"device: {name!r} is unknown; give one of: {_devices()}") from None
+        raise LesaError(f"device={name!r}: unknown; give one of: {_devices()}") from None
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -167,7 +167,7 @@ def _device(name: str) -> Any:
             raise
         reason = _first_line(error)  # torch asserts when it has no CUDA
         raise LesaError(
-            f"device: {name!r} is not usable here ({reason}); give one of: {_devices()}"
+            f"device={name!r}: not usable here ({reason}); give one of: {_devices()}"
         ) from None
     return device
 
@@ -185,7 +185,7 @@ def _dtype(name: str) -> Any:
 
     known = {"float32", "bfloat16", "float16"}
     if name not in known:
-        raise LesaError(f"dtype: {name!r} is unknown; choose from {', '.join(sorted(known))}")
+        raise LesaError(f"dtype={name!r}: unknown; choose from {', '.join(sorted(known))}")
     return getattr(torch, name)
 
 

@@ -51,7 +51,7 @@ def guarded(command: Function) -> Function:
             complain(str(error))
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:  # a disk that fills up, a folder that goes away
-            complain(f"{error.filename or 'file'}: {error.strerror or error}; check the disk")
+            complain(f"file={error.filename!r}: {error.strerror or error}; check the disk")
             raise typer.Exit(BAD_INPUT) from None
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -71,9 +71,9 @@ def _too_small(error: BaseException, options: dict[str, Any]) -> str:
     lower = [f"lower {', '.join('--' + name.replace('_', '-') for name in known)}"] * bool(known)
     narrow = ["give --dtype bfloat16"] * ("dtype" in options)
     remedies = " or ".join([*lower, *narrow, "take a larger device"])
-    named = options.get("device") or "the one in use"
+    named = options.get("device")
     reason = (str(error).strip() or "out of memory").splitlines()[0][:200].rstrip(" .")
-    return f"device: {named} has too little memory ({reason}); {remedies}"
+    return f"device={named!r}: it has too little memory ({reason}); {remedies}"
 
 
 def complain(sentence: str) -> None:

@@ -148,7 +148,7 @@ def check_methods(methods: str, bench: Bench) -> None:
     names = [name.strip() for name in methods.split(",") if name.strip()]
     doubtful = [name for name in names if name not in PEERS]
     if names != ["all"] and (doubtful or not names):
-        parse(doubtful, bench)
+        parse(doubtful or methods, bench)
 
 
 def calibration_prompts(pipeline: str, file: Path | None, measured: Sequence[str]) -> list[str]:
@@ -166,8 +166,8 @@ def calibration_prompts(pipeline: str, file: Path | None, measured: Sequence[str
     prompts = read_prompts(file)
     if shared := set(prompts).intersection(measured):
         raise LesaError(
-            f"calibration: {len(shared)} of its prompts are measured too, e.g. {min(shared)!r};"
-            " remove them from one of the files"
+            f"calibration={str(file)!r}: {len(shared)} of its prompts are measured too, e.g."
+            f" {min(shared)!r}; remove them from one of the files"
         )
     return prompts
 
@@ -195,4 +195,6 @@ def left_out(methods: str, bench: Bench) -> list[str]:
 
 def _check_frames(pipe: Any, settings: Mapping[str, Any]) -> None:
     if "num_frames" in settings and "num_frames" not in inspect.signature(pipe).parameters:
-        raise LesaError(f"frames: {type(pipe).__name__} makes no video; leave it out")
+        raise LesaError(
+            f"frames={settings['num_frames']}: {type(pipe).__name__} makes no video; leave it out"
+        )

@@ -51,10 +51,15 @@ def checked_schedule(
     """
     if forecaster is None:
         if full_steps is not None or interval is not None:
-            raise LesaError("forecaster: full-steps or interval without one; give --forecaster")
+            raise LesaError(
+                "forecaster=None: --full-steps and --interval need one; give --forecaster"
+            )
         return {}
     if (full_steps is None) == (interval is None):
-        raise LesaError("full-steps: give either --full-steps or --interval with a forecaster")
+        raise LesaError(
+            f"full-steps={full_steps}: with interval={interval} it does not say which steps are"
+            " full; give either --full-steps or --interval with a forecaster"
+        )
     if interval is not None:
         return {"schedule": Schedule.every(interval).bind(num_steps)}
     assert full_steps is not None

@@ -220,9 +220,9 @@ _RULES: dict[str, Any] = {
 def check_count(full_steps: int, num_steps: int, field: str = "full_steps") -> None:
     """Raises LesaError unless 1 <= full_steps <= num_steps."""
     if num_steps < 1:
-        raise LesaError(f"num_inference_steps: {num_steps} is below 1; give at least 1")
+        raise LesaError(f"num_inference_steps={num_steps}: below 1; give at least 1")
     if not 1 <= full_steps <= num_steps:
         raise LesaError(
-            f"{field}: {full_steps} of {num_steps} steps is not possible;"
+            f"{field}={full_steps}: {full_steps} of {num_steps} steps is not possible;"
             f" choose from 1 to num_inference_steps = {num_steps}"
         )

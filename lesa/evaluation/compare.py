@@ -202,13 +202,15 @@ def _check(
     prompts: Sequence[str], methods: Sequence[Method], settings: Mapping[str, Any], batch_size: int
 ) -> None:
     if not prompts:
-        raise LesaError("prompts: the list is empty; give at least one prompt")
+        raise LesaError("prompts=[]: the list is empty; give at least one prompt")
     if not methods:
-        raise LesaError("methods: the list is empty; give at least one")
+        raise LesaError("methods=[]: the list is empty; give at least one")
     if batch_size < 1:
-        raise LesaError(f"batch_size: {batch_size} is below 1; give at least 1")
+        raise LesaError(f"batch_size={batch_size}: below 1; give at least 1")
     if "num_inference_steps" not in settings:
-        raise LesaError("settings: num_inference_steps is missing; give the number of steps")
+        raise LesaError(
+            f"settings={dict(settings)!r}: num_inference_steps is missing; give the number of steps"
+        )
     labels = [method.label for method in methods]
     if len(set(labels)) < len(labels):
-        raise LesaError(f"methods: {labels} holds one twice; give each method once")
+        raise LesaError(f"methods={labels}: one is there twice; give each method once")

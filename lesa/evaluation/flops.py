@@ -109,7 +109,9 @@ def _row(
 def published(model: str) -> FullSize:
     """The published model of this name; LesaError if it is unknown."""
     if model not in MODELS:
-        raise LesaError(f"model: {model!r} has no published sizes; choose from {', '.join(MODELS)}")
+        raise LesaError(
+            f"model={model!r}: it has no published sizes; choose from {', '.join(MODELS)}"
+        )
     return MODELS[model]
 
 

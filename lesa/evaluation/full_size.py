@@ -31,13 +31,13 @@ class Size:
     def changed(self, height: int | None, width: int | None, frames: int | None) -> Size:
         """With what is given in place; LesaError where the model cannot make it."""
         if frames is not None and self.frames is None:
-            raise LesaError(f"frames: {frames} for a model of pictures; leave it out")
+            raise LesaError(f"frames={frames}: a model of pictures takes none; leave it out")
         size = Size(height or self.height, width or self.width, frames or self.frames)
         for name, pixels in (("height", height), ("width", width)):
             if pixels is not None and (pixels < _PATCH or pixels % _PATCH):
-                raise LesaError(f"{name}: {pixels} is not a multiple of {_PATCH}; give one")
+                raise LesaError(f"{name}={pixels}: not a multiple of {_PATCH}; give one")
         if frames is not None and (frames < 1 or frames % _FRAMES != 1):
-            raise LesaError(f"frames: {frames} is not 1 more than a multiple of {_FRAMES}; give 65")
+            raise LesaError(f"frames={frames}: not 1 more than a multiple of {_FRAMES}; give 65")
         return size
 
     @property

@@ -50,7 +50,7 @@ class ClipScore:
             self._model: Any = CLIPModel.from_pretrained(source).to(device).eval()
         except (OSError, ValueError, ImportError) as error:
             raise LesaError(
-                f"clip: {str(source)!r} is no CLIP model with its processor"
+                f"clip={str(source)!r}: not a CLIP model with its processor"
                 f" ({_first_line(error)}); give a folder or a hub id"
             ) from None
 
@@ -86,7 +86,7 @@ class ImageReward:
             self._model = import_module("ImageReward").load(str(source), device=device)
         except (ImportError, OSError, RuntimeError, AttributeError) as error:
             raise LesaError(
-                f"image-reward: {str(source)!r} is not usable ({_first_line(error)});"
+                f"image-reward={str(source)!r}: not usable ({_first_line(error)});"
                 " run pip install image-reward, and give a checkpoint where there is no network"
             ) from None
 
@@ -117,8 +117,8 @@ def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[st
 
     if foreign := [text for text in prompts if not checker.is_caption(text)]:
         raise LesaError(
-            f"judge: attributes knows the embedded pipelines' captions alone, not {foreign[0]!r};"
-            " leave it out"
+            "judge='attributes': it knows the embedded pipelines' captions alone, not"
+            f" {foreign[0]!r}; leave it out"
         )
     pictures = images.movedim(-3, -1).cpu().numpy()
     found = [
@@ -140,7 +140,7 @@ def named(name: str, device: torch.device | str = "cpu") -> Judge:
         return ImageReward(device=device)
     if name == "attributes":
         return attributes
-    raise LesaError(f"judge: unknown {name!r}; choose attributes, image-reward or clip=FOLDER")
+    raise LesaError(f"judge={name!r}: unknown; choose attributes, image-reward or clip=FOLDER")
 
 
 def _frames(images: Tensor) -> tuple[list[Any], int]:

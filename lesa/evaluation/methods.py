@@ -45,11 +45,11 @@ def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:
         return tuple(name for name in NAMES if name not in missing)
     for name in wanted:
         if name not in NAMES:
-            raise LesaError(f"methods: unknown {name!r}; choose all, or from {', '.join(NAMES)}")
+            raise LesaError(f"methods={name!r}: unknown; choose all, or from {', '.join(NAMES)}")
         if (reason := unfit(name, bench)) is not None:
-            raise LesaError(f"methods: {name!r} {reason}")
+            raise LesaError(f"methods={name!r}: it {reason}")
     if not wanted:
-        raise LesaError(f"methods: none given; choose all, or from {', '.join(NAMES)}")
+        raise LesaError(f"methods={names!r}: none given; choose all, or from {', '.join(NAMES)}")
     return tuple(dict.fromkeys(wanted))
 
 

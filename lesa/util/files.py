@@ -45,13 +45,15 @@ def read_prompts(path: str | Path) -> list[str]:
         found = readers.get(path.suffix.lower(), str.splitlines)(text)
     except FileNotFoundError:
         raise LesaError(
-            f"prompts: the file {str(path)!r} does not exist; {_PROMPT_FILES}"
+            f"prompts={str(path)!r}: the file does not exist; {_PROMPT_FILES}"
         ) from None
     except (OSError, ValueError, csv.Error) as error:  # not UTF-8, not JSON, another form
-        raise LesaError(f"prompts: cannot read {str(path)!r} ({error}); {_PROMPT_FILES}") from None
+        raise LesaError(
+            f"prompts={str(path)!r}: cannot read it ({error}); {_PROMPT_FILES}"
+        ) from None
     prompts = [prompt.strip() for prompt in found if prompt.strip()]
     if not prompts:
-        raise LesaError(f"prompts: the file {str(path)!r} holds no prompt; {_PROMPT_FILES}")
+        raise LesaError(f"prompts={str(path)!r}: the file holds no prompt; {_PROMPT_FILES}")
     return prompts
 
 
@@ -88,7 +90,7 @@ def require_writable(folder: str | Path, field: str = "out") -> Path:
     except OSError as error:
         reason = error.strerror or error
         raise LesaError(
-            f"{field}: cannot write into the folder {str(folder)!r} ({reason}); give another folder"
+            f"{field}={str(folder)!r}: cannot write into the folder ({reason}); give another folder"
         ) from None
     return folder
 
@@ -97,7 +99,7 @@ def require_writable_file(path: str | Path, field: str = "json") -> Path:
     """`require_writable` for the folder that a file goes into; a folder in its place is refused."""
     path = Path(path)
     if path.is_dir():
-        raise LesaError(f"{field}: {str(path)!r} is a folder; give a file name")
+        raise LesaError(f"{field}={str(path)!r}: it is a folder; give a file name")
     require_writable(path.parent, field)
     return path
 

@@ -235,7 +235,7 @@ def test_flops_only_needs_neither_pipeline_nor_prompts(tmp_path):
         (("--pipeline", "testbed"), "give --pipeline and --prompts"),
         (("--flops-only",), "--flops-only and --model go together"),
         (("--model", "flux.1-dev"), "--flops-only and --model go together"),
-        (("--flops-only", "--model", "flux.9"), "'flux.9' has no published sizes"),
+        (("--flops-only", "--model", "flux.9"), "'flux.9': it has no published sizes"),
         (("--flops-only", "--model", "sdxl", "--full-steps", "60"), "60 of 50 steps"),
         (("--flops-only", "--model", "sdxl", "--frames", "5"), "model of pictures"),
     ],
@@ -247,13 +247,13 @@ def test_compare_of_what(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--methods", "fora,nonsense"), "methods: unknown 'nonsense'; choose all, or from"),
-        (("--methods", ","), "methods: none given"),
-        (("--methods", "fora,lesa"), "'lesa' needs a trained forecaster"),
-        (("--calibration", "SAME"), "calibration: 3 of its prompts are measured too, e.g."),
-        (("--judge", "beauty"), "judge: unknown 'beauty'; choose attributes, image-reward or"),
-        (("--calibration", "nowhere.txt"), "'nowhere.txt' does not exist"),
-        (("--pipeline", "testbed:nope"), "'nope' is not embedded; choose from flux"),
+        (("--methods", "fora,nonsense"), "methods='nonsense': unknown; choose all, or from"),
+        (("--methods", ","), "methods=',': none given"),
+        (("--methods", "fora,lesa"), "'lesa': it needs a trained forecaster"),
+        (("--calibration", "SAME"), "3 of its prompts are measured too, e.g."),
+        (("--judge", "beauty"), "judge='beauty': unknown; choose attributes, image-reward or"),
+        (("--calibration", "nowhere.txt"), "'nowhere.txt': the file does not exist"),
+        (("--pipeline", "testbed:nope"), "pipeline='nope': not embedded; choose from flux"),
     ],
 )
 def test_compare_refuses_before_a_pipeline_is_loaded(options, words, prompts, monkeypatch):
@@ -316,7 +316,7 @@ def test_prompt_file(command, case, tmp_path):
     pipeline = ("--pipeline", "testbed") if command == "compare" else ("testbed",)
     out = () if command == "compare" else ("--out", tmp_path / "out")
     line = refused(command, *pipeline, "--prompts", path, *out)
-    assert line.startswith("lesa: prompts:") and words in line and "one prompt per line" in line
+    assert line.startswith("lesa: prompts=") and words in line and "one prompt per line" in line
     assert not (tmp_path / "out").exists()
 
 
@@ -354,7 +354,8 @@ def test_which_steps_are_full(options, words, prompts, tmp_path):
 @pytest.mark.parametrize("command", ["train", "compare"])
 def test_full_steps_lists(command, text, prompts, tmp_path):
     place = ("testbed", "--out", tmp_path) if command == "train" else ("--pipeline", "testbed")
-    assert "full-steps: " in refused(command, *place, "--prompts", prompts, "--full-steps", text)
+    line = refused(command, *place, "--prompts", prompts, "--full-steps", text)
+    assert line.startswith("lesa: full-steps=")
 
 
 def test_unwritable_folders_are_refused_before_any_work(prompts, tmp_path, monkeypatch):
@@ -369,10 +370,11 @@ def test_unwritable_folders_are_refused_before_any_work(prompts, tmp_path, monke
         refused("generate", "testbed", "--prompts", prompts, "--out", blocked),
         refused("demo", "--out", blocked),
     ):
-        assert line.startswith("lesa: out: cannot write into the folder") and "another" in line
+        assert line.startswith(f"lesa: out={str(blocked)!r}: cannot write into the folder (")
+        assert line.endswith("; give another folder")
     common = ("compare", "--pipeline", "testbed", "--prompts", prompts)
-    assert "report: cannot write" in refused(*common, "--report", blocked)
-    assert "json: " in refused(*common, "--json", blocked / "rows.json")
+    assert f"report={str(blocked)!r}: cannot write" in refused(*common, "--report", blocked)
+    assert "lesa: json=" in refused(*common, "--json", blocked / "rows.json")
     assert "is a folder" in refused(*common, "--json", tmp_path)
 
 
@@ -393,7 +395,11 @@ def test_pipelines_that_cannot_be_loaded(index, words, prompts, tmp_path):
     if index is not None:
         (folder / "model_index.json").write_text(json.dumps(index))
     line = refused("generate", folder, "--prompts", prompts, "--out", tmp_path / "out")
-    assert line.startswith("lesa: pipeline:") and words in line and "save_pretrained" in line
+    assert (
+        line.startswith(f"lesa: pipeline={str(folder)!r}: ")
+        and words in line
+        and "save_pretrained" in line
+    )
 
 
 def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
@@ -412,10 +418,8 @@ def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
 
 def test_device_and_dtype(prompts, tmp_path):
     common = ("generate", "testbed", "--prompts", prompts, "--out", tmp_path)
-    assert "device: 'tpu0' is unknown" in refused(*common, "--device", "tpu0")
-    assert "dtype: 'int8' is unknown" in refused(
-        "generate", tmp_path, *common[2:], "--dtype", "int8"
-    )
+    assert "device='tpu0': unknown" in refused(*common, "--device", "tpu0")
+    assert "dtype='int8': unknown" in refused("generate", tmp_path, *common[2:], "--dtype", "int8")
 
 
 def test_a_truncated_checkpoint(trained, prompts, tmp_path):

@@ -173,12 +173,12 @@ def test_train_hands_both_options_on(prompts, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--attention-backend", "flosh"), "attention-backend: 'flosh' is unknown; choose from"),
+        (("--attention-backend", "flosh"), "attention-backend='flosh': unknown; choose from"),
         (("--attention-backend", "xformers"), "install xformers>="),
-        (("--attention-backend", "_native_cudnn"), "is not usable on cpu in float32"),
-        (("--device", "cuda:9"), "device: 'cuda:9' is not usable here"),
-        (("--device", "tpu0"), "device: 'tpu0' is unknown; give one of: cpu"),
-        (("--compile",), "compile: torch.compile does not work on cpu (no compiler); leave"),
+        (("--attention-backend", "_native_cudnn"), "'_native_cudnn': not usable on cpu in float32"),
+        (("--device", "cuda:9"), "device='cuda:9': not usable here"),
+        (("--device", "tpu0"), "device='tpu0': unknown; give one of: cpu"),
+        (("--compile",), "compile=True: torch.compile does not work on cpu (no compiler); leave"),
     ],
 )
 @pytest.mark.parametrize("command", ["generate", "train", "compare"])
@@ -205,7 +205,7 @@ def test_what_cannot_be_had_is_told_before_any_work(
 
 def test_a_denoiser_that_takes_no_attention_backend():
     pipe, _ = build("sdxl")
-    with pytest.raises(lesa.LesaError, match=f"{OTHER}' has no effect on UNet2DConditionModel"):
+    with pytest.raises(lesa.LesaError, match=f"{OTHER}': it has no effect on UNet2DConditionModel"):
         set_attention(pipe, OTHER)
 
 
@@ -241,7 +241,7 @@ def test_a_device_that_is_too_small(error, options, prompts, tmp_path, monkeypat
     monkeypatch.setattr("lesa.hooks.timed_run.generate", full)
     given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS, "--device", "cpu", *options)
     line = refused("generate", "testbed", *given)
-    assert line.startswith("lesa: device: cpu has too little memory (")
+    assert line.startswith("lesa: device='cpu': it has too little memory (")
     assert "lower --batch-size, --height, --width or give --dtype bfloat16 or take a larger" in line
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -140,7 +140,7 @@ def test_deepcache_recomputes_the_outermost_layers_only():
 
 def test_deepcache_needs_a_unet():
     pipe, settings = make("wan", 1)
-    with pytest.raises(LesaError, match="'deepcache' needs a U-Net, WanPipeline has none"):
+    with pytest.raises(LesaError, match="'deepcache': it needs a U-Net, WanPipeline has none"):
         method("deepcache", 2, Bench(STEPS, pipe))
 
 

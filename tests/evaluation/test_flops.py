@@ -159,12 +159,12 @@ def test_both_guidance_branches_count():
     ("model", "options", "words"),
     [
         ("flux.2", {}, "choose from flux.1-dev"),
-        ("flux.1-dev", {"frames": 65}, "frames: 65 for a model of pictures"),
-        ("flux.1-dev", {"height": 1000}, "height: 1000 is not a multiple of 16"),
-        ("flux.1-dev", {"width": 0}, "width: 0 is not a multiple of 16"),
-        ("hunyuanvideo", {"frames": 64}, "frames: 64 is not 1 more"),
-        ("flux.1-dev", {"full_steps": [60]}, "full-steps: 60 of 50 steps"),
-        ("flux.1-dev", {"num_steps": 0}, "num_inference_steps: 0 is below 1"),
+        ("flux.1-dev", {"frames": 65}, "frames=65: a model of pictures takes none"),
+        ("flux.1-dev", {"height": 1000}, "height=1000: not a multiple of 16"),
+        ("flux.1-dev", {"width": 0}, "width=0: not a multiple of 16"),
+        ("hunyuanvideo", {"frames": 64}, "frames=64: not 1 more"),
+        ("flux.1-dev", {"full_steps": [60]}, "full-steps=60: 60 of 50 steps"),
+        ("flux.1-dev", {"num_steps": 0}, "num_inference_steps=0: below 1"),
     ],
 )
 def test_bad_input(model, options, words):

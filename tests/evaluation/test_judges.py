@@ -93,7 +93,7 @@ def test_a_prompt_that_is_too_long_is_cut_not_refused(clip_folder, pictures):
 
 
 def test_clip_needs_a_model(tmp_path):
-    with pytest.raises(LesaError, match="clip: .*give a folder or a hub id"):
+    with pytest.raises(LesaError, match="clip=.*give a folder or a hub id"):
         ClipScore(tmp_path)
 
 

@@ -72,10 +72,10 @@ def test_every_method_at_every_count_once():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("sleepcache", "unknown 'sleepcache'; choose all, or from fewer-steps"),
+        ("sleepcache", "'sleepcache': unknown; choose all, or from fewer-steps"),
         (" , ", "none given"),
-        ("fora,lesa", "'lesa' needs a trained forecaster"),
-        ("deepcache", "'deepcache' needs a U-Net"),
+        ("fora,lesa", "'lesa': it needs a trained forecaster"),
+        ("deepcache", "'deepcache': it needs a U-Net"),
     ],
 )
 def test_wrong_names(names, message):

@@ -129,7 +129,7 @@ def test_methods_and_their_labels():
 @pytest.mark.parametrize("other", [DDIMScheduler, HeunDiscreteScheduler])
 def test_other_kinds_of_scheduler_are_refused(other):
     pipe = SimpleNamespace(scheduler=other())
-    with pytest.raises(LesaError, match=f"'fewer-steps-unipc' needs .* not {other.__name__}"):
+    with pytest.raises(LesaError, match=f"'fewer-steps-unipc': it needs .* not {other.__name__}"):
         parse("fewer-steps-unipc", Bench(6, pipe))
     with pytest.raises(LesaError, match="cannot be stepped otherwise"), sampler(pipe):
         pass

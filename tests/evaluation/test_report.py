@@ -146,7 +146,7 @@ def test_one_prompt_twice_is_one_picture_twice(pipe, settings):
     [
         ({"prompts": []}, "prompts"),
         ({"methods": []}, "methods"),
-        ({"batch_size": 0}, "batch_size: 0"),
+        ({"batch_size": 0}, "batch_size=0: below 1"),
         ({"settings": {}}, "num_inference_steps"),
     ],
 )
@@ -354,7 +354,11 @@ def test_other_prompt_files_get_one_sentence(name, text, words, tmp_path):
     with pytest.raises(LesaError) as caught:
         read_prompts(path)
     message = str(caught.value)
-    assert message.startswith("prompts: ") and words in message and "one prompt per line" in message
+    assert (
+        message.startswith(f"prompts={str(path)!r}: ")
+        and words in message
+        and "one prompt per line" in message
+    )
     assert "\n" not in message
 
 
