@@ -13,7 +13,8 @@ from typing import Any
 
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Peer, Use
-from lesa.evaluation.peers.metering import blocks_of, metered, restored
+from lesa.evaluation.peers.diffusers_support import silent_pipeline, uncacheable, unknown_blocks
+from lesa.evaluation.peers.metering import metered, restored
 from lesa.evaluation.peers.thresholds import (
     Applied,
     adaptive,
@@ -42,7 +43,7 @@ class Adaptive:
 
     def unfit(self, bench: Bench) -> str | None:
         """It needs a model that diffusers' hooks know, and prompts for the threshold."""
-        return _uncacheable(bench) or self.suited(bench) or needs_calibration(bench)
+        return uncacheable(bench) or self.suited(bench) or needs_calibration(bench)
 
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
         """The threshold with at least `wanted` full steps on the calibration prompts."""
@@ -67,7 +68,7 @@ class TaylorLite:
 
     def unfit(self, bench: Bench) -> str | None:
         """It needs a cacheable transformer whose last module is `proj_out`."""
-        if (reason := _uncacheable(bench)) is not None:
+        if (reason := uncacheable(bench)) is not None:
             return reason
         if hasattr(bench.pipe.transformer, "proj_out"):
             return None
@@ -105,7 +106,7 @@ class Broadcast:
 
     def unfit(self, bench: Bench) -> str | None:
         """It needs prompts for the choice of the range, and one call of the model per step."""
-        reason = _uncacheable(bench) or needs_calibration(bench)
+        reason = uncacheable(bench) or needs_calibration(bench)
         if reason is None and calls_in_a_step(bench) > 1:
             return "keeps one state for both guidance calls in diffusers; leave it out"
         return reason
@@ -173,38 +174,6 @@ def _states(model: Any) -> Callable[[], Any]:
     return held
 
 
-def _uncacheable(bench: Bench) -> str | None:
-    """Why `enable_cache` cannot be called, or None."""
-    if hasattr(getattr(bench.pipe, "transformer", None), "enable_cache"):
-        return None
-    return (
-        f"needs a transformer with enable_cache, {type(bench.pipe).__name__} has none; leave it out"
-    )
-
-
-def _unknown_blocks(bench: Bench) -> str | None:
-    """Why the hooks on blocks cannot be applied, or None."""
-    from diffusers.hooks._helpers import TransformerBlockRegistry
-
-    blocks = blocks_of(bench.pipe.transformer)
-    if len(blocks) < 2:
-        return f"needs two blocks, the transformer has {len(blocks)}; leave it out"
-    for kind in {type(block) for block in blocks}:
-        try:
-            TransformerBlockRegistry.get(kind)
-        except ValueError:
-            return f"needs blocks that diffusers' caches know, not {kind.__name__}; leave it out"
-    return None
-
-
-def _silent_pipeline(bench: Bench) -> str | None:
-    """SeaCache reads the step and its noise level, which few pipelines pass to the model."""
-    model = type(bench.pipe.transformer).__name__
-    if model in ("WanTransformer3DModel", "Cosmos3OmniTransformer"):
-        return None
-    return f"needs a pipeline that passes noise levels (Wan, Cosmos 3), not one of {model}"
-
-
 def _taylor_steps(interval: int, num_steps: int) -> list[int]:
     return [s for s in range(num_steps) if s < 3 or (s - 4) % interval == 0]
 
@@ -266,13 +235,13 @@ def _flops(bench: Bench, steps: int) -> int:
 # latent, filtered to what is signal at its noise level. FasterCache (arXiv 2410.19355): attention
 # extrapolated with diffusers' weight. PAB (arXiv 2408.12588): attention as it was.
 CACHES: dict[str, Peer] = {
-    "fbcache": Adaptive("FirstBlockCacheConfig", lambda *_: {}, _unknown_blocks),
-    "magcache": Adaptive("MagCacheConfig", _magnitude, _unknown_blocks),
+    "fbcache": Adaptive("FirstBlockCacheConfig", lambda *_: {}, unknown_blocks),
+    "magcache": Adaptive("MagCacheConfig", _magnitude, unknown_blocks),
     "taylorseer-diffusers": TaylorLite(),
     "fastercache": Broadcast(
         "FasterCacheConfig",
         {"is_guidance_distilled": True, "attention_weight_callback": lambda _: 0.5},
     ),
     "pab": Broadcast("PyramidAttentionBroadcastConfig"),
-    "seacache": Adaptive("SeaCacheConfig", _spectral, _silent_pipeline),
+    "seacache": Adaptive("SeaCacheConfig", _spectral, silent_pipeline),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from torch.utils._pytree import tree_map
 
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Use
+from lesa.evaluation.peers.disca_predictor import EMBEDDERS, Predictor, containers, ordinary
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.runs import generate
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Denoiser, core_of
-from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoiser
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
 from lesa.util.numerics import gradients
@@ -32,51 +31,6 @@ BATCH = 8
 ROUNDS = 4  # the first on true states, the others on its own
 EPOCHS = 4  # of every round, on the samples of all rounds so far
 RATE = 1e-3
-_EMBEDDERS = {"FluxTransformer2DModel": "x_embedder", "QwenImageTransformer2DModel": "img_in"}
-
-
-class Predictor(nn.Module):
-    """Two blocks of the model's own class that forecast the feature before the final norm.
-
-        h = c + out(blocks(join([x, c])))
-
-    with the current tokens x behind the model's embedder and the last full step's feature c, both
-    [B, L, C]; `join` is 2C -> C, `out` C -> C. The blocks begin as copies of the model's last two,
-    `join` hands on c and `out` is 0, so that an untrained predictor is reuse. It is called as a
-    block of the model is, and stands in for all of them.
-    Source: DisCa (arXiv 2602.05449): two DiT blocks on current and cached tokens. How they are
-    joined and begin is not published and decided here.
-    """
-
-    cached: Tensor  # c, set before a call
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        blocks = [block for name in _containers(model) for block in getattr(model, name)]
-        width = getattr(model, _EMBEDDERS[type(model).__name__]).out_features
-        self.join, self.out = nn.Linear(2 * width, width), nn.Linear(width, width)
-        self.blocks = nn.ModuleList(copy.deepcopy(blocks[-2:]))
-        for module in self.blocks.modules():  # weights loaded in inference mode know no gradients
-            for name, parameter in module._parameters.items():
-                if parameter is not None:
-                    module._parameters[name] = nn.Parameter(_outside(parameter))
-            for name, buffer in module._buffers.items():
-                module._buffers[name] = _outside(buffer)
-        with torch.no_grad():
-            self.join.weight.copy_(torch.eye(width, 2 * width).roll(width, 1))
-            for parameter in (self.join.bias, *self.out.parameters()):
-                parameter.zero_()
-        like = next(model.parameters())
-        self.to(device=like.device, dtype=like.dtype).eval()
-
-    def forward(
-        self, hidden_states: Tensor, encoder_hidden_states: Tensor, **rest: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Embedded text [B, M, C], which the model drops, and the forecast [B, L, C]."""
-        text, x = encoder_hidden_states, self.join(torch.cat([hidden_states, self.cached], -1))
-        for block in self.blocks:
-            text, x = block(hidden_states=x, encoder_hidden_states=text, **rest)
-        return text, self.cached + self.out(x)
 
 
 @dataclass(frozen=True)
@@ -90,8 +44,8 @@ class DisCa:
         if bench.num_steps > MOST_STEPS:
             return f"is made for few-step models; give at most {MOST_STEPS} steps"
         name = None if bench.pipe is None else type(core_of(find_denoiser(bench.pipe))).__name__
-        if name not in _EMBEDDERS:
-            return f"is written for {' and '.join(_EMBEDDERS)}, not {name}; leave it out"
+        if name not in EMBEDDERS:
+            return f"is written for {' and '.join(EMBEDDERS)}, not {name}; leave it out"
         return needs_calibration(bench)
 
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
@@ -230,7 +184,7 @@ def _collect(bench: Bench, teacher: _Teacher, stage: int) -> list[_Sample]:
 
 
 def _learn(predictor: Predictor, optimizer: torch.optim.Optimizer, sample: _Sample) -> None:
-    sample = tree_map(_outside, sample)
+    sample = tree_map(ordinary, sample)
     predictor.cached = sample.cached
     _, forecast = predictor(**sample.inputs)
     optimizer.zero_grad()
@@ -238,15 +192,10 @@ def _learn(predictor: Predictor, optimizer: torch.optim.Optimizer, sample: _Samp
     optimizer.step()
 
 
-def _outside(value: Any) -> Any:
-    """A tensor of inference mode as an ordinary one; everything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
 @contextmanager
 def _in_place_of_blocks(model: Any, predictor: Predictor) -> Iterator[None]:
     """The predictor is the model's only block for a while."""
-    first, *others = names = _containers(model)
+    first, *others = names = containers(model)
     before = {name: model._modules[name] for name in names}
     model._modules[first] = nn.ModuleList([predictor])
     model._modules |= {name: nn.ModuleList() for name in others}
@@ -260,14 +209,9 @@ def _in_place_of_blocks(model: Any, predictor: Predictor) -> Iterator[None]:
 def _first_inputs(model: Any) -> Iterator[dict[str, Any]]:
     """The keyword arguments of the model's first block, filled when it runs."""
     found: dict[str, Any] = {}
-    first = next(iter(getattr(model, _containers(model)[0])))
+    first = next(iter(getattr(model, containers(model)[0])))
     hook = first.register_forward_pre_hook(lambda _, args, kw: found.update(kw), with_kwargs=True)
     try:
         yield found
     finally:
         hook.remove()
-
-
-def _containers(model: Any) -> tuple[str, ...]:
-    """Names of the model's lists of blocks, in the order in which they run."""
-    return model_spec(model).blocks
