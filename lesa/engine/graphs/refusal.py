@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,6 +17,15 @@ __all__ = ["refusal"]
 _MOVING = ("group_offloading", "lazy_prefetch_group_offloading", "layerwise_casting")
 
 
+class _Candidate(NamedTuple):
+    """What is to be recorded: the modules that it calls, on which device, of which model."""
+
+    called: list[nn.Module]
+    device: torch.device
+    recorder: Recorder
+    model: nn.Module | None
+
+
 def refusal(
     modules: Iterable[nn.Module],
     device: torch.device,
@@ -26,31 +35,62 @@ def refusal(
 ) -> str | None:
     """Why a body that calls these modules is not to be recorded on `device` now, or None.
 
-    `model` is the whole denoiser, on which offloading may hang its hook.
+    Args:
+        modules: those that it calls.
+        device: where the feature lies.
+        recorder: what records; CUDA's if None.
+        model: the whole denoiser, on which offloading may hang its hook.
     """
-    if reason := (recorder or CudaRecorder()).refusal(device):
-        return reason
-    if os.environ.get("LESA_DISABLE_GRAPH", "0") not in ("", "0"):
-        return "LESA_DISABLE_GRAPH is set"
+    called = [each for module in modules for each in module.modules()]
+    candidate = _Candidate(called, device, recorder or CudaRecorder(), model)
+    return next((reason for check in _CHECKS if (reason := check(candidate))), None)
+
+
+def _of_device(candidate: _Candidate) -> str | None:
+    return candidate.recorder.refusal(candidate.device)
+
+
+def _of_user(candidate: _Candidate) -> str | None:
+    unset = os.environ.get("LESA_DISABLE_GRAPH", "0") in ("", "0")
+    return None if unset else "LESA_DISABLE_GRAPH is set"
+
+
+def _of_mode(candidate: _Candidate) -> str | None:
     if torch.is_grad_enabled():
         return "grad is enabled"
-    if torch.is_autocast_enabled(device.type):
-        return "autocast is on"
-    called = [each for module in modules for each in module.modules()]
-    for module in called if model is None else [*called, model]:
+    return "autocast is on" if torch.is_autocast_enabled(candidate.device.type) else None
+
+
+def _of_moving_weights(candidate: _Candidate) -> str | None:
+    model = candidate.model
+    for module in candidate.called if model is None else [*candidate.called, model]:
         if hook := _moving_hook(module):
             return f"{hook} is on {type(module).__name__}"
-    for module in called:
+    return None
+
+
+def _of_hooks_and_places(candidate: _Candidate) -> str | None:
+    device = candidate.device
+    for module in candidate.called:
         name = type(module).__name__
         hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if not all(
-            isinstance(hook, (FeatureHook, Listener)) for hook in hooks
-        ):  # a replay would not call it
+        # a replay would not call it
+        if not all(isinstance(hook, (FeatureHook, Listener)) for hook in hooks):
             return f"a forward hook is on {name}"
         for tensor in (*module.parameters(False), *module.buffers(False)):
             if tensor.device != device:
                 return f"weights of {name} are on {tensor.device}, the feature on {device}"
     return None
+
+
+# The first reason counts, so what holds for all modules comes first.
+_CHECKS: tuple[Callable[[_Candidate], str | None], ...] = (
+    _of_device,
+    _of_user,
+    _of_mode,
+    _of_moving_weights,
+    _of_hooks_and_places,
+)
 
 
 def _moving_hook(module: nn.Module) -> str | None:
