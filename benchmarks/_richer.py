@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lesa.forecasters.taylor import lagrange
-from lesa.training.rollout import FixedRollout, Rollout, Tail, Visit, guided, mixed, ridge_fit
+from lesa.training.rollout import Rollout, Visit
+from lesa.training.row_fit import Tail, guided, mixed, ridge_fit
 
 
 @dataclass
@@ -35,12 +36,12 @@ class GroupedRollout(Rollout):
         tail: Tail | None = None,
     ) -> Tensor:
         """As in Rollout, group by group; of the output tap alone."""
-        ring, rows = self.rings[at.branch], self.coefficients[at.branch]
+        ring, rows = self.state.rings[at.branch], self.result.coefficients[at.branch]
         prior = rows[at.step, [*range(len(ring)), rows.shape[1] - 1]]
         regressors = [*ring, latent]
         bands, place = self._split(regressors)
         key = at.branch, at.step
-        if not self.frozen:
+        if not self.spec.frozen:
             seen = [guided(part, at.shares) for part in regressors]
             target = self._target(at, guided(base, at.shares), latent, base_latent)
             wanted, (parts, _) = self._split([target])[0][0], self._split(seen)
@@ -50,7 +51,7 @@ class GroupedRollout(Rollout):
                         [p[..., place == g] for p in parts],
                         wanted[..., place == g],
                         prior,
-                        self.ridge,
+                        self.spec.ridge,
                     )
                     for g in range(int(place.max()) + 1)
                 ]
@@ -77,7 +78,7 @@ class GroupedRollout(Rollout):
 
 
 @dataclass
-class WatchedRollout(FixedRollout):
+class WatchedRollout(Rollout):
     """A fitted rollout that notes, at every full step, how far a line through the two features
     before it is from the feature that the model gives: all that a guard can see without a run
     more."""
@@ -89,10 +90,12 @@ class WatchedRollout(FixedRollout):
         self.seen = {}
 
     def push(self, branch: str, feature: Tensor) -> None:
-        ring, seen = self.rings.get(branch, []), self.seen.setdefault(branch, [])
+        ring, seen = self.state.rings.get(branch, []), self.seen.setdefault(branch, [])
         error = feature.new_zeros(feature.shape[1])
         if len(ring) > 1:
-            step, newest, older = reversed(self.schedule.full_steps[len(seen) - 2 : len(seen) + 1])
+            step, newest, older = reversed(
+                self.spec.schedule.full_steps[len(seen) - 2 : len(seen) + 1]
+            )
             line = mixed(lagrange(step, (newest, older)), ring[:2])
             away, size = (line - feature).movedim(1, 0), feature.movedim(1, 0)
             error = away.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1)
@@ -101,7 +104,7 @@ class WatchedRollout(FixedRollout):
 
     def surprise(self) -> Tensor:
         """Mean relative error over the first half of the full steps, [pictures]."""
-        half = -(-len(self.schedule.full_steps) // 2)
+        half = -(-len(self.spec.schedule.full_steps) // 2)
         return torch.stack([error for seen in self.seen.values() for error in seen[:half]]).mean(0)
 
 

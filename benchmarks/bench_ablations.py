@@ -35,7 +35,7 @@ from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous
 from lesa.training.job import Job
-from lesa.training.rollout import FixedRollout, Rollout, quality
+from lesa.training.rollout import Rollout, RolloutSpec, quality
 from lesa.training.statistics import Statistics
 
 REFERENCE = "step by step in closed loop"  # what every other row is compared with
@@ -49,8 +49,9 @@ GUARDED = 8  # one prompt in so many gets more full steps
 def frozen(rollout: Rollout) -> Rollout:
     """A fitted rollout, to be run as it is on other prompts."""
     if isinstance(rollout, GroupedRollout):
-        return replace(rollout, frozen=True)
-    return rollout if isinstance(rollout, FixedRollout) else WatchedRollout.of(rollout)
+        return replace(rollout, spec=replace(rollout.spec, frozen=True))
+    fitted = rollout.spec.rows is None
+    return WatchedRollout(rollout.fixed().spec) if fitted else Rollout(rollout.spec)
 
 
 class Study:
@@ -78,13 +79,14 @@ class Study:
 
     def variants(self, leader: Rollout) -> dict[str, Callable[[], Rollout]]:
         """Name -> the rollout that is trained for it, all at the leader's number of full steps."""
-        plan, count = leader.schedule, len(leader.schedule.full_steps)
+        plan = leader.spec.schedule
+        count = len(plan.full_steps)
         fit = self.calibrator.fit
         known = {
             REFERENCE: lambda: leader,
             "and all gaps together: the default": lambda: self.calibrator.joint_fit([leader], 2)[0],
-            "no drift correction": lambda: self._fitted(replace(leader, drift=0.0)),
-            "no caution at high noise": lambda: self._fitted(replace(leader, shrinkage=0.0)),
+            "no drift correction": lambda: self._fitted(leader, drift=0.0),
+            "no caution at high noise": lambda: self._fitted(leader, shrinkage=0.0),
             "no current latent": lambda: self._with(plan, uses_latent=False),
             "no search: evenly spread": lambda: fit(
                 [Schedule.fora(-(-self.steps // count), self.steps)]
@@ -125,7 +127,8 @@ class Study:
         run_rollouts(job, ready, self.calibrator._prior, self.steps, self.statistics)
         return ready
 
-    def _fitted(self, rollout: Rollout) -> Rollout:
+    def _fitted(self, leader: Rollout, **fields: Any) -> Rollout:
+        rollout = Rollout(replace(leader.spec, **fields))
         run_rollouts(self.job, [rollout], self.calibrator._prior, self.steps, self.statistics)
         return rollout
 
@@ -136,10 +139,10 @@ class Study:
     def _net(self, **fields: Any) -> Calibrator:
         return self.calibrate(self.job, self.statistics, **fields)
 
-    def _form(self, calibrator: Calibrator, plan: Schedule) -> FixedRollout:
+    def _form(self, calibrator: Calibrator, plan: Schedule) -> Rollout:
         sigmas = self.statistics.sigmas
         rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
-        return FixedRollout(plan, 3, True, rows=rows)
+        return Rollout(RolloutSpec(plan, 3, True, frozen=True, rows=rows))
 
     def _edges(self, plan: Schedule) -> Rollout:
         rollouts = [self._form(self._net(stages=edges), plan) for edges in EDGES]
@@ -157,7 +160,7 @@ class Study:
                 rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
                 if has_latent:
                     rows[branch][step, -1] = weights[-1]
-        return FixedRollout(plan, 3, has_latent, rows=rows)
+        return Rollout(RolloutSpec(plan, 3, has_latent, frozen=True, rows=rows))
 
     def _mean_only(self, count: int) -> Rollout:
         share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0
@@ -167,7 +170,7 @@ class Study:
             search.TAIL_SHARE = share
 
     def _again(self, leader: Rollout) -> Rollout:
-        rows, rollout = dict(leader.coefficients), replace(leader, ridge=1e-3)
+        rows, rollout = leader.result.coefficients, Rollout(replace(leader.spec, ridge=1e-3))
 
         def known(_plan: Schedule, _sigmas: Sequence[float], branch: str) -> Tensor:
             return rows[branch].clone()
@@ -176,8 +179,9 @@ class Study:
         return self._again(rollout) if quality(rollout) > quality(leader) else leader
 
     def _grouped(self, leader: Rollout, groups: str, edges: tuple[float, ...] = ()) -> Rollout:
+        plan = leader.spec.schedule
         rollouts = [
-            GroupedRollout(leader.schedule, 3, True, drift, groups=groups, edges=edges)
+            GroupedRollout(RolloutSpec(plan, 3, True, drift), groups=groups, edges=edges)
             for drift in (0.3, 0.6, 1.0)
         ]
         run_rollouts(self.job, rollouts, self.calibrator._prior, self.steps, self.statistics)
@@ -210,12 +214,15 @@ def guards(more: int, watched: Rollout, richer: Tensor) -> dict[str, Tensor]:
     """Name -> scores where one prompt in eight runs with the next larger number of full steps:
     those with the largest forecast errors in the first half of the run, or, as a bound, those that
     end worst."""
-    assert isinstance(watched, WatchedRollout) and watched.score is not None
+    assert isinstance(watched, WatchedRollout) and watched.result.score is not None
     found = {}
-    signals = {"largest early forecast error": watched.surprise(), "worst end": -watched.score}
+    signals = {
+        "largest early forecast error": watched.surprise(),
+        "worst end": -watched.result.score,
+    }
     for name, signal in signals.items():
         chosen = signal.argsort(descending=True)[: len(signal) // GUARDED]
-        scores = watched.score.clone()
+        scores = watched.result.score.clone()
         scores[chosen] = richer[chosen]
         found[f"{more} full steps for the eighth with the {name}"] = scores
     return found
@@ -229,7 +236,7 @@ def hidden(name: str, plan: Schedule, unseen: int) -> dict[str, Tensor]:
         "hidden tap, least squares on its features": study._open_loop(plan),
     }
     judged = study.judge(list(rollouts.values()), unseen)
-    return dict(zip(rollouts, (rollout.score for rollout in judged), strict=True))
+    return dict(zip(rollouts, (rollout.result.score for rollout in judged), strict=True))
 
 
 def measure(
@@ -238,7 +245,8 @@ def measure(
     """All rows of one pipeline."""
     study, rows, larger = Study(name, CALIBRATION), [], None
     for leader in study.leaders(counts):
-        count, trained, seconds = len(leader.schedule.full_steps), {}, {}
+        plan = leader.spec.schedule
+        count, trained, seconds = len(plan.full_steps), {}, {}
         variants = study.variants(leader)
         if count == 10:
             variants |= {
@@ -249,9 +257,9 @@ def measure(
             trained[variant] = train()
             seconds[variant] = time.perf_counter() - started
         judged = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
-        scores = {variant: rollout.score for variant, rollout in judged.items()}
+        scores = {variant: rollout.result.score for variant, rollout in judged.items()}
         reference = scores[REFERENCE]
-        scores |= hidden(name, leader.schedule, unseen) if count == 10 else {}
+        scores |= hidden(name, plan, unseen) if count == 10 else {}
         if larger is not None:
             scores |= guards(larger[0], judged[REFERENCE], larger[1])
         larger = count, reference

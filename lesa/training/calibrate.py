@@ -15,8 +15,8 @@ from lesa.forecasters import LesaForecaster
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
 from lesa.training.joint_fit import joint_fit
-from lesa.training.rollout import Rollout, quality
-from lesa.training.search import OpenLoop, even, neighbours, search_schedule
+from lesa.training.rollout import Rollout, RolloutSpec, quality
+from lesa.training.search import OpenLoop, Steps, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
@@ -46,41 +46,46 @@ class Calibrator:
     ) -> list[Rollout]:
         """The best rollout of each step list over the strengths of steering and shrinkage."""
         started = time.perf_counter()
-        learned = self.forecaster
+        history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
         pairs = list(product(self._drifts(), shrinkages))
         rollouts = [
-            Rollout(plan, learned.settings.history, learned.uses_latent, drift, shrinkage=shrinkage)
+            Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage))
             for plan in plans
             for drift, shrinkage in pairs
         ]
         self._run(rollouts)
         self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(pairs)} settings")
-        return [max((x for x in rollouts if x.schedule == plan), key=quality) for plan in plans]
+        return [
+            max((x for x in rollouts if x.spec.schedule == plan), key=quality) for plan in plans
+        ]
 
     def refine(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
         """Local search by true accelerated runs: the likeliest neighbours race their leader, and
         at first even lists: statistics say little of long gaps, and of two guidance branches."""
         best, started = list(leaders), time.perf_counter()
-        tried = {leader.schedule.full_steps for leader in leaders}
+        tried = {leader.spec.schedule.full_steps for leader in leaders}
         for turn in range(rounds):
-            rollouts = []
-            for leader in best:
-                near = neighbours(leader.schedule.full_steps, self.statistics.num_steps, reach=2)
-                fresh = sorted((steps for steps in near if steps not in tried), key=self._promise)
-                chosen = fresh[-CANDIDATES:]
-                if turn == 0:
-                    chosen += even(len(leader.schedule.full_steps), leader.schedule.steps)
-                    chosen = [steps for steps in dict.fromkeys(chosen) if steps not in tried]
-                tried.update(chosen)
-                rollouts.append([replace(leader, schedule=self._plan(s)) for s in chosen])
-            self._run([rollout for group in rollouts for rollout in group])
+            groups = [self._rivals(leader, tried, with_even=turn == 0) for leader in best]
+            self._run([rollout for group in groups for rollout in group])
             best = [
                 max([leader, *group], key=quality)
-                for leader, group in zip(best, rollouts, strict=True)
+                for leader, group in zip(best, groups, strict=True)
             ]
         if rounds:
             self._say("search by accelerated runs", started, f"{rounds} rounds")
         return best
+
+    def _rivals(self, leader: Rollout, tried: set[Steps], with_even: bool) -> list[Rollout]:
+        """Rollouts of step lists that nobody has tried, which are then tried."""
+        schedule = leader.spec.schedule
+        near = neighbours(schedule.full_steps, self.statistics.num_steps, reach=2)
+        fresh = sorted((steps for steps in near if steps not in tried), key=self.judge.quality)
+        chosen = fresh[-CANDIDATES:]
+        if with_even:
+            chosen += even(len(schedule.full_steps), schedule.steps)
+            chosen = [steps for steps in dict.fromkeys(chosen) if steps not in tried]
+        tried.update(chosen)
+        return [Rollout(replace(leader.spec, schedule=self._plan(steps))) for steps in chosen]
 
     def joint_fit(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
         """All gaps of each rollout fitted together, on the final latents."""
@@ -96,15 +101,16 @@ class Calibrator:
     def store(self, rollouts: Sequence[Rollout]) -> None:
         """Put each rollout's coefficients into the forecaster and say how good they are."""
         for rollout in rollouts:
-            assert rollout.score is not None
-            for branch, rows in rollout.coefficients.items():
-                shared = rollout.shared.get(branch)
+            spec, result = rollout.spec, rollout.result
+            assert result.score is not None
+            for branch, rows in result.coefficients.items():
+                shared = result.shared.get(branch)
                 known = (rows, None) if shared is None else (shared, rows)
-                self.forecaster.correct(rollout.schedule, self.statistics.sigmas, branch, *known)
+                self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
             self.job.progress.line(
-                f"fitted: full steps {rollout.schedule.full_steps} of {rollout.schedule.steps}, "
-                f"latent {rollout.score.mean():.1f} dB mean, {rollout.score.quantile(0.1):.1f} dB "
-                f"10th percentile, beta {rollout.drift}, shrinkage {rollout.shrinkage}"
+                f"fitted: full steps {spec.schedule.full_steps} of {spec.schedule.steps}, "
+                f"latent {result.score.mean():.1f} dB mean, {result.score.quantile(0.1):.1f} dB "
+                f"10th percentile, beta {spec.drift}, shrinkage {spec.shrinkage}"
             )
 
     def _run(self, rollouts: Sequence[Rollout]) -> None:
@@ -126,9 +132,6 @@ class Calibrator:
 
     def _plan(self, full_steps: tuple[int, ...]) -> Schedule:
         return Schedule.explicit(full_steps, self.statistics.num_steps)
-
-    def _promise(self, full_steps: tuple[int, ...]) -> float:
-        return self.judge.quality(full_steps)
 
     def _say(self, phase: str, started: float, what: str) -> None:
         seconds = time.perf_counter() - started

@@ -22,7 +22,8 @@ from lesa.core.schedule import Schedule
 from lesa.hooks.denoiser import Denoiser, make_output, read_sample
 from lesa.hooks.step_clock import Step
 from lesa.training.job import Job, followed, parts_of
-from lesa.training.rollout import Rollout, Tail, Visit
+from lesa.training.rollout import Rollout, RolloutState, Visit
+from lesa.training.row_fit import Tail
 from lesa.training.statistics import Statistics
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
@@ -52,49 +53,60 @@ class LockStep:
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
-        call, copies = _Batch(denoiser, args, kwargs, len(latent)), 1 + len(self.rollouts)
-        parts = parts_of(len(latent), copies * self.pictures)
-        places = torch.arange(len(latent)).reshape(parts, copies, self.pictures)
-        full = [True, *(rollout.schedule.is_full(step.index) for rollout in self.rollouts)]
-        source = [self._source(copy, step.index) for copy in range(copies)]
-        own = [full[copy] and source[copy] == copy for copy in range(copies)]
-        kind, output, feature = self._compute(call, step.branch, places[:, own])
+        batch = _Batch(denoiser, args, kwargs, len(latent))
+        places = self._places(len(latent))
+        full = [True, *(each.spec.schedule.is_full(step.index) for each in self.rollouts)]
+        source = [self._source(copy, step.index) for copy in range(len(full))]
+        own = [full[copy] and source[copy] == copy for copy in range(len(full))]
+        kind, output, feature = self._compute(batch, step.branch, places[:, own])
         outputs, features, latents = (
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
-        visit = self._visit(step, steers=latent.shape == output.shape)
-        apart = step.parts == parts and self._knows_guidance()
+        at = self._visit(step, steers=latent.shape == output.shape)
         for copy, rollout in enumerate(self.rollouts, 1):
             if full[copy]:
                 rollout.push(step.branch, features[:, source[copy]])
             if source[copy] != copy:
                 outputs[:, copy] = outputs[:, source[copy]]
             elif not full[copy]:
-                if step.branch not in rollout.coefficients:
-                    assert self.prior is not None  # unfitted rollouts come with one
-                    rows = self.prior(rollout.schedule, step.sigmas, step.branch)
-                    rollout.start(step.branch, rows, parts if apart else 1)
-                tail = None
-                if self.job.tap == "hidden":
-                    tail = call.tail(places[:, copy].flatten().tolist())
+                self._start(rollout, step, parts=len(places))
+                tail = self._tail(batch, places[:, copy])
                 outputs[:, copy] = rollout.forecast(
-                    visit, latents[:, copy], latents[:, 0], outputs[:, 0], tail
+                    at, latents[:, copy], latents[:, 0], outputs[:, 0], tail
                 )
         outputs[:, 0] = outputs[:, source[0]]
         return make_output(kind, output)
 
-    def _compute(self, call: _Batch, branch: str, rows: Tensor) -> tuple[type, Tensor, Tensor]:
+    def _places(self, rows: int) -> Tensor:
+        """The rows of a call, ``[parts, copies, pictures]``."""
+        copies = 1 + len(self.rollouts)
+        parts = parts_of(rows, copies * self.pictures)
+        return torch.arange(rows).reshape(parts, copies, self.pictures)
+
+    def _start(self, rollout: Rollout, step: Step, parts: int) -> None:
+        """Give a rollout the prior's rows where it has none of this branch."""
+        if step.branch not in rollout.result.coefficients:
+            assert self.prior is not None  # rollouts without given rows come with one
+            rows = self.prior(rollout.spec.schedule, step.sigmas, step.branch)
+            apart = step.parts == parts and self._knows_guidance()
+            rollout.start(step.branch, rows, parts if apart else 1)
+
+    def _tail(self, batch: _Batch, places: Tensor) -> Tail | None:
+        """What leads from a forecast to an output; None where the output itself is forecast."""
+        return batch.tail(places.flatten().tolist()) if self.job.tap == "hidden" else None
+
+    def _compute(self, batch: _Batch, branch: str, rows: Tensor) -> tuple[type, Tensor, Tensor]:
         """The model on some rows; where there are none, tensors of the shapes of the last time."""
-        key = branch, call.total
+        key = branch, batch.total
         if rows.numel() or key not in self.last:
-            self.last[key] = call.compute(rows.flatten().tolist() or [0], self.job)
+            self.last[key] = batch.compute(rows.flatten().tolist() or [0], self.job)
         kind, output, feature = self.last[key]
         return kind, output.clone(), feature
 
     def _source(self, copy: int, step: int) -> int:
         """The copy whose states this one has at a step: the first rollout's until it leaves, and in
         the base run's place where that is not run."""
-        follows = not self.with_base if copy == 0 else step < self.rollouts[copy - 1].leaves
+        follows = not self.with_base if copy == 0 else step < self.rollouts[copy - 1].spec.leaves
         return 1 if follows else copy
 
     def _knows_guidance(self) -> bool:
@@ -193,7 +205,7 @@ def run_rollouts(
     base: Tensor | None = None,
     prompts: Sequence[int] | None = None,
 ) -> Tensor:
-    """Run base and rollouts side by side; fills each rollout's coefficients, errors and score.
+    """Run base and rollouts side by side; fills each rollout's result.
 
     With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
     10 log10 of the base latent's mean square over the mean squared error of the rollout's final
@@ -212,7 +224,8 @@ def run_rollouts(
     runs = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
     base = runs[0] if base is None else base
     for rollout, run in zip(rollouts, runs[1:], strict=True):
-        rollout.rings, rollout.carried_residual = {}, None
-        rollout.error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
-        rollout.score = -10 * torch.log10(rollout.error.square().mean(1) + 1e-12)
+        rollout.state = RolloutState()
+        error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
+        rollout.result.error = error
+        rollout.result.score = -10 * torch.log10(error.square().mean(1) + 1e-12)
     return base

@@ -7,7 +7,7 @@ them at later full steps.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
-from lesa.training.rollout import EARLY, FixedRollout, Rollout, quality
+from lesa.training.rollout import EARLY, Rollout, quality
 
 MOVE = 0.02  # of a coefficient, for its derivative
 TOGETHER = 16  # rollouts in one call
@@ -39,7 +39,7 @@ def joint_fit(
     keep their shrinkage: what the final latents of a few prompts would make of them fails the odd
     one. ``base`` are the final latents of the plain run, where they are known.
     """
-    best, num_steps = FixedRollout.of(rollout), len(sigmas) - 1
+    best, num_steps = rollout.fixed(), len(sigmas) - 1
     places = _places(best, sigmas)
     if not places or not rounds:
         return rollout
@@ -52,38 +52,38 @@ def joint_fit(
         tried = [_moved(best, dict(zip(places, move.tolist(), strict=True))) for move in moves]
         run_rollouts(job, tried, None, num_steps, base=base)
         best = max([best, *tried], key=quality)
-    return best if rollout.score is None or quality(best) > quality(rollout) else rollout
+    return best if rollout.result.score is None or quality(best) > quality(rollout) else rollout
 
 
-def _places(rollout: FixedRollout, sigmas: Sequence[float]) -> list[Place]:
+def _places(rollout: Rollout, sigmas: Sequence[float]) -> list[Place]:
     """The coefficients of the last skipped step in each gap that does not end early.
 
     What a gap hands to the next full step is a sum of the cached features and of the latent at its
     beginning: the last row reaches all of them, earlier rows reach no more.
     """
-    schedule, found = rollout.schedule, []
-    for branch, rows in rollout.rows.items():
-        latent = [rows.shape[1] - 1] if rollout.uses_latent else []
+    spec, schedule, found = rollout.spec, rollout.spec.schedule, []
+    for branch, rows in _rows(rollout).items():
+        latent = [rows.shape[1] - 1] if spec.uses_latent else []
         parts = rows.shape[2] if rows.ndim == 3 else 0
         for step in schedule.skipped_steps:
             if step + 1 in schedule.skipped_steps or sigmas[step] > EARLY:
                 continue
-            held = len(schedule.cached_before(step, rollout.history))
+            held = len(schedule.cached_before(step, spec.history))
             features = [*product(range(held), range(parts))] if parts else [*range(held)]
             found += [(branch, step, column) for column in [*features, *latent]]
     return found
 
 
-def _moved(rollout: FixedRollout, moves: dict[Place, float]) -> FixedRollout:
-    rows = {branch: rows.clone() for branch, rows in rollout.rows.items()}
+def _moved(rollout: Rollout, moves: dict[Place, float], leaves: int = 0) -> Rollout:
+    rows = {branch: rows.clone() for branch, rows in _rows(rollout).items()}
     for (branch, step, column), move in moves.items():
         rows[branch][step][column] += move
-    return replace(rollout, rows=rows)
+    return Rollout(replace(rollout.spec, rows=rows, leaves=leaves))
 
 
 def _slopes(
     job: Job,
-    rollout: FixedRollout,
+    rollout: Rollout,
     places: Sequence[Place],
     num_steps: int,
     base: Tensor,
@@ -91,11 +91,11 @@ def _slopes(
 ) -> tuple[Tensor, Tensor]:
     """Error ``[pictures, elements]`` on some prompts, and for each place its derivative by the
     coefficient, ``[places, pictures, elements]``."""
-    here, found = replace(rollout), []
+    here, found = Rollout(rollout.spec), []
     target = base.unflatten(0, (len(job.prompts), -1))[list(prompts)].flatten(0, 1)
     for start in range(0, len(places), TOGETHER):
         near = [
-            replace(_moved(rollout, {place: MOVE}), leaves=place[1])
+            _moved(rollout, {place: MOVE}, leaves=place[1])
             for place in places[start : start + TOGETHER]
         ]
         run_rollouts(job, [here, *near], None, num_steps, base=target, prompts=prompts)
@@ -113,5 +113,10 @@ def _step(error: Tensor, slopes: Tensor, damping: float) -> Tensor:
 
 
 def _error(rollout: Rollout) -> Tensor:
-    assert rollout.error is not None
-    return rollout.error
+    assert rollout.result.error is not None
+    return rollout.result.error
+
+
+def _rows(rollout: Rollout) -> Mapping[str, Tensor]:
+    assert rollout.spec.rows is not None  # fixed
+    return rollout.spec.rows

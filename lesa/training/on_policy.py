@@ -12,7 +12,8 @@ from lesa.core.schedule import Schedule
 from lesa.forecasters.paper import PaperForm
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
-from lesa.training.rollout import Rollout, Tail, Visit, mixed
+from lesa.training.rollout import Rollout, RolloutSpec, Visit
+from lesa.training.row_fit import Tail, mixed
 from lesa.training.statistics import gram
 
 PROMPTS = 4  # of the calibration prompts
@@ -20,10 +21,13 @@ PROMPTS = 4  # of the calibration prompts
 
 @dataclass
 class _Recorder(Rollout):
-    """Keeps the features of its full steps, and where there are ``rows`` forecasts the others from
-    the last steps, real or forecast."""
+    """Keeps the features of its full steps, and where there are rows forecasts the others from the
+    last steps, real or forecast.
 
-    rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # coefficients, bias
+    The paper's rows are ``biased``: coefficients and bias; its ``windows`` hold steps of all kinds.
+    """
+
+    biased: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     windows: dict[str, list[Tensor]] = field(default_factory=dict)
     seen: dict[str, list[Tensor]] = field(default_factory=dict)
 
@@ -39,7 +43,7 @@ class _Recorder(Rollout):
         base: Tensor,
         tail: Tail | None = None,
     ) -> Tensor:
-        window, (weights, bias) = self.windows[at.branch], self.rows[at.branch]
+        window, (weights, bias) = self.windows[at.branch], self.biased[at.branch]
         feature = mixed(weights[at.step, : len(window)].tolist(), window) + float(bias[at.step])
         feature = feature.to(window[0].dtype)
         self._enter(at.branch, feature)
@@ -48,7 +52,7 @@ class _Recorder(Rollout):
     def _enter(self, branch: str, feature: Tensor) -> None:
         window = self.windows.setdefault(branch, [])
         window.insert(0, feature)
-        del window[self.history :]
+        del window[self.spec.history :]
 
 
 def visited_gram(
@@ -59,8 +63,8 @@ def visited_gram(
     with torch.no_grad():
         rows = {branch: net.rows(schedule, sigmas, branch) for branch in branches}
     every = Schedule.explicit(range(schedule.steps), schedule.steps)
-    base = _Recorder(every, net.history)
-    fast = _Recorder(schedule, net.history, rows=rows)
+    base = _Recorder(RolloutSpec(every, net.history))
+    fast = _Recorder(RolloutSpec(schedule, net.history), biased=rows)
     prompts = range(min(PROMPTS, len(job.prompts)))
     run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
     found = {}

@@ -17,7 +17,7 @@ from lesa.evaluation.peers.speca import speca
 from lesa.evaluation.peers.teacache import FLUX, teacache
 from lesa.evaluation.runs import generate
 from lesa.testbed import prompts, settings
-from lesa.training.rollout import ridge_fit
+from lesa.training.row_fit import ridge_fit
 from lesa.training.statistics import gram
 from lesa.util import numerics
 from lesa.util.numerics import float64

@@ -13,7 +13,7 @@ from lesa.training import closed_loop
 from lesa.training import joint_fit as fitting
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.joint_fit import joint_fit
-from lesa.training.rollout import FixedRollout, Rollout, quality
+from lesa.training.rollout import Rollout, RolloutSpec, quality
 
 LATE = tuple(0.8 * (1 - step / STEPS) for step in range(STEPS + 1))  # no step at high noise
 
@@ -26,44 +26,44 @@ def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
 
     def at(first, second):
         rows = {"cond": torch.tensor([[0.0], [first], [0.0], [second]]).double()}
-        rollout = FixedRollout(schedule, 1, uses_latent=False, rows=rows)
-        rollout.error = first * slopes[0] + second * slopes[1] - target
+        rollout = Rollout(RolloutSpec(schedule, 1, uses_latent=False, rows=rows, frozen=True))
+        rollout.result.error = first * slopes[0] + second * slopes[1] - target
         return rollout
 
     here = at(0.3, -0.2)
     places = fitting._places(here, LATE)
     assert places == [("cond", 1, 0), ("cond", 3, 0)]
-    step = fitting._step(here.error, slopes, damping=0.0)
-    weights = 1 / here.error.norm(dim=1)
+    step = fitting._step(here.result.error, slopes, damping=0.0)
+    weights = 1 / here.result.error.norm(dim=1)
     design = (slopes * weights[:, None]).flatten(1).T
     exact = torch.linalg.lstsq(design, (target * weights[:, None]).flatten()[:, None]).solution
     torch.testing.assert_close(torch.tensor([0.3, -0.2]).double() + step, exact[:, 0])
     tried = fitting._moved(here, dict(zip(places, step.tolist(), strict=True)))
-    torch.testing.assert_close(tried.rows["cond"][1::2, 0], exact[:, 0])
-    assert here.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
+    torch.testing.assert_close(tried.spec.rows["cond"][1::2, 0], exact[:, 0])
+    assert here.spec.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
 
 
 @pytest.mark.parametrize(("name", "gain"), [("sdxl", 0.1), ("qwen", 0.5)])
 def test_a_jointly_fitted_rollout_ends_nearer_to_the_base_run(name, gain):
     job = make_job(name)
-    rollout = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     run_rollouts(job, [rollout], reuse(4), STEPS)
     better = joint_fit(job, rollout, LATE)
     assert quality(better) > quality(rollout) + gain
-    again = FixedRollout.of(better)
+    again = better.fixed()
     run_rollouts(job, [again], None, STEPS)  # what is stored gives the same run
-    torch.testing.assert_close(again.score, better.score, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(again.result.score, better.result.score, rtol=1e-6, atol=1e-6)
 
 
 def test_some_of_the_prompts_run_as_they_do_among_all():
     job = make_job("qwen", prompts=3)
-    fitted = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    fitted = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     base = run_rollouts(job, [fitted], reuse(4), STEPS)
-    rollout = FixedRollout.of(fitted)
+    rollout = fitted.fixed()
     run_rollouts(job, [rollout], None, STEPS)
-    everyone = rollout.error
+    everyone = rollout.result.error
     run_rollouts(job, [rollout], None, STEPS, base=base[[0, 2]], prompts=(0, 2))
-    torch.testing.assert_close(rollout.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rollout.result.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
 
 
 def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
@@ -76,7 +76,7 @@ def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
 
     monkeypatch.setattr(fitting, "_slopes", watched)
     job = make_job("sdxl", prompts=3)
-    rollout = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     run_rollouts(job, [rollout], reuse(4), STEPS)
     assert quality(joint_fit(job, rollout, LATE, rounds=3)) >= quality(rollout)
     assert seen == [[0, 2], [1], [0, 2]]
@@ -84,7 +84,9 @@ def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
 
 def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
     rows = {"cond": torch.zeros(8, 3)}
-    rollout = FixedRollout(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows)
+    rollout = Rollout(
+        RolloutSpec(Schedule.explicit((0, 1, 5), 8), 2, uses_latent=True, rows=rows, frozen=True)
+    )
     late = [("cond", 7, c) for c in (0, 1, 2)]
     sigmas = [1.0, 0.97, 0.95, 0.92, 0.85, 0.8, 0.5, 0.2, 0.0]
     assert fitting._places(rollout, sigmas) == [("cond", 4, c) for c in (0, 1, 2)] + late
@@ -102,24 +104,24 @@ def test_a_rollout_follows_the_first_one_until_it_leaves(name, monkeypatch):
 
     monkeypatch.setattr(closed_loop._Batch, "compute", counted)
     job = make_job(name)
-    fitted = Rollout(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True)
+    fitted = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     base = run_rollouts(job, [fitted], reuse(4), STEPS)
-    first = FixedRollout.of(fitted)
-    other = fitting._moved(first, {(next(iter(first.rows)), 3, 0): 0.1})
+    first = fitted.fixed()
+    other = fitting._moved(first, {(next(iter(first.spec.rows)), 3, 0): 0.1})
     run_rollouts(job, [first, other], None, STEPS)
-    wanted = other.error
-    assert not torch.allclose(wanted, first.error)
+    wanted = other.result.error
+    assert not torch.allclose(wanted, first.result.error)
     for known in (None, base):
-        late = replace(other, leaves=3)
+        late = Rollout(replace(other.spec, leaves=3))
         rows.clear()
         run_rollouts(job, [first, late], None, STEPS, base=known)
-        torch.testing.assert_close(late.error, wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(late.result.error, wanted, rtol=1e-5, atol=1e-6)
         full = 3 + 1 + (STEPS if known is None else 0)  # the first rollout, the late one, the base
         assert sum(rows) == full * len(job.prompts) * 2  # guidance doubles every picture
 
 
 def test_what_cannot_be_bettered_is_returned_as_it_was():
     job = make_job("sdxl")
-    rollout = Rollout(Schedule.explicit(range(STEPS), STEPS), 3)
+    rollout = Rollout(RolloutSpec(Schedule.explicit(range(STEPS), STEPS), 3))
     run_rollouts(job, [rollout], reuse(4), STEPS)
     assert joint_fit(job, rollout, LATE) is rollout

@@ -14,7 +14,7 @@ from lesa.training.closed_loop import run_rollouts, take_rows
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash
-from lesa.training.rollout import Rollout
+from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
 from lesa.training.statistics import Statistics, gram
 
@@ -157,25 +157,29 @@ def test_rollouts_are_what_the_engine_does(pipe):
     """The engine ends where a frozen rollout ended; a rollout of full steps is the base run."""
     job, schedule = Job(pipe, captions(2), CALL), Schedule.explicit((0, 2, 5, 9), STEPS)
     full = Schedule.every(1, STEPS)
-    rollouts = [Rollout(schedule, 3, frozen=True), Rollout(schedule, 3), Rollout(full, 3)]
+    rollouts = [
+        Rollout(RolloutSpec(schedule, 3, frozen=True)),
+        Rollout(RolloutSpec(schedule, 3)),
+        Rollout(RolloutSpec(full, 3)),
+    ]
     run_rollouts(job, rollouts, reuse, STEPS)
-    assert rollouts[2].score.min() > 80  # float32 noise of another batch size
-    assert balanced(rollouts[1].score) > balanced(rollouts[0].score)
+    assert rollouts[2].result.score.min() > 80  # float32 noise of another batch size
+    assert balanced(rollouts[1].result.score) > balanced(rollouts[0].result.score)
     plain = job.run(range(2), STEPS).double().flatten(1)
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
         fast = job.run(range(2), STEPS).double().flatten(1)
     score = -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
-    torch.testing.assert_close(score, rollouts[0].score, rtol=0, atol=0.01)
+    torch.testing.assert_close(score, rollouts[0].result.score, rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("tap", ("output", "hidden"))
 def test_rollouts_with_k_above_the_cached_features_fit_what_there_is(pipe, tap):
     job, schedule = Job(pipe, captions(2), CALL, tap), Schedule.explicit((0, 9), STEPS)
-    rollout = Rollout(schedule, 3, uses_latent=tap == "output")
+    rollout = Rollout(RolloutSpec(schedule, 3, uses_latent=tap == "output"))
     rows = 4 if tap == "output" else 3
     run_rollouts(job, [rollout], lambda *asked: reuse(*asked)[:, :rows], STEPS)
-    assert torch.isfinite(rollout.score).all()
-    assert not rollout.coefficients["cond"][5, 1:3].any()
+    assert torch.isfinite(rollout.result.score).all()
+    assert not rollout.result.coefficients["cond"][5, 1:3].any()
 
 
 @pytest.fixture(scope="module")

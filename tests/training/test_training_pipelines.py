@@ -16,7 +16,7 @@ from lesa.hooks.prompt_inputs import count_prompts, prompt_arguments
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect
 from lesa.training.job import Job, parts_of
-from lesa.training.rollout import Rollout, Visit
+from lesa.training.rollout import Rollout, RolloutSpec, Visit
 from lesa.training.statistics import Statistics
 
 
@@ -91,15 +91,17 @@ def test_rows_with_guidance_are_fitted_to_their_guided_sum():
     """argmin_c |sum_h g_h (sum_k c_k r_kh - v_h)|^2, in closed form."""
     shares = torch.tensor([-3.0, 4.0], dtype=torch.float64)
     ring, base = torch.randn(2, 2, 3, 40), torch.randn(2, 3, 40)
-    rollout = Rollout(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0)
-    rollout.coefficients["default"] = torch.zeros(3, 2, dtype=torch.float64)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0))
+    rollout.result.coefficients["default"] = torch.zeros(3, 2, dtype=torch.float64)
     for feature in ring:
         rollout.push("default", feature)
     forecast = rollout.forecast(Visit(2, "default", shares), base, base, base)
     seen = torch.einsum("h,khpd->kpd", shares, ring.flip(0).double()).flatten(1)
     target = torch.einsum("h,hpd->pd", shares, base.double()).flatten()
     exact = torch.linalg.lstsq(seen.T, target[:, None]).solution[:, 0]
-    torch.testing.assert_close(rollout.coefficients["default"][2], exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        rollout.result.coefficients["default"][2], exact, rtol=1e-4, atol=1e-6
+    )
     mixed = torch.einsum("k,khpd->hpd", exact, ring.flip(0).double())
     torch.testing.assert_close(forecast.double(), mixed, rtol=1e-3, atol=1e-4)
 
@@ -116,12 +118,12 @@ def test_early_rows_are_drawn_to_a_line_and_later_ones_are_not(full, line):
     schedule = Schedule.explicit(sorted({0, *full}), 5)
     found = {}
     for sigma in (0.9, 0.85):
-        rollout = Rollout(schedule, size, uses_latent=False, ridge=0.0, shrinkage=0.4)
-        rollout.coefficients["cond"] = torch.zeros(5, size, dtype=torch.float64)
+        rollout = Rollout(RolloutSpec(schedule, size, uses_latent=False, ridge=0.0, shrinkage=0.4))
+        rollout.result.coefficients["cond"] = torch.zeros(5, size, dtype=torch.float64)
         for feature in ring:
             rollout.push("cond", feature)
         rollout.forecast(Visit(step, "cond", sigma=sigma), base, base, base)
-        found[sigma] = rollout.coefficients["cond"][step]
+        found[sigma] = rollout.result.coefficients["cond"][step]
     matrix = ring.flip(0).double().flatten(1).T
     exact = torch.linalg.lstsq(matrix, base.double().flatten()[:, None]).solution[:, 0]
     torch.testing.assert_close(found[0.85], exact, rtol=1e-6, atol=1e-8)
@@ -142,10 +144,10 @@ def test_behind_a_norm_the_fit_is_no_worse_than_where_it_began(seed):
 
     truth = tail(path[3]) + 0.05 * torch.randn(1, 2, 40)
     prior = torch.tensor([2.0, -1.0, 0.0], dtype=torch.float64)
-    rollout = Rollout(Schedule.explicit((0, 1, 2), 4), 3, uses_latent=False)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 1, 2), 4), 3, uses_latent=False))
     for feature in path[:3]:
         rollout.push("cond", feature)
-    rollout.coefficients["cond"] = torch.stack([torch.zeros_like(prior)] * 3 + [prior])
+    rollout.result.coefficients["cond"] = torch.stack([torch.zeros_like(prior)] * 3 + [prior])
     output = rollout.forecast(Visit(3, "cond"), truth, truth, truth, tail)
     began = tail(2 * path[2] - path[1])
     assert (output - truth).norm() <= (began - truth).norm()
@@ -162,12 +164,14 @@ def test_behind_a_tail_the_fit_sees_what_the_tail_lets_through():
         return kept / (1 + 0.1 * kept.square())
 
     truth = tail(0.7 * ring[0] + 0.6 * ring[1]) + 0.01 * torch.randn(1, 2, 20)
-    rollout = Rollout(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 1), 3), 2, uses_latent=False, ridge=0.0))
     for feature in ring[::-1]:
         rollout.push("cond", feature)
-    rollout.coefficients["cond"] = torch.tensor([[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]).double()
+    rollout.result.coefficients["cond"] = torch.tensor(
+        [[0.0, 0.0], [0.0, 0.0], [1.0, 0.0]]
+    ).double()
     output = rollout.forecast(Visit(2, "cond"), truth, truth, truth, tail)
-    row = rollout.coefficients["cond"][2]
+    row = rollout.result.coefficients["cond"][2]
 
     def loss(weights):
         return (tail(weights[0] * ring[0] + weights[1] * ring[1]) - truth).square().mean()
@@ -199,10 +203,12 @@ def test_the_second_call_makes_up_for_what_the_first_one_missed():
     """argmin_c |w e_cond + (1 - w) e_uncond|^2 over the second branch's coefficients."""
     w, one = 4.0, torch.ones(1, dtype=torch.float64)
     ring, truth = torch.randn(2, 1, 3, 40), torch.randn(2, 1, 3, 40)
-    rollout = Rollout(Schedule.explicit((0,), 2), 1, uses_latent=False, ridge=0.0, drift=0.0)
+    rollout = Rollout(
+        RolloutSpec(Schedule.explicit((0,), 2), 1, uses_latent=False, ridge=0.0, drift=0.0)
+    )
     errors = []
     for branch, rate, feature, base in zip("cu", (w, 1 - w), ring, truth, strict=True):
-        rollout.coefficients[branch] = torch.zeros(2, 1, dtype=torch.float64)
+        rollout.result.coefficients[branch] = torch.zeros(2, 1, dtype=torch.float64)
         rollout.push(branch, feature)
         forecast = rollout.forecast(Visit(1, branch, one, rate), base, base, base)
         errors.append(rate * (forecast - base).double().flatten())
@@ -215,13 +221,16 @@ def test_rollouts_are_what_the_engine_does(name):
     """The engine ends where a frozen rollout ended; a rollout of full steps is the base run."""
     more = {"num_images_per_prompt": 2} if name == "sdxl" else {}
     job, schedule = make_job(name, **more), Schedule.explicit((0, 2, 4), STEPS)
-    rollouts = [Rollout(schedule, 3, frozen=True), Rollout(Schedule.every(1, STEPS), 3)]
+    rollouts = [
+        Rollout(RolloutSpec(schedule, 3, frozen=True)),
+        Rollout(RolloutSpec(Schedule.every(1, STEPS), 3)),
+    ]
     run_rollouts(job, rollouts, reuse(4), STEPS, collect(job, STEPS))
-    assert rollouts[1].score.min() > 80  # float32 noise of another batch size
+    assert rollouts[1].result.score.min() > 80  # float32 noise of another batch size
     plain = job.run(range(2), STEPS)
     with lesa.accelerate(job.pipe, lesa.Reuse(), schedule=schedule):
         fast = job.run(range(2), STEPS)
-    torch.testing.assert_close(decibels(plain, fast), rollouts[0].score, rtol=0, atol=0.02)
+    torch.testing.assert_close(decibels(plain, fast), rollouts[0].result.score, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("name", ["qwen", "hunyuan-video", "sdxl", "chroma", "sana", "wan-2.2"])
@@ -254,10 +263,10 @@ def test_training_beats_reuse_and_taylor_on_its_own_prompts(name, tmp_path):
 @pytest.mark.parametrize("latent", [False, True])
 def test_parts_are_fitted_together_to_their_guided_sum(latent, monkeypatch):
     """argmin_c |sum_h g_h (sum_k c_kh r_kh - v_h) + c_x x|^2, not tied to one row for all."""
-    monkeypatch.setattr("lesa.training.rollout.TIE", 1e-12)
+    monkeypatch.setattr("lesa.training.row_fit.TIE", 1e-12)
     shares = torch.tensor([-3.0, 4.0], dtype=torch.float64)
     ring, base, x = torch.randn(2, 2, 3, 40), torch.randn(2, 3, 40), torch.randn(1, 3, 40)
-    rollout = Rollout(Schedule.explicit((0, 1), 3), 2, latent, ridge=0.0)
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 1), 3), 2, latent, ridge=0.0))
     rollout.start("default", torch.zeros(3, 2 + latent, dtype=torch.float64), 2)
     for feature in ring:
         rollout.push("default", feature)
@@ -267,9 +276,9 @@ def test_parts_are_fitted_together_to_their_guided_sum(latent, monkeypatch):
     target = torch.einsum("h,hpd->pd", shares, base.double()).flatten()
     exact = torch.linalg.lstsq(seen.T, target[:, None]).solution[:, 0]
     guided = torch.einsum("h,hpd->pd", shares, forecast.double()).flatten()
-    best, one = seen.T @ exact, rollout.shared["default"][2]
+    best, one = seen.T @ exact, rollout.result.shared["default"][2]
     assert (guided - target).norm() < (1 + 1e-3) * (best - target).norm()
-    found = rollout.coefficients["default"][2]
+    found = rollout.result.coefficients["default"][2]
     assert one.shape == (2 + latent,) and found.shape == (2 + latent, 2)
     torch.testing.assert_close(found[:2].T.flatten(), exact[:4], rtol=1e-3, atol=1e-4)
     assert not latent or found[2, 0] == found[2, 1]
@@ -307,9 +316,12 @@ def test_few_steps_beat_reuse_with_what_the_ring_holds(steps, count):
     schedule = trained.schedule_for(count, steps)
     table = trained.table(schedule, trained.calibrations[0].sigmas)
     assert table.used(schedule.skipped_steps[0]).endswith("of 3 features + latent") or count > 2
-    rollouts = [Rollout(schedule, 3, drift=0.0), Rollout(schedule, 3, frozen=True)]
+    rollouts = [
+        Rollout(RolloutSpec(schedule, 3, drift=0.0)),
+        Rollout(RolloutSpec(schedule, 3, frozen=True)),
+    ]
     run_rollouts(job, rollouts, reuse(4), steps)
-    assert rollouts[0].score.mean() > rollouts[1].score.mean() + 1
+    assert rollouts[0].result.score.mean() > rollouts[1].result.score.mean() + 1
     plain = job.run(range(2), steps)
     runs = []
     for forecaster in (trained, lesa.Reuse()):
