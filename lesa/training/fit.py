@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import cycle
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
@@ -15,6 +17,43 @@ from lesa.training.statistics import Statistics
 from lesa.util.numerics import gradients
 
 LONGEST_GAP = 12  # steps between full steps that random step lists reach
+
+
+def minimise(
+    net: nn.Module,
+    loss: Callable[[], Tensor],
+    title: str,
+    progress: Progress,
+    *,
+    iterations: int,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> list[float]:
+    """Descend on ``loss()`` by AdamW with a cosine decay; returns all losses.
+
+    Args:
+        net: the module whose parameters move.
+        loss: computes a differentiable scalar.
+        title: of the progress bar.
+        progress: where the bar is shown.
+        iterations: number of steps.
+        lr: the first learning rate; the last is a fiftieth of it.
+        betas: of AdamW.
+    """
+    optimiser = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0)
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=lr / 50)
+    losses = []
+    with progress.bar(title, iterations) as advance:
+        for _ in range(iterations):
+            value = loss()
+            optimiser.zero_grad()
+            value.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimiser.step()
+            decay.step()
+            losses.append(value.item())
+            advance(1)
+    return losses
 
 
 @gradients()
@@ -33,51 +72,43 @@ def fit_continuous(
 
     Every draw is a target step and K cached steps before it; its squared error is c^T G c over
     their (K + 2)-square part of the mean Gram matrix. Step counts and branches take turns.
-    Returns the last loss (a relative RMS error).
+    Returns the last losses (relative RMS errors), smoothed.
     """
     progress = progress or Progress(quiet=True)
     generator = torch.Generator().manual_seed(seed)
-    optimiser = torch.optim.AdamW(
-        forecaster.net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0
-    )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=lr / 50)
-    parts = [
-        (s, torch.tensor(s.sigmas, dtype=torch.float64), b, s.mean(b))
-        for s in statistics
-        for b in s.branches
-    ]
-    smooth = 0.0
-    with progress.bar("ground-truth fit", iterations) as advance:
-        for iteration in range(iterations):
-            source, sigmas, branch, gram = parts[iteration % len(parts)]
-            target, cached, valid = draw_steps(
-                source.num_steps, forecaster.settings.history, batch, generator
-            )
-            weights = forecaster.coefficients(sigmas[target], sigmas[cached], valid, branch)
-            columns = torch.cat(
-                [
-                    cached,
-                    *([target[:, None] + source.num_steps] if forecaster.uses_latent else []),
-                    target[:, None],
-                ],
-                1,
-            )
-            error = torch.cat([weights, -torch.ones_like(weights[:, :1])], 1)
-            moments = gram[columns[:, :, None], columns[:, None, :]]
-            energy = torch.einsum("ni,nij,nj->n", error, moments, error) / gram[target, target]
-            loss = (energy.clamp(min=0) + 1e-8).sqrt().mean()
-            optimiser.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(forecaster.net.parameters(), 1.0)
-            optimiser.step()
-            decay.step()
-            value = loss.item()
-            smooth = value if iteration == 0 else 0.95 * smooth + 0.05 * value
-            advance(1)
-    progress.line(
-        f"ground-truth fit: relative RMS error {smooth:.4f} after {iterations} iterations"
-    )
+    parts = cycle([(each, name, each.mean(name)) for each in statistics for name in each.branches])
+
+    def loss() -> Tensor:
+        source, branch, gram = next(parts)
+        drawn = draw_steps(source.num_steps, forecaster.settings.history, batch, generator)
+        return _drawn_error(forecaster, source.sigmas, branch, gram, drawn)
+
+    title, net = "ground-truth fit", forecaster.net
+    losses = minimise(net, loss, title, progress, iterations=iterations, lr=lr, betas=(0.9, 0.99))
+    smooth = losses[0]
+    for value in losses[1:]:
+        smooth = 0.95 * smooth + 0.05 * value
+    progress.line(f"{title}: relative RMS error {smooth:.4f} after {iterations} iterations")
     return smooth
+
+
+def _drawn_error(
+    forecaster: LesaForecaster,
+    sigmas: Sequence[float],
+    branch: str,
+    gram: Tensor,
+    drawn: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """Mean relative RMS error over drawn targets, cached steps and which of these exist."""
+    target, cached, valid = drawn
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    weights = forecaster.coefficients(levels[target], levels[cached], valid, branch)
+    latent = [target[:, None] + len(sigmas) - 1] if forecaster.uses_latent else []
+    columns = torch.cat([cached, *latent, target[:, None]], 1)
+    error = torch.cat([weights, -torch.ones_like(weights[:, :1])], 1)
+    moments = gram[columns[:, :, None], columns[:, None, :]]
+    energy = torch.einsum("ni,nij,nj->n", error, moments, error) / gram[target, target]
+    return (energy.clamp(min=0) + 1e-8).sqrt().mean()
 
 
 def draw_steps(
@@ -128,26 +159,28 @@ def fit_paper(
         grams, visited = base, None
         if visits is not None and unrolled:
             grams, visited = visits(net), statistics.num_steps
-        optimiser = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=0.0)
-        decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=rate / 50)
-        with progress.bar(title, iterations) as advance:
-            for _ in range(iterations):
-                losses = [
-                    _window_error(net, gram, statistics.sigmas, schedule, branch, unrolled, visited)
-                    for branch, gram in grams.items()
-                ]
-                loss = torch.stack(losses).mean()
-                optimiser.zero_grad()
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-                optimiser.step()
-                decay.step()
-                advance(1)
-        results.append(loss.item())
+        loss = partial(_mean_error, net, grams, statistics.sigmas, schedule, unrolled, visited)
+        results.append(minimise(net, loss, title, progress, iterations=iterations, lr=rate)[-1])
         progress.line(
             f"{title}: relative RMS error {results[-1]:.4f} after {iterations} iterations"
         )
     return results[0], results[-1]
+
+
+def _mean_error(
+    net: PaperForm,
+    grams: Mapping[str, Tensor],
+    sigmas: Sequence[float],
+    schedule: Schedule,
+    unrolled: bool,
+    visited: int | None,
+) -> Tensor:
+    """`_window_error` averaged over the guidance branches."""
+    errors = [
+        _window_error(net, gram, sigmas, schedule, branch, unrolled, visited)
+        for branch, gram in grams.items()
+    ]
+    return torch.stack(errors).mean()
 
 
 def _window_error(
