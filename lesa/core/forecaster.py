@@ -45,13 +45,13 @@ def check_sigmas(schedule: Schedule, sigmas: Sequence[float]) -> tuple[float, ..
     steps = schedule.steps
     if len(levels) != steps + 1:
         raise LesaError(
-            f"sigmas holds {len(levels)} values but a schedule of {steps} steps needs {steps + 1}; "
+            f"sigmas={len(levels)} values: a schedule of {steps} steps needs {steps + 1}; "
             "pass the noise level at the start of every step and at the end"
         )
     decreasing = all(a > b for a, b in zip(levels, levels[1:], strict=False))
     if not decreasing or levels[0] > 1 + 1e-6 or levels[-1] < -1e-6:
         raise LesaError(
-            f"sigmas={[round(level, 4) for level in levels]} do not strictly decrease within "
+            f"sigmas={[round(level, 4) for level in levels]}: they do not strictly decrease within "
             "[0, 1]; map variance-exploding levels by sigma / (1 + sigma)"
         )
     return levels

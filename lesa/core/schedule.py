@@ -27,7 +27,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.rule not in _RULES:
             known = ", ".join(_RULES)
-            raise LesaError(f"schedule rule {self.rule!r} is unknown; use one of {known}")
+            raise LesaError(f"rule={self.rule!r}: unknown; use one of {known}")
         object.__setattr__(self, "value", _checked_value(self.rule, self.value))
         if self.num_steps is not None:
             object.__setattr__(self, "num_steps", _whole("num_steps", self.num_steps, 1))
@@ -69,7 +69,7 @@ class Schedule:
             return Schedule(self.rule, self.value, num_steps)
         if self.num_steps != num_steps:
             raise LesaError(
-                f"schedule {self} is bound to {self.num_steps} steps, the run has {num_steps}; "
+                f"schedule={self}: bound to {self.num_steps} steps, the run has {num_steps}; "
                 "pass a schedule without num_steps, or one for this step count"
             )
         return self
@@ -84,7 +84,7 @@ class Schedule:
         """The number of steps; LesaError while unbound."""
         if self.num_steps is None:
             raise LesaError(
-                f"schedule {self} has no num_steps; call bind(num_steps) with the run's step count"
+                f"schedule={self}: no num_steps; call bind(num_steps) with the run's step count"
             )
         return self.num_steps
 
@@ -122,7 +122,7 @@ class Schedule:
             return cls(description["rule"], value, num_steps)
         except KeyError as missing:
             raise LesaError(
-                f"schedule {dict(description)!r} has no field {missing}; "
+                f"schedule={dict(description)!r}: it has no field {missing}; "
                 "write it with Schedule.to_dict()"
             ) from None
 
@@ -144,7 +144,7 @@ def spread(positions: Iterable[float], num_steps: int) -> tuple[int, ...]:
     steps = [round(position) for position in positions]
     if len(steps) > num_steps:
         raise LesaError(
-            f"full_steps={len(steps)} is more than num_steps={num_steps}; ask for fewer full steps"
+            f"full_steps={len(steps)}: more than num_steps={num_steps}; ask for fewer full steps"
         )
     for i in range(1, len(steps)):
         steps[i] = max(steps[i], steps[i - 1] + 1)
@@ -157,18 +157,18 @@ def _checked_value(rule: str, value: Any) -> int | float | tuple[int, ...]:
     if rule == "spectrum":
         if isinstance(value, (int, float)) and 0 <= value < float("inf"):
             return value
-        raise LesaError(f"growth={value!r} is not a finite number >= 0; Spectrum uses 0.75 to 4")
+        raise LesaError(f"growth={value!r}: not a finite number >= 0; Spectrum uses 0.75 to 4")
     if rule != "explicit":
         return _whole("interval", value, 1)
     steps = tuple(sorted({_whole("full_steps entry", step, 0) for step in value}))
     if not steps or steps[0] != 0:
-        raise LesaError(f"full_steps={steps} lacks step 0, which has nothing to reuse; add 0")
+        raise LesaError(f"full_steps={steps}: it lacks step 0, which has nothing to reuse; add 0")
     return steps
 
 
 def _whole(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
-        raise LesaError(f"{name}={value!r} is not a whole number >= {least}; use {least} or more")
+        raise LesaError(f"{name}={value!r}: not a whole number >= {least}; use {least} or more")
     return value.__index__()
 
 
@@ -181,12 +181,12 @@ def _every(interval: int, num_steps: int) -> tuple[int, ...]:
 def _explicit(full_steps: tuple[int, ...], num_steps: int) -> tuple[int, ...]:
     if len(full_steps) > num_steps:
         raise LesaError(
-            f"full_steps holds {len(full_steps)} steps but num_steps={num_steps}; "
+            f"full_steps={full_steps}: it holds {len(full_steps)} steps but num_steps={num_steps}; "
             "list fewer full steps"
         )
     if full_steps[-1] >= num_steps:
         raise LesaError(
-            f"full_steps={full_steps} holds step {full_steps[-1]} but num_steps={num_steps} "
+            f"full_steps={full_steps}: it holds step {full_steps[-1]} but num_steps={num_steps} "
             f"ends at step {num_steps - 1}; drop the later steps"
         )
     return full_steps

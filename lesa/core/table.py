@@ -64,19 +64,21 @@ class Table:
         object.__setattr__(self, "coefficients", coefficients)
         if coefficients.ndim != 2 or coefficients.shape[0] != steps or self.history < 1:
             raise LesaError(
-                f"coefficients have shape {list(coefficients.shape)}; a schedule of {steps} steps "
-                f"needs [{steps}, K{' + 1' if self.uses_latent else ''}] with K >= 1"
+                f"coefficients={list(coefficients.shape)}: a wrong shape; a schedule of {steps} "
+                f"steps needs [{steps}, K{' + 1' if self.uses_latent else ''}] with K >= 1"
             )
         if self.bias is not None:
             object.__setattr__(self, "bias", _float64(self.bias))
             if self.bias.shape != (steps,):
-                raise LesaError(f"bias has shape {list(self.bias.shape)}; it must be [{steps}]")
+                raise LesaError(
+                    f"bias={list(self.bias.shape)}: a wrong shape; it must be [{steps}]"
+                )
         self._check_rows(coefficients)
         if self.split is not None:
             object.__setattr__(self, "split", _float64(self.split))
             if self.split.ndim != 3 or self.split.shape[:2] != coefficients.shape:
                 raise LesaError(
-                    f"split has shape {list(self.split.shape)}; beside coefficients "
+                    f"split={list(self.split.shape)}: a wrong shape; beside coefficients "
                     f"{list(coefficients.shape)} it must be [{steps}, {coefficients.shape[1]}, P]"
                 )
             for part in self.split.unbind(-1):
@@ -92,13 +94,14 @@ class Table:
         early = features & (torch.arange(self.history, device="cpu") >= held[:, None])
         full = list(self.schedule.full_steps)
         if (step := _first(~rows.isfinite())) is not None:
-            raise LesaError(f"coefficients of step {step} are not finite; fit or set them again")
+            wrong = rows[step][~rows[step].isfinite()][0].item()
+            raise LesaError(f"coefficients[{step}]={wrong}: not finite; fit or set them again")
         if (at := _first(rows[full] != 0)) is not None:
-            raise LesaError(f"step {full[at]} is full but has coefficients; set its row to 0")
+            raise LesaError(f"step={full[at]}: it is full but has coefficients; set its row to 0")
         if (step := _first(early)) is not None:
             raise LesaError(
-                f"step {step} weighs column {int(early[step].nonzero().max())} but the ring holds "
-                f"{int(held[step])} feature(s) by then; set the later columns to 0"
+                f"step={step}: it weighs column {int(early[step].nonzero().max())} but the ring "
+                f"holds {int(held[step])} feature(s) by then; set the later columns to 0"
             )
 
     @classmethod
@@ -166,15 +169,15 @@ class Table:
         step, when a weighed feature is missing, or when the table needs a latent and gets none.
         """
         if self.schedule.is_full(step):
-            raise LesaError(f"step {step} is full and has no forecast; apply skipped steps only")
+            raise LesaError(f"step={step}: full, without a forecast; apply skipped steps only")
         row = self.row(step)
         used = int(row[: self.history].nonzero().max()) + 1 if row[: self.history].any() else 0
         if len(features) < max(used, 1):
-            raise LesaError(f"features={len(features)} but step {step} weighs {used}; pass all")
+            raise LesaError(f"features={len(features)}: step {step} weighs {used}; pass all")
         terms = [row[k] * features[k].double() for k in range(used)]
         if self.uses_latent:
             if latent is None:
-                raise LesaError(f"latent=None but the table weighs it at step {step}; pass latent")
+                raise LesaError(f"latent=None: the table weighs it at step {step}; pass latent")
             terms.append(row[-1] * latent.double())
         total = sum(terms, torch.zeros_like(features[0], dtype=torch.float64))
         return total if self.bias is None else total + self.bias[step]

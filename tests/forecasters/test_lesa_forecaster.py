@@ -361,7 +361,7 @@ def test_settings_errors_name_the_field_and_value(fields, told):
 
 def test_wrong_sigmas_and_rows_are_refused():
     forecaster = LesaForecaster()
-    with pytest.raises(LesaError, match="sigmas holds 29 values but a schedule of 50"):
+    with pytest.raises(LesaError, match="sigmas=29 values: a schedule of 50"):
         forecaster.table(PLAN, levels(28))
     with pytest.raises(LesaError, match="do not strictly decrease"):
         forecaster.table(PLAN, SIGMAS[::-1])
