@@ -144,8 +144,8 @@ class _Batch:
         args, kwargs = self.rows(rows)
 
         def sample(feature: Tensor) -> Tensor:
-            run = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
-            found = read_sample(run.output)
+            behind = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
+            found = read_sample(behind.output)
             assert found is not None
             return found.unflatten(0, feature.shape[:2])
 
@@ -221,11 +221,11 @@ def run_rollouts(
     step = LockStep(job, rollouts, prior, statistics, len(rows), with_base=base is None)
     with job.controlled(step):
         final = job.run(rows * copies, num_inference_steps)
-    runs = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
-    base = runs[0] if base is None else base
-    for rollout, run in zip(rollouts, runs[1:], strict=True):
+    ends = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
+    base = ends[0] if base is None else base
+    for rollout, end in zip(rollouts, ends[1:], strict=True):
         rollout.state = RolloutState()
-        error = (run - base) / base.square().mean(1, keepdim=True).sqrt()
+        error = (end - base) / base.square().mean(1, keepdim=True).sqrt()
         rollout.result.error = error
         rollout.result.score = -10 * torch.log10(error.square().mean(1) + 1e-12)
     return base

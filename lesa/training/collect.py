@@ -12,7 +12,7 @@ from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.sampler import Sampler
-from lesa.training.statistics import Statistics, gram
+from lesa.training.statistics import Statistics, inner_products
 
 
 class Collector:
@@ -58,22 +58,29 @@ class Collector:
 
         Raises LesaError where the branches or their rows changed from step to step.
         """
-        runs, latents = self.features, self.latents
+        branches, latents = self.features, self.latents
         steps = len(self.sigmas) - 1
-        rows = {name: len(run[0]) for name, run in runs.items()}
-        for name, run in runs.items():
-            if len(run) != steps or any(len(part) != rows[name] for part in run):
+        rows = {name: len(features[0]) for name, features in branches.items()}
+        for name, features in branches.items():
+            if len(features) != steps or any(len(part) != rows[name] for part in features):
                 raise LesaError(
                     f"guidance branch {name!r} is not the same at all steps of this pipeline: "
                     "train with a call that guides every step alike"
                 )
-        parts = [part[row] for n, run in runs.items() for row in range(rows[n]) for part in run]
+        parts = [
+            feature[row]
+            for name, features in branches.items()
+            for row in range(rows[name])
+            for feature in features
+        ]
         if len(latents) == steps:
             fits = final.numel() == latents[0].numel()
             parts += [*latents, *([final.flatten(1).to(latents[0])] if fits else [])]
         basis = [*parts, torch.ones_like(parts[0])]
         self.peak_bytes = max(self.peak_bytes, sum(part.nbytes for part in basis))
-        grams = [gram(torch.stack([part[i] for part in basis])) for i in range(self.pictures)]
+        grams = [
+            inner_products(torch.stack([part[i] for part in basis])) for i in range(self.pictures)
+        ]
         self._forget()
         return Trajectories(rows, len(parts) - steps * sum(rows.values()), torch.stack(grams))
 

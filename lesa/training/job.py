@@ -55,12 +55,12 @@ class Job:
         """Final latents of one call of the pipeline for some prompts, ``[len(rows) x pictures,
         ...]``; every picture of prompt ``i`` from a noise source of its own, always the same."""
         fixed = {"output_type": "latent", "return_dict": False}
-        call = prompt_arguments(self.prompts, self.call, rows)
-        call |= fixed | {"num_inference_steps": num_inference_steps}
+        arguments = prompt_arguments(self.prompts, self.call, rows)
+        arguments |= fixed | {"num_inference_steps": num_inference_steps}
         seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         with torch.no_grad():
-            return self.pipe(generator=noise, **call)[0]
+            return self.pipe(generator=noise, **arguments)[0]
 
     def controlled(self, controller: Controller) -> AbstractContextManager[None]:
         """Let ``controller`` decide every call of the denoisers; they are as before afterwards."""

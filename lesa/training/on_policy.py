@@ -14,7 +14,7 @@ from lesa.training.closed_loop import run_rollouts
 from lesa.training.job import Job
 from lesa.training.rollout import Rollout, RolloutSpec, Visit
 from lesa.training.row_fit import Tail, mixed
-from lesa.training.statistics import gram
+from lesa.training.statistics import inner_products
 
 PROMPTS = 4  # of the calibration prompts
 
@@ -71,5 +71,5 @@ def visited_gram(
     for branch in branches:
         vectors = torch.stack([*base.seen[branch], *fast.seen[branch]])
         vectors = torch.cat([vectors, torch.ones_like(vectors[:1])])
-        found[branch] = vectors.shape[1] * gram(vectors)
+        found[branch] = vectors.shape[1] * inner_products(vectors)
     return found

@@ -193,7 +193,7 @@ class Statistics:
         return found
 
 
-def gram(basis: Tensor, chunk: int = 1 << 20) -> Tensor:
+def inner_products(basis: Tensor, chunk: int = 1 << 20) -> Tensor:
     """Inner products of the rows of ``[M, D]``, divided by D, on the host; taken in float64 where
     the rows lie (`lesa.util.numerics.float64`), ``chunk`` elements being upcast at a time."""
     total = torch.zeros(basis.shape[0], basis.shape[0], dtype=torch.float64)

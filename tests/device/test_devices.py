@@ -18,7 +18,7 @@ from lesa.evaluation.peers.teacache import FLUX, teacache
 from lesa.evaluation.runs import generate
 from lesa.testbed import prompts, settings
 from lesa.training.row_fit import ridge_fit
-from lesa.training.statistics import gram
+from lesa.training.statistics import inner_products
 from lesa.util import numerics
 from lesa.util.numerics import float64
 
@@ -87,7 +87,8 @@ def test_without_float64_sums_are_taken_on_the_host(gpu, monkeypatch):
     torch.manual_seed(0)
     basis = torch.randn(4, 50)
     pictures = basis.sigmoid()
-    expected = gram(basis), ridge_fit([*basis[:3]], basis[3], torch.zeros(3).double(), 1e-3)
+    start = torch.zeros(3).double()
+    expected = inner_products(basis), ridge_fit([*basis[:3]], basis[3], start, 1e-3)
     quality = psnr(pictures[:2], pictures[2:])
     monkeypatch.setattr(gpu, "has_float64", False)
     monkeypatch.setattr(numerics, "_has_float64", cache(numerics._has_float64.__wrapped__))
@@ -95,7 +96,7 @@ def test_without_float64_sums_are_taken_on_the_host(gpu, monkeypatch):
     with pytest.raises(TypeError):
         there.double()
     assert float64(there).is_cpu
-    torch.testing.assert_close(gram(there), expected[0])
+    torch.testing.assert_close(inner_products(there), expected[0])
     fitted = ridge_fit([*there[:3]], there[3], torch.zeros(3).double(), 1e-3)
     torch.testing.assert_close(fitted, expected[1])
     torch.testing.assert_close(psnr(shown[:2], shown[2:]), quality)

@@ -19,7 +19,7 @@ from lesa.evaluation.peers.learned import L2P, LEARNED, fit_l2p, l2p_schedule
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.forecasters import Forecaster, Reuse
 from lesa.training.fit import fit_paper
-from lesa.training.statistics import Statistics, gram
+from lesa.training.statistics import Statistics, inner_products
 from lesa.training.train import train
 from tests.tiny_pipelines import build, run
 
@@ -36,7 +36,7 @@ def smooth_features(pictures=3, steps=STEPS, width=40):
 def statistics_of(features):
     found = Statistics(tuple(torch.linspace(1, 0, STEPS + 1).tolist()), "output", 0, {"default": 1})
     ones = torch.ones(1, features.shape[-1], dtype=torch.float64)
-    grams = [gram(torch.cat([picture, ones])) for picture in features]
+    grams = [inner_products(torch.cat([picture, ones])) for picture in features]
     found.extend(torch.stack(grams), [f"prompt {i}" for i in range(len(features))])
     return found
 

@@ -16,7 +16,7 @@ from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
-from lesa.training.statistics import Statistics, gram
+from lesa.training.statistics import Statistics, inner_products
 
 STEPS = 12
 
@@ -44,7 +44,7 @@ def test_gram_equals_float64_inner_products_in_any_chunking():
     basis = torch.randn(5, 1001)
     exact = basis.double() @ basis.double().T / 1001
     for chunk in (7, 5 * 100, 1 << 20):
-        torch.testing.assert_close(gram(basis, chunk), exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(inner_products(basis, chunk), exact, rtol=1e-12, atol=1e-12)
 
 
 def test_statistics_survive_a_file_and_damage_is_told(tmp_path, statistics):
