@@ -369,7 +369,7 @@ def test_wrong_sigmas_and_rows_are_refused():
         forecaster.table(PLAN, [sigma * 14 for sigma in SIGMAS])
     with pytest.raises(LesaError, match="weigh 4 features but history=3"):
         forecaster.correct(PLAN, SIGMAS, "cond", torch.zeros(50, 5))
-    with pytest.raises(LesaError, match="step 0 is full"):
+    with pytest.raises(LesaError, match="step=0: it is full"):
         forecaster.correct(PLAN, SIGMAS, "cond", torch.ones(50, 4))
     with pytest.raises(LesaError, match="was not trained"):
         forecaster.correct(PLAN, SIGMAS, "uncond", torch.zeros(50, 4))
