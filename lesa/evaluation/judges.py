@@ -111,7 +111,7 @@ def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[st
     """`shape`, `colour`, `place`, and `motion` of videos: shares of what a caption of the embedded
     pipelines says that its picture shows (`lesa_testbed.checker`).
 
-    Raises: LesaError for a prompt that is no such caption, or without lesa-testbed.
+    Raises: LesaError for a prompt that is not such a caption, or without lesa-testbed.
     """
     checker = part("lesa_testbed.checker", "judge='attributes'")
 
