@@ -17,6 +17,7 @@ if find_spec("triton") is None or torch.cuda.is_available():  # a true device is
 def gpu() -> Iterator[Any]:
     """The devices cuda:0 and cuda:1, computed on one thread: tensors are small, operators many."""
     from device.pretend_cuda import pretend_gpu  # Triton only now: tests/kernels sets it up first
+    from diffusers import AutoencoderKL  # noqa: F401  first imported while pretending, it fails
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
