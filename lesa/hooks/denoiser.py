@@ -56,6 +56,8 @@ class Call(NamedTuple):
 
     def argument(self, name: str) -> Any:
         """Value of an argument of the forward, or None."""
+        if not self.args:  # as pipelines call: one call of Python less
+            return self.kwargs.get(name)
         return self.denoiser.argument(name, self.args, self.kwargs)
 
 
