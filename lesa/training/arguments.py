@@ -101,8 +101,13 @@ def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int]) -> None:
-    """LesaError where more steps are to be full than there are."""
+def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], form: str) -> None:
+    """LesaError where more steps are to be full than there are, or a form takes one count only."""
+    for name, counts in (("num_inference_steps", num_inference_steps), ("full_steps", full_steps)):
+        if form == "paper" and len(counts) > 1:
+            raise LesaError(
+                f"{name}={counts}: form='paper' is tied to one step list; pass one number"
+            )
     if max(full_steps) > min(num_inference_steps):
         raise LesaError(
             f"full_steps={max(full_steps)} is more than num_inference_steps="

@@ -49,6 +49,11 @@ def idle():
         (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
         (dict(prompts=[""]), "^prompts="),
+        (
+            dict(form="paper", full_steps=(3, 2)),
+            r"^full_steps=\[3, 2\]: form='paper' is tied",
+        ),
+        (dict(form="paper", num_inference_steps=(6, 8)), r"^num_inference_steps=\[6, 8\]: form="),
     ],
 )
 def test_a_wrong_argument_is_told_before_any_work(idle, options, message):
