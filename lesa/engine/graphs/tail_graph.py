@@ -92,15 +92,9 @@ class TailGraph:
         """
         bias = table.on(feature.device).bias
         mix_modulate = implementation("mix_modulate", feature, table.history, {"bias": bias})
-        key = GraphKey(
-            tuple(feature.shape),
-            feature.dtype,
-            feature.device,
-            branch,
-            table.history,
-            len(table.rows),
-            (bias is None, mix_modulate),
-        )
+        layout = tuple(feature.shape), feature.dtype, feature.device
+        variant = bias is None, mix_modulate
+        key = GraphKey(*layout, branch, table.history, len(table.rows), variant)
         lease = graphs.acquire(
             key,
             (layer.projection,),
