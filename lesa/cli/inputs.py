@@ -153,7 +153,7 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
 
 
 def _device(name: str) -> Any:
-    """The device, once a tensor was made on it."""
+    """The device, once a number was written to it and read: some, such as meta, hold none."""
     import torch
 
     try:
@@ -161,7 +161,7 @@ def _device(name: str) -> Any:
     except RuntimeError:
         raise LesaError(f"device={name!r}: unknown; give one of: {_devices()}") from None
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise

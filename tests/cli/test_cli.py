@@ -419,6 +419,7 @@ def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
 def test_device_and_dtype(prompts, tmp_path):
     common = ("generate", "testbed", "--prompts", prompts, "--out", tmp_path)
     assert "device='tpu0': unknown" in refused(*common, "--device", "tpu0")
+    assert "device='meta': not usable here" in refused(*common, "--device", "meta")
     assert "dtype='int8': unknown" in refused("generate", tmp_path, *common[2:], "--dtype", "int8")
 
 
