@@ -44,11 +44,12 @@ class DeviceTable(NamedTuple):
 class StepTable:
     """A table, unpacked for the step path.
 
-    `rows[s]` is None at a full step, else one row for each of the `parts` of a call: 1, or as many
-    guidance parts as the table has separate coefficients for, where calls hold that many. `pushes[s]`
-    says whether step s's feature enters the ring and `expected[s]` how many have entered before it.
-    Features that no later step needs do not enter, and `history` is no more than any row reaches
-    back. `last` is the last skipped step (0 where there is none), after which no ring is needed.
+    `rows[s]` is None at a full step, else one row for each of the `parts` of a call: 1, or as
+    many guidance parts as the table has separate coefficients for, where calls hold that many.
+    `pushes[s]` says whether step s's feature enters the ring and `expected[s]` how many have
+    entered before it. Features that no later step needs do not enter, and `history` is no more
+    than any row reaches back. `last` is the last skipped step (0 where there is none), after
+    which no ring is needed.
     """
 
     def __init__(self, table: Table, parts: int = 1) -> None:
