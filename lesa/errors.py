@@ -4,6 +4,8 @@ from lesa_kernels.errors import LesaError
 
 __all__ = ["LesaError", "RunError", "is_out_of_memory"]
 
+LesaError.__module__ = __name__  # where users know it from
+
 
 class RunError(LesaError):
     """A generation contradicts what was asked for; raised before its first step."""

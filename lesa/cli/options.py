@@ -20,7 +20,11 @@ Steps = Annotated[
     int | None, typer.Option(help="Steps of the sampler; the embedded pipeline's own, else 50.")
 ]
 Counts = Annotated[
-    str, typer.Option("--full-steps", help="Steps that run the whole model; several: 13,10,8.")
+    str | None,
+    typer.Option(
+        "--full-steps",
+        help="Steps that run the whole model, 13,10,8 by default; one number for --form paper.",
+    ),
 ]
 Json = Annotated[
     Path | None,

@@ -85,7 +85,7 @@ class TrainRequest(RunRequest):
     num_inference_steps: Annotated[
         str | None, typer.Option(help="Steps of the sampler, as for generate; several: 50,28.")
     ] = None
-    full_steps: Counts = "13,10,8"
+    full_steps: Counts = None
     form: Annotated[str, typer.Option(help="continuous, paper or table.")] = "continuous"
     tap: Annotated[str | None, typer.Option(help="hidden or output.")] = None
     polish: Annotated[

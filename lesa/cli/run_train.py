@@ -22,7 +22,9 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     asked = request.num_inference_steps
     asked = f"{settings['num_inference_steps']}" if asked is None else asked
     steps = parse_counts(asked, field="num-inference-steps")
-    counts = parse_counts(request.full_steps, min(steps))
+    usual = "10" if request.form == "paper" else "13,10,8"  # that form knows one list
+    asked = usual if request.full_steps is None else request.full_steps
+    counts = parse_counts(asked, min(steps))
     texts = read_prompts(request.prompts)
     request.check_target(request.pipeline)
     require_writable(request.out)

@@ -35,8 +35,8 @@ class HiCache:
 
     @property
     def name(self) -> str:
-        """ "hicache-" and the order."""
-        return f"hicache-{self.order}"
+        """ "hicache" of the published order 2, else "hicache-" and the order."""
+        return "hicache" if self.order == 2 else f"hicache-{self.order}"
 
     def history(self, schedule: Schedule) -> int:
         """order + 1 features, or all full steps where there are fewer."""

@@ -77,7 +77,7 @@ def train(
     """
     counts = arguments.whole_numbers("num_inference_steps", num_inference_steps)
     wanted = arguments.whole_numbers("full_steps", full_steps)
-    arguments.check_counts(counts, wanted, form)
+    arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
     arguments.check_at_least(0, refine=refine, polish=polish)
     arguments.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more)

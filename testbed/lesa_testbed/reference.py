@@ -56,7 +56,7 @@ def mix_differentiable(
     bias: Tensor | None = None,
     band_size: int | None = None,
 ) -> Tensor:
-    """See `lesa_kernels.experimental.mix_backward.mix_differentiable`; float64."""
+    """See `lesa.ops.mix`; float64, differentiable."""
     s, shape = int(step), ring.shape[1:]
     rows = table[s].double()  # [K'] or [K', G]
     bands = rows.shape[1] if rows.ndim == 2 else 1

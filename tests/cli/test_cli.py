@@ -136,6 +136,9 @@ def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):
     options = ("--prompts", prompts, *STEPS, "--full-steps", "3", "--form", "table")
     told = refused("train", "testbed", *options, "--polish", "0", "--out", tmp_path)
     assert told == "lesa: 0 table (3,)"
+    few = ("--prompts", prompts, "--num-inference-steps", "20", "--out", tmp_path)
+    assert refused("train", "testbed", *few).endswith("continuous (13, 10, 8)")
+    assert refused("train", "testbed", *few, "--form", "paper").endswith("paper (10,)")
 
 
 @pytest.mark.parametrize(

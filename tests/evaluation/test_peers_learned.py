@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from functools import partial
 
 import pytest
@@ -20,7 +21,6 @@ from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.forecasters import Forecaster, Reuse
 from lesa.training.fit import fit_paper
 from lesa.training.statistics import Statistics, inner_products
-from lesa.training.train import train
 from tests.tiny_pipelines import build, run
 
 STEPS = 10
@@ -130,7 +130,9 @@ def test_l2p_is_trained_on_the_bench_and_beats_reuse_there(bench):
 
 
 def test_the_papers_lesa_in_three_forms_shares_its_statistics(bench, monkeypatch):
-    monkeypatch.setitem(train.__globals__, "fit_paper", partial(fit_paper, iterations=3))
+    monkeypatch.setattr(
+        sys.modules["lesa.training.train"], "fit_paper", partial(fit_paper, iterations=3)
+    )
     collected, save = [], Statistics.save
     monkeypatch.setattr(
         Statistics, "save", lambda *given: collected.append(save(*given)) or collected[-1]
