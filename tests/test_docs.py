@@ -67,6 +67,9 @@ def test_the_map_names_the_rooms_and_their_files():
     rooms = {path.parent.name for path in (ROOT / "lesa").glob("*/__init__.py")}
     assert {room for room, _ in rows} == rooms
     for room, files in rows:
-        for name in re.findall(r"`([^`]+)`", files):
-            place = ROOT / "lesa" / room / name
+        folder, named = ROOT / "lesa" / room, set(re.findall(r"`([^`]+)`", files))
+        for name in named:
+            place = folder / name
             assert place.is_dir() or place.with_suffix(".py").exists(), f"{room}: {name}"
+        if room != "forecasters":  # one file per method
+            assert {path.stem for path in folder.glob("*.py")} <= named | {"__init__"}
