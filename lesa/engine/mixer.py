@@ -187,12 +187,11 @@ class _NativeGated(_NativeOnHost):
         super().__init__(table, ring)
         assert self.on_device.gated is not None
         self._gates = gates_by_step(self.on_device.gated)
+        self._mix = torch.ops.lesa_native.spline_mix_out.default
 
     def mix(self, index: int, out: Tensor, latent: Tensor | None) -> None:
         ring = self.ring
-        torch.ops.lesa_native.spline_mix_out.default(
-            ring.data, ring.slots, *self._gates[index], out
-        )
+        self._mix(ring.data, ring.slots, *self._gates[index], out)
 
 
 class _Triton(_Writer):

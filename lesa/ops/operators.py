@@ -12,20 +12,24 @@ from lesa.errors import LesaError
 from lesa.ops.dispatch import implementation
 
 
-def _check(ring: Tensor, slots: Tensor, latent: Tensor | None = None, **rows: Tensor) -> None:
-    """What no backend may read otherwise: LesaError unless rows and slots fit together.
-
-    `rows` are tables by their names; those named "banded" may have a third dimension.
-    """
-    width = len(slots) + (latent is not None)
-    for name, table in rows.items():
-        bands = name == "banded" and table.ndim == 3
-        if table.ndim - bands != 2 or table.shape[1] != width:
+def _check(
+    ring: Tensor,
+    slots: Tensor,
+    table: Tensor | None = None,
+    *,
+    latent: Tensor | None = None,
+    name: str = "table",
+    bands: bool = False,
+) -> None:
+    """What no backend may read otherwise: LesaError unless rows and slots fit together."""
+    if table is not None:
+        width = len(slots) + (latent is not None)
+        if table.ndim not in ((2, 3) if bands else (2,)) or table.shape[1] != width:
+            given = "slots and latent" if latent is not None else "slots"
+            banded = f", or [steps, {width}, bands]" if bands else ""
             raise LesaError(
-                f"{'table' if name == 'banded' else name} has shape {list(table.shape)}; with "
-                f"these slots{' and latent' * (latent is not None)} it must be [steps, {width}]"
-                + ", or [steps, " * (name == "banded")
-                + f"{width}, bands]" * (name == "banded")
+                f"{name} has shape {list(table.shape)}; with these {given} it must be "
+                f"[steps, {width}]{banded}"
             )
     if slots.device.type == "cpu" and len(slots):
         low, high = int(slots.min()), int(slots.max())
@@ -47,7 +51,7 @@ _SPLINE = (
 
 @_define("mix_out", f"({_MIX}, Tensor(a!) out, {_MIX_OPTIONS}) -> ()", ("out",))
 def _mix_out(ring, slots, table, step, out, latent=None, bias=None, band_size=None):
-    _check(ring, slots, latent, banded=table)
+    _check(ring, slots, table, latent=latent, bands=True)
     options = dict(latent=latent, bias=bias)
     if table.ndim == 3:
         options["band_size"] = band_size
@@ -68,7 +72,7 @@ def _spline_mix_out(ring, slots, weights, tau, projection, shift, base, spline, 
                     out, experts=None, bias=None):  # fmt: skip
     from lesa_kernels.gate import Gate
 
-    _check(ring, slots, weights=weights)
+    _check(ring, slots, weights, name="weights")
     gate = Gate(projection, shift, base, spline, low, high)
     run = implementation("spline_mix", out, len(slots))
     run(ring, slots, weights, tau, gate, step, out, experts=experts, bias=bias)
@@ -89,7 +93,7 @@ _NORM_OPTIONS = "Tensor? bias=None, float eps=1e-6"
 
 @_define("mix_modulate_out", f"({_MODULATE}, Tensor(a!) out, {_NORM_OPTIONS}) -> ()", ("out",))
 def _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias=None, eps=1e-6):
-    _check(ring, slots, table=table)
+    _check(ring, slots, table)
     run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps)
 
@@ -99,7 +103,7 @@ def _mix_modulate_out(ring, slots, table, step, scale, shift, out, bias=None, ep
          f"{_NORM_OPTIONS}) -> ()", ("out", "feature"))  # fmt: skip
 def _mix_modulate_and_feature_out(ring, slots, table, step, scale, shift, out, feature, bias=None,
                                   eps=1e-6):  # fmt: skip
-    _check(ring, slots, table=table)
+    _check(ring, slots, table)
     run = implementation("mix_modulate", out, len(slots), {"bias": bias})
     run(ring, slots, table, step, scale, shift, out, bias=bias, eps=eps, feature=feature)
 
