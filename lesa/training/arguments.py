@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from numbers import Integral
-from pathlib import Path
 from reprlib import repr as shortened
 from typing import Any
 
@@ -122,24 +121,6 @@ def check_at_least(least: int, **numbers: int) -> None:
             raise LesaError(
                 f"{name}={_shown(value)}: no whole number of at least {least}; pass {least} or more"
             )
-
-
-def made_folder(folder: str | Path | None) -> Path | None:
-    """The folder of the statistics, made where it is missing.
-
-    Raises:
-        LesaError: it cannot be made.
-    """
-    if folder is None:
-        return None
-    path = Path(folder)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LesaError(
-            f"folder={str(folder)!r} cannot be made ({error}): choose another"
-        ) from None
-    return path
 
 
 def _told(where: str, name: str, value: Any) -> str:

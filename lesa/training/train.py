@@ -22,6 +22,7 @@ from lesa.training.on_policy import visited_gram
 from lesa.training.progress import Progress
 from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
+from lesa.util.files import require_writable
 from lesa.util.numerics import gradients
 
 
@@ -82,7 +83,8 @@ def train(
     arguments.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
     arguments.checked_settings(form, tap, fields)
-    texts, where = arguments.checked_prompts(prompts, taken), arguments.made_folder(folder)
+    texts = arguments.checked_prompts(prompts, taken)
+    where = None if folder is None else require_writable(folder, "folder")
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
     job = Job(pipe, texts, taken, tap, seed, batch_size, where, report)
     _check_tap(job)
