@@ -8,6 +8,7 @@ from typing import Any
 
 import _formulas as formulas
 import torch
+from _suite import LIMIT, relative_error
 from lesa_kernels.examples import Example, examples
 from lesa_testbed import reference
 from torch import Tensor
@@ -28,7 +29,6 @@ SHAPES = {  # features in bf16 at batch 1
 STEP = 1  # what `examples` puts into its step tensor
 DISTANCE = 4  # steps since the last full one, for TaylorSeer
 COPIES = ("copy", "copy kernel")
-LIMIT = 4e-3  # of the relative error; rounding to bf16 alone gives 1.7e-3
 LIMITS = {"gram": 1e-5}
 LOOSE = 2e-2  # for an update whose every term is rounded to bf16
 
@@ -80,7 +80,7 @@ def check(name: str, example: Example, calls: dict[str, list[Call]]) -> dict[str
         wanted = _taylorseer(example.arguments) if contender == "taylorseer" else exact
         _poison(example)
         found = _dense(call())
-        errors[contender] = error = float((found - wanted).norm() / wanted.norm())
+        errors[contender] = error = relative_error(found, wanted)
         limit = LOOSE if contender == "taylorseer" else LIMITS.get(name, LIMIT)
         if not error <= limit:  # NaN included
             raise SystemExit(

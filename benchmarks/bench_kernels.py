@@ -31,6 +31,7 @@ from _contenders import (
     tensors,
 )
 from _environment import RESULTS, environment, slug, write
+from _suite import buffer_sets
 from _timing import (
     LEAD_BYTES,
     graph_timer,
@@ -38,7 +39,6 @@ from _timing import (
     launch_timer,
     ratios,
     repeats,
-    rotation,
     summary,
     wall_timer,
 )
@@ -154,8 +154,7 @@ def _sets(place: str, history: int, device: torch.device) -> list[dict[str, Exam
     if device.type == "cpu":
         return [tensors(TINY, history, device)]
     first = tensors(SHAPES[place], history, device)
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    count = rotation(min(example.nbytes for example in first.values()), l2)
+    count = buffer_sets(min(example.nbytes for example in first.values()), device)
     return [first, *(tensors(SHAPES[place], history, device) for _ in range(count - 1))]
 
 
