@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+from lesa.core.checks import MOST_STEPS, real, shown, whole
 from lesa.errors import LesaError
 
 
@@ -25,12 +26,13 @@ class Schedule:
     _full: tuple[int, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
-        if self.rule not in _RULES:
+        if not isinstance(self.rule, str) or self.rule not in _RULES:
             known = ", ".join(_RULES)
-            raise LesaError(f"rule={self.rule!r}: unknown; use one of {known}")
+            raise LesaError(f"rule={shown(self.rule)}: unknown; use one of {known}")
         object.__setattr__(self, "value", _checked_value(self.rule, self.value))
         if self.num_steps is not None:
-            object.__setattr__(self, "num_steps", _whole("num_steps", self.num_steps, 1))
+            steps = whole("num_steps", self.num_steps, 1, MOST_STEPS)
+            object.__setattr__(self, "num_steps", steps)
             object.__setattr__(self, "_full", _RULES[self.rule](self.value, self.num_steps))
 
     @classmethod
@@ -46,7 +48,7 @@ class Schedule:
     @classmethod
     def explicit(cls, full_steps: Iterable[int], num_steps: int | None = None) -> Schedule:
         """Exactly these full steps, in any order; LesaError unless they hold 0 and none is < 0."""
-        return cls("explicit", tuple(full_steps), num_steps)
+        return cls("explicit", full_steps, num_steps)  # type: ignore[arg-type]  # made a tuple
 
     @classmethod
     def fora(cls, interval: int, num_steps: int | None = None) -> Schedule:
@@ -65,6 +67,7 @@ class Schedule:
 
     def bind(self, num_steps: int) -> Schedule:
         """This rule on a run of `num_steps` steps; LesaError if it cannot serve that count."""
+        num_steps = whole("num_steps", num_steps, 1, MOST_STEPS)
         if self.num_steps is None:
             return Schedule(self.rule, self.value, num_steps)
         if self.num_steps != num_steps:
@@ -76,7 +79,7 @@ class Schedule:
 
     def resampled(self, num_steps: int) -> Schedule:
         """The same full steps as fractions of the run, on another number of steps."""
-        scale = num_steps / self.steps
+        scale = whole("num_steps", num_steps, 1, MOST_STEPS) / self.steps
         return Schedule.explicit(spread([s * scale for s in self._full], num_steps), num_steps)
 
     @property
@@ -100,12 +103,17 @@ class Schedule:
         return tuple(s for s in range(self.steps) if s not in full)
 
     def is_full(self, step: int) -> bool:
-        """Is this step computed in full? LesaError while unbound."""
+        """Is this step computed in full? LesaError while unbound, or for a step past the end."""
+        step = whole("step", step, 0, self.steps - 1)
         at = bisect_left(self.full_steps, step)
         return at < len(self._full) and self._full[at] == step
 
     def cached_before(self, step: int, count: int) -> tuple[int, ...]:
-        """The full steps before `step`, newest first, at most `count` of them."""
+        """The full steps before `step`, newest first, at most `count` of them.
+
+        LesaError while unbound, or for a step or a count that is none.
+        """
+        step, count = whole("step", step, 0, self.steps), whole("count", count, 0)
         end = bisect_left(self.full_steps, step)
         return self._full[max(end - count, 0) : end][::-1]
 
@@ -117,12 +125,16 @@ class Schedule:
     @classmethod
     def from_dict(cls, description: Mapping[str, Any]) -> Schedule:
         """The inverse of `to_dict`; LesaError when a field is missing."""
+        if not isinstance(description, Mapping):
+            raise LesaError(
+                f"schedule={shown(description)}: not a mapping; write it with Schedule.to_dict()"
+            )
         try:
             value, num_steps = description["value"], description.get("num_steps")
             return cls(description["rule"], value, num_steps)
         except KeyError as missing:
             raise LesaError(
-                f"schedule={dict(description)!r}: it has no field {missing}; "
+                f"schedule={shown(dict(description))}: it has no field {missing}; "
                 "write it with Schedule.to_dict()"
             ) from None
 
@@ -155,21 +167,24 @@ def spread(positions: Iterable[float], num_steps: int) -> tuple[int, ...]:
 
 def _checked_value(rule: str, value: Any) -> int | float | tuple[int, ...]:
     if rule == "spectrum":
-        if isinstance(value, (int, float)) and 0 <= value < float("inf"):
-            return value
-        raise LesaError(f"growth={value!r}: not a finite number >= 0; Spectrum uses 0.75 to 4")
+        growth = real("growth", value, "Spectrum uses 0.75 to 4")
+        if growth < 0:
+            raise LesaError(f"growth={shown(value)}: below 0; Spectrum uses 0.75 to 4")
+        return value if isinstance(value, int) else growth
     if rule != "explicit":
-        return _whole("interval", value, 1)
-    steps = tuple(sorted({_whole("full_steps entry", step, 0) for step in value}))
+        return whole("interval", value, 1)
+    try:
+        listed = list(value)
+    except (TypeError, RuntimeError):
+        raise LesaError(
+            f"full_steps={shown(value)}: not a list of steps; list them, as [0, 1, 5]"
+        ) from None
+    steps = tuple(sorted({whole("full_steps entry", step, 0, MOST_STEPS) for step in listed}))
     if not steps or steps[0] != 0:
-        raise LesaError(f"full_steps={steps}: it lacks step 0, which has nothing to reuse; add 0")
+        raise LesaError(
+            f"full_steps={shown(steps)}: it lacks step 0, which has nothing to reuse; add 0"
+        )
     return steps
-
-
-def _whole(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < least:
-        raise LesaError(f"{name}={value!r}: not a whole number >= {least}; use {least} or more")
-    return value.__index__()
 
 
 def _every(interval: int, num_steps: int) -> tuple[int, ...]:

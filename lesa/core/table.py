@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lesa.core.checks import shown, whole
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 
@@ -46,7 +47,7 @@ class Table:
     otherwise only full steps are. `split` [S, K + uses_latent, P] holds coefficients of their own
     for each of the P guidance parts of a batched call; they are run where the pipeline tells that
     its calls have so many. `gated` says the same rows once more, for kernels that evaluate the
-    paper's gate. Raises LesaError for a wrong shape, a value that is not finite,
+    paper's gate. Raises LesaError for a field of another type or shape, a value that is not finite,
     a weight at a full step or on a feature that the ring does not hold yet.
     """
 
@@ -59,8 +60,9 @@ class Table:
     gated: GatedRows | None = None
 
     def __post_init__(self) -> None:
+        self._check_fields()
         steps = self.schedule.steps
-        coefficients = _float64(self.coefficients)
+        coefficients = _float64("coefficients", self.coefficients)
         object.__setattr__(self, "coefficients", coefficients)
         if coefficients.ndim != 2 or coefficients.shape[0] != steps or self.history < 1:
             raise LesaError(
@@ -68,21 +70,33 @@ class Table:
                 f"steps needs [{steps}, K{' + 1' if self.uses_latent else ''}] with K >= 1"
             )
         if self.bias is not None:
-            object.__setattr__(self, "bias", _float64(self.bias))
+            object.__setattr__(self, "bias", _float64("bias", self.bias))
             if self.bias.shape != (steps,):
                 raise LesaError(
                     f"bias={list(self.bias.shape)}: a wrong shape; it must be [{steps}]"
                 )
         self._check_rows(coefficients)
         if self.split is not None:
-            object.__setattr__(self, "split", _float64(self.split))
-            if self.split.ndim != 3 or self.split.shape[:2] != coefficients.shape:
+            object.__setattr__(self, "split", _float64("split", self.split))
+            if self.split.shape[:-1] != coefficients.shape or not self.split.shape[-1]:
                 raise LesaError(
                     f"split={list(self.split.shape)}: a wrong shape; beside coefficients "
                     f"{list(coefficients.shape)} it must be [{steps}, {coefficients.shape[1]}, P]"
                 )
             for part in self.split.unbind(-1):
                 self._check_rows(part)
+
+    def _check_fields(self) -> None:
+        """LesaError for a field of another type; whose values are looked at afterwards."""
+        if not isinstance(self.schedule, Schedule):
+            raise LesaError(
+                f"schedule={shown(self.schedule)}: not a Schedule; bind one to the run's step count"
+            )
+        for name in ("uses_latent", "autoregressive"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise LesaError(f"{name}={shown(value)}: neither True nor False; give one of them")
+        if self.gated is not None and not isinstance(self.gated, GatedRows):
+            raise LesaError(f"gated={shown(self.gated)}: not GatedRows; leave it out")
 
     def _check_rows(self, coefficients: Tensor) -> None:
         rows = coefficients
@@ -106,10 +120,20 @@ class Table:
 
     @classmethod
     def from_rows(cls, schedule: Schedule, history: int, row: Row) -> Table:
-        """A table whose skipped step s weighs its cached steps (newest first) by row(s, cached)."""
+        """A table whose skipped step s weighs its cached steps (newest first) by row(s, cached).
+
+        Raises LesaError as the table does, and where a row is longer than its cached steps.
+        """
+        history = whole("history", history, 1)
         coefficients = torch.zeros(schedule.steps, history, dtype=torch.float64, device="cpu")
         for step in schedule.skipped_steps:
-            weights = row(step, schedule.cached_before(step, history))
+            cached = schedule.cached_before(step, history)
+            weights = row(step, cached)
+            if len(weights) > len(cached):
+                raise LesaError(
+                    f"row={len(weights)} weights: step {step} has {len(cached)} cached feature(s); "
+                    "return one for each"
+                )
             coefficients[step, : len(weights)] = coefficients.new_tensor(weights)
         return cls(schedule, coefficients)
 
@@ -124,7 +148,8 @@ class Table:
         return 1 if self.split is None else self.split.shape[-1]
 
     def part(self, index: int) -> Table:
-        """The table of one guidance part."""
+        """The table of one guidance part; LesaError for a part that it does not have."""
+        index = whole("index", index, 0, self.parts - 1)
         if self.split is None:
             return self
         return replace(self, coefficients=self.split[..., index], split=None)
@@ -141,7 +166,8 @@ class Table:
         return replace(self, coefficients=self.coefficients[:, kept], split=split, gated=gated)
 
     def available(self, step: int) -> int:
-        """How many of the K features the ring holds when `step` begins."""
+        """How many of the K features the ring holds when `step` begins; LesaError past the end."""
+        step = self._step(step)
         if self.autoregressive:
             return min(step, self.history)
         return len(self.schedule.cached_before(step, self.history))
@@ -157,8 +183,8 @@ class Table:
         return f"{count} {plural}{' + latent' if self.uses_latent else ''}"
 
     def row(self, step: int) -> Tensor:
-        """Coefficients [K + uses_latent] of one step, float64."""
-        return self.coefficients[step]
+        """Coefficients [K + uses_latent] of one step, float64; LesaError past the end."""
+        return self.coefficients[self._step(step)]
 
     def apply(
         self, features: Sequence[Tensor] | Tensor, step: int, latent: Tensor | None = None
@@ -182,11 +208,20 @@ class Table:
         total = sum(terms, torch.zeros_like(features[0], dtype=torch.float64))
         return total if self.bias is None else total + self.bias[step]
 
+    def _step(self, step: int) -> int:
+        return whole("step", step, 0, self.schedule.steps - 1)
+
 
 def _first(wrong: Tensor) -> int | None:
     """The first row that holds a True."""
     return int(wrong.any(1).nonzero()[0]) if bool(wrong.any()) else None
 
 
-def _float64(values: Tensor) -> Tensor:
+def _float64(name: str, values: Tensor) -> Tensor:
+    """A copy on the CPU; LesaError for what is no dense tensor of real numbers."""
+    dense = isinstance(values, Tensor) and values.layout == torch.strided
+    if not dense or values.is_complex() or values.is_meta or values.dtype == torch.bool:
+        raise LesaError(
+            f"{name}={shown(values)}: not a dense tensor of numbers; give torch.tensor(...)"
+        )
     return values.detach().to("cpu", torch.float64).clone()

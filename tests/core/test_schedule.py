@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -143,3 +145,57 @@ def test_bind_refuses_another_step_count():
 def test_errors_name_the_field_and_value(make, told):
     with pytest.raises(LesaError, match=told):
         make()
+
+
+WRONG_COUNTS = [None, 0, -1, 2.5, "8", True, torch.ones(2), torch.tensor(True), 10**30, [8]]
+
+
+@pytest.mark.parametrize("wrong", WRONG_COUNTS, ids=repr)
+def test_a_wrong_step_count_is_one_sentence(wrong):
+    unbound, bound = Schedule.every(3), Schedule.every(3, 12)
+    for call in (unbound.bind, bound.bind, bound.resampled):
+        with pytest.raises(LesaError, match="num_steps="):
+            call(wrong)
+    if wrong is not None:
+        with pytest.raises(LesaError, match="num_steps="):
+            Schedule.fora(2, wrong)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 2.5, "8", True, torch.ones(2), [8]], ids=repr)
+def test_wrong_settings_are_one_sentence(wrong):
+    for rule in (Schedule.every, Schedule.fora, Schedule.taylorseer):
+        with pytest.raises(LesaError, match="interval="):
+            rule(wrong, 12)
+    with pytest.raises(LesaError, match="full_steps"):
+        Schedule.explicit(wrong)
+    with pytest.raises(LesaError, match="full_steps entry="):
+        Schedule.explicit([0, -1 if isinstance(wrong, int) and not wrong else wrong])
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, -1, "2", True, float("nan"), 10**400, torch.ones(2)], ids=repr
+)
+def test_wrong_growth_is_one_sentence(wrong):
+    with pytest.raises(LesaError, match="growth="):
+        Schedule.spectrum(wrong)
+
+
+@pytest.mark.parametrize("wrong", [12, -1, None, 1.0, "1", torch.ones(2)], ids=repr)
+def test_a_step_past_the_end_is_refused(wrong):
+    with pytest.raises(LesaError, match="step="):
+        Schedule.every(3, 12).is_full(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, [], "every(3)", {"rule": "every"}, {"rule": [], "value": 1}]
+)
+def test_a_wrong_description_is_one_sentence(wrong):
+    with pytest.raises(LesaError, match="schedule=|rule="):
+        Schedule.from_dict(wrong)
+
+
+def test_numbers_of_numpy_and_of_tensors_are_taken():
+    made = Schedule.explicit(np.array([0, 3, 7]), np.int64(12))
+    assert made == Schedule.explicit(torch.tensor([0, 3, 7]), torch.tensor(12))
+    assert made.full_steps == (0, 3, 7) and type(made.num_steps) is int
+    assert made.is_full(np.int32(3))

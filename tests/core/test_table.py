@@ -165,3 +165,48 @@ def test_apply_refuses_what_it_cannot_do():
         table.apply(features, 4, features[0])
     with pytest.raises(LesaError, match="features=1"):
         table.apply(features[:1], 5, features[0])
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        *(("schedule", value) for value in (None, [0, 1], "every(3)")),
+        *(("coefficients", value) for value in (None, 1.0, [[0.0]], "rows")),
+        ("coefficients", torch.tensor(1.0)),
+        ("coefficients", torch.zeros(8)),
+        ("coefficients", torch.zeros(8, 0)),
+        ("coefficients", torch.zeros(8, 2, dtype=torch.complex64)),
+        ("coefficients", torch.zeros(8, 2, dtype=torch.bool)),
+        ("coefficients", torch.zeros(8, 2).to_sparse()),
+        ("coefficients", torch.zeros(8, 2, device="meta")),
+        *((name, v) for name in ("bias", "split") for v in (1.0, [0.0] * 8, "b")),
+        ("bias", torch.tensor(0.0)),
+        ("split", torch.zeros(8, 2, 0)),
+        ("split", torch.tensor(0.0)),
+        *((name, v) for name in ("uses_latent", "autoregressive") for v in (None, 1, "yes")),
+        ("gated", "rows"),
+    ],
+    ids=str,
+)
+def test_every_wrong_field_is_one_sentence(field, wrong):
+    fields = {"schedule": SCHEDULE, "coefficients": torch.zeros(8, 2)}
+    with pytest.raises(LesaError, match=f"{field}=") as caught:
+        Table(**{**fields, field: wrong})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("step", [8, -1, None, 2.5, "2", torch.ones(2)], ids=repr)
+def test_a_step_past_the_end_is_refused(step):
+    table = Table(SCHEDULE, valid_rows(SCHEDULE, 2))
+    for call in (table.row, table.available, table.used, lambda s: table.apply([], s)):
+        with pytest.raises(LesaError, match="step="):
+            call(step)
+    with pytest.raises(LesaError, match="index=1"):
+        table.part(1)
+
+
+def test_from_rows_refuses_what_makes_no_row():
+    with pytest.raises(LesaError, match="history="):
+        Table.from_rows(SCHEDULE, 0, lambda step, cached: [1.0])
+    with pytest.raises(LesaError, match="row=3 weights"):
+        Table.from_rows(SCHEDULE, 2, lambda step, cached: [1.0, 2.0, 3.0])
