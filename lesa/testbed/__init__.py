@@ -13,7 +13,7 @@ from typing import Any
 
 from lesa.errors import LesaError
 
-__all__ = ["PIPELINES", "captions", "load", "part", "prompts", "settings"]
+__all__ = ["PIPELINES", "captions", "folders", "load", "part", "prompts", "settings"]
 
 _SAMPLE_SIZE = 16  # latent pixels: 64 x 64 pictures
 _SQUARE = dict(height=64, width=64)
@@ -85,6 +85,12 @@ def part(name: str, asked: str) -> Any:
 def _folder(name: str) -> Path:
     found: Path = part("lesa_testbed", f"pipeline={name!r}").FOLDER / name
     return found
+
+
+def folders(name: str) -> tuple[Path, ...]:
+    """Where an embedded pipeline lies, and the rest of it: a student's teacher."""
+    teacher = _ROWS[name].teacher
+    return (_folder(name), *([_folder(teacher)] if teacher else []))
 
 
 def load(name: str = "flux") -> Any:
