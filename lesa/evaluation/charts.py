@@ -1,18 +1,13 @@
-"""Charts of a comparison's rows, as PNG bytes, legible with thirty methods on two lists each.
-
-A colour is a family of methods, a marker one method in it; a dashed line with hollow markers is a
-peer that is given lesa's full steps. lesa itself is thick, red and on top.
-"""
+"""Charts of a comparison's rows, as PNG bytes (how they look: `chart_style`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
 from math import isfinite
 from typing import Any
 
-from lesa.evaluation.plots import figure_png, pyplot
+from lesa.evaluation.chart_style import EXTRA, FAMILIES, Style, family, legend, look, styles
+from lesa.evaluation.plots import canvas, figure_png
 from lesa.evaluation.ranking import (
     OURS,
     Row,
@@ -24,54 +19,11 @@ from lesa.evaluation.ranking import (
     wanted,
 )
 
-FAMILIES = {  # colour, and how the methods' names begin
-    "lesa": ("#c1121f", ()),
-    "learned": ("#ee8434", ("lesa-", "l2p", "disca")),
-    "fewer steps": ("#6b7280", ("fewer-steps", "euler", "dpm", "unipc")),
-    "forecast": ("#2166ac", ("fora", "taylor", "hicache", "spectrum", "freqca", "foca")),
-    "adaptive": ("#1b9e77", ("teacache", "magcache", "fbcache", "dbcache", "seacache", "speca")),
-    "block reuse": ("#8a5fbf", ("pab", "fastercache", "deepcache")),
-    "token-wise": ("#a6761d", ("toca", "duca", "clusca")),
-    "other": ("#111111", ()),
-}
 X_LABELS = {
     "full_steps": "full steps",
     "seconds": "seconds of the denoising loop, one batch",
     "tflops": "TFLOP of the denoising loop, one prompt",
 }
-_MARKERS = "os^DvPX<>phd*"
-_EXTRA = "#000000"  # of named series that are not methods
-
-
-@dataclass(frozen=True)
-class Style:
-    """How one method is drawn in every chart."""
-
-    family: str
-    marker: str
-
-    @property
-    def colour(self) -> str:
-        return FAMILIES[self.family][0]
-
-
-def family(method: str) -> str:
-    """The family of a method by its name."""
-    if method == OURS:
-        return OURS
-    fitting = (kind for kind, (_, starts) in FAMILIES.items() if method.startswith(starts))
-    return next(fitting, "other")
-
-
-def styles(rows: Sequence[Row]) -> dict[str, Style]:
-    """A style for every method, by family in the order of `FAMILIES`."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    methods.sort(key=lambda method: list(FAMILIES).index(family(method)))
-    numbers = {kind: count() for kind in FAMILIES}
-    return {
-        method: Style(family(method), _MARKERS[next(numbers[family(method)]) % len(_MARKERS)])
-        for method in methods
-    }
 
 
 def quality_png(
@@ -85,7 +37,7 @@ def quality_png(
     """
     drawn = styles(rows)
     height = max(5.0, 1.4 + 0.22 * len(drawn))  # as high as the legend
-    figure, panels = pyplot().subplots(1, 2, figsize=(11.5, height), sharey=True)
+    figure, panels = canvas(1, 2, figsize=(11.5, height), sharey=True)
     for panel, key, title in zip(panels, ("psnr_mean", "psnr_p10"), _TITLES, strict=True):
         for line in _lines(rows).values():
             _draw_line(panel, sorted(line, key=lambda row: row[x]), x, key, drawn)
@@ -93,9 +45,9 @@ def quality_png(
         panel.grid(alpha=0.25, which="major")
         _readable_axis(panel, [row[x] for row in rows])
     for label, points in (extra or {}).items():
-        panels[0].plot(*zip(*points, strict=True), ":", color=_EXTRA, lw=1.5, label=label)
+        panels[0].plot(*zip(*points, strict=True), ":", color=EXTRA, lw=1.5, label=label)
     panels[0].set_ylabel("PSNR against the plain run, dB")
-    _legend(figure, drawn, list(extra or {}), any(is_borrowed(row) for row in rows))
+    legend(figure, drawn, list(extra or {}), any(is_borrowed(row) for row in rows))
     figure.subplots_adjust(wspace=0.05)
     return figure_png(figure)
 
@@ -109,7 +61,7 @@ def duels_png(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> bytes:
     for duel in found:
         strength.setdefault(name(by_label[duel["b"]]), []).append(duel["mean"]["value"])
     order = sorted(strength, key=lambda peer: min(strength[peer]))
-    figure, panels = pyplot().subplots(
+    figure, panels = canvas(
         1, len(groups), squeeze=False, sharey=True,
         figsize=(2.2 + 2.9 * len(groups), 1.3 + 0.24 * len(order)),
     )  # fmt: skip
@@ -132,7 +84,11 @@ def duels_png(found: Sequence[Mapping[str, Any]], rows: Sequence[Row]) -> bytes:
 
 
 def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> bytes:
-    """Error of the latent after each step, logarithmic: a panel per number of full steps."""
+    """Error of the latent after each step, logarithmic: a panel per number of full steps.
+
+    Markers stand on the full steps; a method that chooses them anew for each prompt has a single
+    one, at the end.
+    """
     from matplotlib.ticker import MaxNLocator
 
     counts = [wanted(row) for row in ours(rows)] or sorted({wanted(row) for row in rows})[::-1]
@@ -140,7 +96,7 @@ def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> by
     lines = -(-len(counts) // columns)
     drawn = styles([row for row in rows if row["label"] in curves])
     height = max(0.6 + 3.4 * lines, 1.4 + 0.22 * len(drawn))
-    figure, panels = pyplot().subplots(
+    figure, panels = canvas(
         lines, columns, squeeze=False, sharex=True, sharey=True,
         figsize=(11.5 if columns == 2 else 7, height),
     )  # fmt: skip
@@ -149,6 +105,7 @@ def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> by
         for row in [*reversed(opponents(rows, number)), *mine]:
             _draw_error(panel, curves.get(row["label"], ()), row, drawn)
         panel.set(yscale="log", title=f"{number} full steps")
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         panel.grid(alpha=0.25)
     for panel in list(panels.flat)[len(counts) :]:
@@ -156,7 +113,7 @@ def errors_png(curves: Mapping[str, Sequence[float]], rows: Sequence[Row]) -> by
     figure.supxlabel("step", y=0.0, fontsize=10)
     for first in panels[:, 0]:
         first.set_ylabel("relative error of the latent")
-    _legend(figure, drawn, [], any(is_borrowed(row) for row in rows))
+    legend(figure, drawn, [], any(is_borrowed(row) for row in rows))
     figure.subplots_adjust(wspace=0.05, hspace=0.18)
     return figure_png(figure)
 
@@ -188,30 +145,19 @@ def _draw_line(
             for value, (_, high) in zip(values, ends, strict=True)
         ],
     ]
-    look = _look(shown[0], drawn[shown[0]["method"]])
-    panel.errorbar([row[x] for row in shown], values, bars, elinewidth=0.8, **look)
+    places = [row[x] for row in shown]
+    drawing = look(shown[0], drawn[shown[0]["method"]])
+    panel.errorbar(places, values, bars, elinewidth=0.8, **drawing)
 
 
 def _draw_error(panel: Any, curve: Sequence[float], row: Row, drawn: Mapping[str, Style]) -> None:
     # Until its first skipped step a run equals the plain one: zero has no place on a log axis.
     points = [(step, error) for step, error in enumerate(curve) if error > 0]
     if points:
-        look = _look(row, drawn[row["method"]])
-        panel.plot(*zip(*points, strict=True), markevery=(0.06, 0.15), **look)
-
-
-def _look(row: Row, style: Style) -> dict[str, Any]:
-    mine = row["method"] == OURS
-    return {
-        "color": style.colour,
-        "marker": style.marker,
-        "ls": "--" if is_borrowed(row) else "-",
-        "mfc": "white" if is_borrowed(row) else style.colour,
-        "lw": 2.6 if mine else 0.9,
-        "ms": 7 if mine else 4.5,
-        "alpha": 1.0 if mine else 0.75,
-        "zorder": 5 if mine else 2,
-    }
+        full = set(row.get("full_step_list", ()))
+        marked = [place for place, (step, _) in enumerate(points) if step in full]
+        every = marked if "full_step_list" in row else [len(points) - 1]
+        panel.plot(*zip(*points, strict=True), markevery=every, **look(row, drawn[row["method"]]))
 
 
 def _readable_axis(panel: Any, values: Sequence[float]) -> None:
@@ -221,28 +167,6 @@ def _readable_axis(panel: Any, values: Sequence[float]) -> None:
     if min(values) > 0 and max(values) > 3 * min(values):
         panel.set_xscale("log")
         panel.xaxis.set_minor_locator(NullLocator())
-        panel.xaxis.set_major_formatter(ScalarFormatter(useMathText=True))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
     whole = all(float(value).is_integer() for value in values)
     panel.xaxis.set_major_locator(MaxNLocator(7, integer=whole))
-
-
-def _legend(figure: Any, drawn: Mapping[str, Style], extra: Sequence[str], borrowed: bool) -> None:
-    """Beside the panels, by family, so that no line is hidden."""
-    from matplotlib.lines import Line2D
-
-    def entry(label: str, **look: Any) -> Line2D:
-        return Line2D([], [], label=label, **{"ls": "-", **look})
-
-    entries = [
-        entry(method, color=style.colour, marker=style.marker, lw=2.6 if method == OURS else 0.9)
-        for method, style in drawn.items()
-    ]
-    if borrowed:
-        entries.append(entry("on its own list", color="#555555", marker="o"))
-        entries.append(
-            entry("on searched steps", color="#555555", marker="o", mfc="white", ls="--")
-        )
-    entries += [entry(label, color=_EXTRA, ls=":") for label in extra]
-    figure.legend(
-        handles=entries, loc="upper left", bbox_to_anchor=(0.91, 0.9), fontsize=8.5, frameon=False
-    )

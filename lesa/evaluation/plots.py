@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.evaluation.printable import printable
 
 
 def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
@@ -18,11 +20,10 @@ def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
 
     `rows` are [n, C, H, W]; of videos [n, F, C, H, W] each is a strip of frames.
     """
-    plt = pyplot()
     columns = min(len(titles), *(len(pictures) for pictures in rows.values()))
     shown = {label: [_strip(p) for p in pictures[:columns]] for label, pictures in rows.items()}
     height, width, _ = next(iter(shown.values()))[0].shape
-    figure, axes = plt.subplots(
+    figure, axes = canvas(
         len(rows), columns, squeeze=False, figsize=(1.7 * columns * width / height, 1.7 * len(rows))
     )
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.04)
@@ -30,12 +31,9 @@ def grid_png(rows: Mapping[str, Tensor], titles: Sequence[str]) -> bytes:
         for axis, picture in zip(line, pictures, strict=True):
             axis.imshow(picture, interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-        line[0].set_ylabel(
-            "\n".join(textwrap.wrap(label, 14)), rotation=0, ha="right", va="center", fontsize=9
-        )
+        line[0].set_ylabel(_wrapped(label, 14), rotation=0, ha="right", va="center", fontsize=9)
     for axis, title in zip(axes[0], titles, strict=False):
-        lines = textwrap.wrap(title, round(20 * width / height))[:5]
-        axis.set_title("\n".join(lines), fontsize=6.5)
+        axis.set_title(_wrapped(title, round(20 * width / height), 5), fontsize=6.5)
     return figure_png(figure)
 
 
@@ -47,7 +45,6 @@ def sheet_png(
 
     `worst` are [n, C, H, W] or videos [n, F, C, H, W]; `decibels` are written under the pictures.
     """
-    plt = pyplot()
     (_, plain), *others = worst.items()
     columns = {label: [_strip(p) for p in pictures] for label, pictures in worst.items()}
     for label, pictures in others:
@@ -55,30 +52,29 @@ def sheet_png(
         columns[f"{label}, error x {GAIN}"] = [_strip(p) for p in error]
     height, width, _ = columns[next(iter(worst))][0].shape
     size = 1.7 * width / height
-    figure, axes = plt.subplots(
+    figure, axes = canvas(
         len(prompts), len(columns), squeeze=False,
         figsize=(size * len(columns), 1.95 * len(prompts)),
     )  # fmt: skip
     figure.subplots_adjust(left=0, right=1, bottom=0, top=1, wspace=0.04, hspace=0.14)
     for column, (label, strips) in enumerate(columns.items()):
-        axes[0][column].set_title("\n".join(textwrap.wrap(label, round(13 * size))), fontsize=9)
+        axes[0][column].set_title(_wrapped(label, round(13 * size)), fontsize=9)
         for line, picture in enumerate(strips):
             axes[line][column].imshow(picture, interpolation="nearest")
             axes[line][column].set(xticks=[], yticks=[])
             if label in decibels:
                 axes[line][column].set_xlabel(f"{decibels[label][line]:.1f} dB", fontsize=8)
     for line, prompt in zip(axes, prompts, strict=True):
-        text = "\n".join(textwrap.wrap(prompt, 26)[:7])
+        text = _wrapped(prompt, 26, 7)
         line[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=8, labelpad=6)
     return figure_png(figure)
 
 
 def table_png(table: Any, title: str = "") -> bytes:
     """A table of coefficients as a heat map: steps to the right, cached features downwards."""
-    plt = pyplot()
     values = table.coefficients.T.numpy()  # [K + latent, S]
     limit = max(abs(values).max(), 1e-9)
-    figure, axis = plt.subplots(figsize=(0.17 * values.shape[1] + 2.2, 0.35 * len(values) + 1.3))
+    figure, axis = canvas(1, 1, figsize=(0.17 * values.shape[1] + 2.2, 0.35 * len(values) + 1.3))
     image = axis.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     names = [f"{k} back" for k in range(1, table.history + 1)]
     axis.set_yticks(range(len(values)), [*names, "latent"][: len(values)])
@@ -91,21 +87,19 @@ GAIN = 8  # of errors that are shown as pictures
 _STRIP = 5  # frames of a video that a report shows
 
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, with no window.
+def canvas(rows: int, columns: int, *, figsize: tuple[float, float], **shared: Any) -> Any:
+    """A figure and its axes, as of `pyplot.subplots`, that knows no window and no global state.
 
-    Raises: LesaError if it is not installed.
+    Raises: LesaError if matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise LesaError(
             f"report: matplotlib is not installed ({error}); run pip install '.[report]'"
         ) from None
-    matplotlib.use("Agg")  # no window, on any machine
-    from matplotlib import pyplot
-
-    return pyplot
+    figure = Figure(figsize=figsize)
+    return figure, figure.subplots(rows, columns, **shared)
 
 
 def _strip(picture: Tensor) -> Any:
@@ -116,9 +110,23 @@ def _strip(picture: Tensor) -> Any:
     return picture.clamp(0, 1).movedim(0, -1).numpy()
 
 
+def _wrapped(text: str, width: int, lines: int = 9) -> str:
+    """A text in lines of a width, of which a figure has room for some."""
+    width = max(width, 8)
+    return "\n".join(textwrap.wrap(printable(text, lines * width), width)[:lines])
+
+
 def figure_png(figure: Any) -> bytes:
-    """The figure as PNG, cut to what is drawn; it is closed."""
+    """The figure as PNG, cut to what is drawn.
+
+    Every text is plain text: a prompt may hold what matplotlib takes for a formula.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set(parse_math=False, usetex=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
-    pyplot().close(figure)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a box is drawn for it
+        figure.savefig(buffer, format="png", dpi=130, bbox_inches="tight")
     return buffer.getvalue()
