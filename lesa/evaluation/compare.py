@@ -12,13 +12,13 @@ import torch
 from lesa.errors import LesaError
 from lesa.evaluation.comparison import PLAIN, Comparison, Worst
 from lesa.evaluation.intervals import bootstrap, mean
-from lesa.evaluation.judges import Judge, perceptual_distance
+from lesa.evaluation.judges import LPIPS, Judge, perceptual_distance
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import lpips_is_missing
 from lesa.evaluation.metrics_row import MetricsRow
 from lesa.evaluation.ranking import Row, best_peer, ours, wanted
 from lesa.evaluation.runner import Chunk, run_method, run_tflops
-from lesa.evaluation.runs import Run, step_flops
+from lesa.evaluation.runs import Run, levels_of, step_flops
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
 
 __all__ = ["PLAIN", "Comparison", "Worst", "compare"]
@@ -135,6 +135,7 @@ def _reference_pass(contest: _Contest, chunk: Chunk, kept: int) -> Run:
     measured = contest.measured[PLAIN]
     plain = run_method(contest.pipe, contest.methods[PLAIN], chunk, measured)
     measured.seconds.append(plain.seconds)
+    contest.result.noise_levels = levels_of(contest.pipe, contest.methods[PLAIN].num_steps)
     measured.judge(contest.judges, plain, plain, chunk.titles)
     measured.pictures.append(plain.images[:kept])
     return plain
@@ -156,9 +157,10 @@ def _finish(contest: _Contest) -> Comparison:
     result.pictures[PLAIN] = torch.cat(plain.pictures)
     if plain.peak_bytes is not None:
         result.plain_more["peak_bytes"] = plain.peak_bytes
-    if plain.judged:
+    judged = {name: values for name, values in plain.judged.items() if name != LPIPS}
+    if judged:
         result.plain_more["scores"] = {
-            name: bootstrap(mean, values) for name, values in plain.judged.items()
+            name: bootstrap(mean, values) for name, values in judged.items()
         }
     for method in contest.contenders:
         measured = contest.measured[method.label]

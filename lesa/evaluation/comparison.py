@@ -38,11 +38,14 @@ class Comparison:
             over frames, temporal_psnr is of the differences between frames), seconds of the
             denoising loop for one batch, speedup over the plain loop in the same round, tflops of
             one prompt's loop, cache_bytes held during a batch. Where they apply: peak_bytes that
-            CUDA allocated on top during a batch, scores of the judges, psnr_u8wrap of the paper's
-            own recipe.
+            CUDA allocated on top during a batch, scores of the judges, `LPIPS_COLUMNS` (the mean,
+            the largest, and the interval of the mean), full_step_list where a schedule says which
+            steps are full, psnr_u8wrap of the paper's own recipe.
         curves: Label -> relative RMS error of the latent after each step, mean over prompts.
         pictures: Label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1], or videos,
             [n, F, C, H, W]; `titles` are the prompts of all pictures.
+        noise_levels: Of the plain run, before each step and after the last one; empty where the
+            scheduler has none.
         worst: The prompts on which each of lesa's rows is worst.
         notes: Steps that a cache had to run in full, by reason, and what could not be measured.
     """
@@ -54,6 +57,7 @@ class Comparison:
     pictures: dict[str, Tensor] = field(default_factory=dict)
     titles: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    noise_levels: list[float] = field(default_factory=list)
     worst: list[Worst] = field(default_factory=list)
     seed: int = 0
     plain_seconds: float = 0.0
@@ -82,5 +86,6 @@ class Comparison:
             },
             "rows": self.rows,
             "error_per_step": self.curves,
+            "noise_levels": self.noise_levels,
             "notes": self.notes,
         }

@@ -19,6 +19,8 @@ from lesa.errors import LesaError
 from lesa.evaluation.metrics import lpips
 from lesa.testbed import part
 
+LPIPS = "lpips"  # the name of what `perceptual_distance` gives
+
 
 class Judge(Protocol):
     """Pictures [N, 3, H, W] or videos [N, F, 3, H, W] in [0, 1], and N prompts -> name -> [N]."""
@@ -104,7 +106,7 @@ class ImageReward:
 
 def perceptual_distance(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
     """`lpips`: the learned perceptual distance to the plain picture."""
-    return {"lpips": lpips(plain, images)}
+    return {LPIPS: lpips(plain, images)}
 
 
 def attributes(plain: Tensor, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lesa.evaluation.intervals import bootstrap, mean, percentile_10
-from lesa.evaluation.judges import Judge
+from lesa.evaluation.judges import LPIPS, Judge
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics import frame_psnr, psnr, psnr_u8wrap, ssim, temporal_psnr
 from lesa.evaluation.runs import Run
@@ -33,6 +33,7 @@ COLUMNS = (
     "psnr_mean_interval",
     "psnr_p10_interval",
 )
+LPIPS_COLUMNS = ("lpips_mean", "lpips_max", "lpips_mean_interval")  # where it is measured
 VIDEO_COLUMNS = ("psnr_frame_mean", "psnr_frame_min", "temporal_psnr")
 PAPER = "lesa-paper"  # the paper's own recipe, which alone is also read in the paper's own PSNR
 
@@ -84,6 +85,7 @@ class MetricsRow:
                 "difference": bootstrap(lambda a, b: mean(a - b), values, plain.judged[name]),
             }
             for name, values in self.judged.items()
+            if name != LPIPS
         }
 
     def row(self, method: Method, plain: MetricsRow) -> dict[str, Any]:
@@ -106,6 +108,12 @@ class MetricsRow:
             [tail["low"], tail["high"]],
         )
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+        if method.schedule is not None:
+            row["full_step_list"] = [*method.schedule.full_steps]
+        if distances := self.judged.get(LPIPS):
+            found = bootstrap(mean, distances)
+            ends = [found["low"], found["high"]]
+            row |= zip(LPIPS_COLUMNS, (found["value"], max(distances), ends), strict=True)
         if self.frames:
             video = fmean(self.frames), min(self.frames), fmean(self.temporal)
             row |= zip(VIDEO_COLUMNS, video, strict=True)
@@ -113,8 +121,8 @@ class MetricsRow:
             row["psnr_u8wrap"] = fmean(self.u8wrap)
         if self.peak_bytes is not None:
             row["peak_bytes"] = self.peak_bytes
-        if self.judged:
-            row["scores"] = self.scores(plain)
+        if scores := self.scores(plain):
+            row["scores"] = scores
         return row
 
 

@@ -1,4 +1,4 @@
-"""Timed runs (see `lesa.hooks.timed_run`) and the operations of single steps."""
+"""Timed runs (see `lesa.hooks.timed_run`), their noise levels, the operations of single steps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lesa.hooks.noise_levels import noise_levels
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 from lesa.hooks.timed_run import LoopBar, Run, generate, generators, loop_bar
 
-__all__ = ["LoopBar", "Run", "generate", "generators", "loop_bar", "step_flops"]
+__all__ = ["LoopBar", "Run", "generate", "generators", "levels_of", "loop_bar", "step_flops"]
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -21,6 +22,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
 
 
 _ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def levels_of(pipe: Any, num_steps: int) -> list[float]:
+    """Noise levels of the run that has just ended, before each step and after the last one; none
+    where its scheduler has none."""
+    scheduler = getattr(pipe, "scheduler", None)
+    first = getattr(scheduler, "begin_index", None) or 0
+    return [*(noise_levels(scheduler, first, num_steps) or ())]
 
 
 class _Enough(Exception):

@@ -42,7 +42,7 @@ def test_videos_are_judged_whole_by_frame_and_by_motion(video):
     plain, cached = found.pictures["plain"], found.pictures["fora @3"]
     assert plain.shape == (3, 9, 3, 32, 32)
     row, full = found.rows
-    assert list(row) == [*COLUMNS, *VIDEO_COLUMNS]
+    assert list(row) == [*COLUMNS, "full_step_list", *VIDEO_COLUMNS]
     assert row["psnr_mean"] == pytest.approx(psnr(plain, cached).mean().item())
     assert row["psnr_frame_min"] == pytest.approx(frame_psnr(plain, cached).min().item())
     assert row["temporal_psnr"] == pytest.approx(temporal_psnr(plain, cached).mean().item())

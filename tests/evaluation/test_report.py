@@ -55,7 +55,9 @@ def comparison(pipe, settings):
 
 
 def test_rows_have_exactly_the_agreed_columns(comparison):
-    assert [list(row) for row in comparison.rows] == [COLUMNS] * 4
+    listed = [*COLUMNS, "full_step_list"]  # a shorter run has none
+    assert [list(row) for row in comparison.rows] == [COLUMNS, listed, listed, listed]
+    assert comparison.rows[2]["full_step_list"] == [0, 1, 2, 6]
     assert [row["full_steps"] for row in comparison.rows] == [4, 4, 4, STEPS]
 
 
