@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
+from os import PathLike
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from lesa.engine.config import LesaConfig
 from lesa.engine.controller import CacheController
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
+from lesa.forecasters.named import named
 from lesa.hooks.attach import attach, attached, detach, refuse_other_cache
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.model_specs import model_spec
@@ -40,8 +42,9 @@ __all__ = [
 
 def enable(
     pipe: Any,
-    forecaster: Forecaster | None = None,
+    forecaster: Forecaster | str | PathLike[str] | None = None,
     *,
+    revision: str | None = None,
     full_steps: int | None = None,
     schedule: Schedule | None = None,
     tap: Tap | None = None,
@@ -49,16 +52,19 @@ def enable(
 ) -> None:
     """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
 
-    The pipeline is called as before. A second `enable` replaces the first. See `LesaConfig` for
-    the options and their defaults. A pipeline with two transformers has both accelerated: outputs
-    of one serve the other's forecasts, hidden features do not, since each has a tail of its own.
-    Warns where the forecaster was trained on other weights.
+    The pipeline is called as before. A second `enable` replaces the first. `forecaster` may also
+    be a folder, a Hub id (at `revision`) or the name of a training-free method. See `LesaConfig`
+    for the options and their defaults. A pipeline with two transformers has both accelerated:
+    outputs of one serve the other's forecasts, hidden features do not, since each has a tail of its
+    own. Warns where the forecaster was trained on other weights or for other numbers of full steps.
 
     Raises:
         LesaError: an option is invalid, the denoiser is of an unknown class, the forecaster was
             made for another one, or another cache is enabled. Nothing has been changed then.
     """
     options: dict[str, Any] = {} if forecaster is None else {"forecaster": forecaster}
+    if revision is not None:
+        options = {"forecaster": _at_revision(forecaster, revision)}
     config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
     models = find_denoisers(pipe)
     for model in models:
@@ -87,7 +93,9 @@ def stats(pipe: Any) -> Stats:
 
 
 @contextmanager
-def accelerate(pipe: Any, forecaster: Forecaster | None = None, **options: Any) -> Iterator[Any]:
+def accelerate(
+    pipe: Any, forecaster: Forecaster | str | PathLike[str] | None = None, **options: Any
+) -> Iterator[Any]:
     """`enable` for the length of a `with` block, which gets the pipeline; then as it was before."""
     with ExitStack() as stack:
         for model in find_denoisers(pipe):
@@ -133,6 +141,16 @@ def patch_diffusers() -> None:
 
     enable_cache._lesa_patch = True  # type: ignore[attr-defined]
     CacheMixin.enable_cache = enable_cache
+
+
+def _at_revision(source: Any, revision: str) -> Forecaster:
+    """A trained forecaster of the Hub; LesaError where the source is no name."""
+    if not isinstance(source, str):
+        raise LesaError(
+            f"revision={revision!r}: the forecaster is a {type(source).__name__}, and only a Hub "
+            "repository ('owner/name') has revisions; leave it out"
+        )
+    return named(source, revision)
 
 
 def _install(models: Sequence[nn.Module], config: LesaConfig, pipe: Any = None) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -98,7 +99,32 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
         ({"schedule": [0, 1]}, "give a Schedule"),
         ({"tap": "middle"}, "tap is 'middle'"),
         ({"graph": "always"}, "graph is 'always'"),
-        ({"forecaster": "taylor"}, "forecaster is a str"),
+        ({"forecaster": "taylor"}, "forecaster='taylor'.*did you mean 'taylor-"),
+        ({"forecaster": None}, "forecaster is a NoneType"),
+        ({"forecaster": Taylor}, "forecaster is the class Taylor"),
+        ({"full_steps": torch.ones(2)}, "full_steps is a tensor"),
+        ({"full_steps": 2.0}, "full_steps is 2.0"),
+        ({"full_steps": 10**30}, "full_steps is 10"),
+        ({"tap": ["output"]}, "tap is"),
+        ({"graph": torch.ones(2)}, "graph is a tensor"),
+        *(
+            ({"num_inference_steps": wrong}, "num_inference_steps=")
+            for wrong in (0, True, 2.5, "8", 10**30, torch.ones(2), [8])
+        ),
+        *(
+            ({"sigmas": wrong}, "sigmas")
+            for wrong in (
+                1.0,
+                "levels",
+                [1, None, 0],
+                [[1.0], [0.0]],
+                [1, float("nan")],
+                [0, 1],
+                [],
+            )
+        ),
+        ({"sigmas": [1, 0.5, 0], "num_inference_steps": 8}, "sigmas has 3 values"),
+        ({"scheduler": "euler"}, "scheduler is a str"),
         ({"forecaster": Taylor(tap="hidden"), "tap": "output"}, "made for 'hidden'"),
         ({"full_steps": 9, "num_inference_steps": 8}, "at most 8"),
         ({"schedule": Schedule.explicit([0, 9]), "num_inference_steps": 8}, "step 9"),
@@ -107,6 +133,30 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
 def test_wrong_options_name_the_field_and_the_remedy(options, message):
     with pytest.raises(LesaError, match=message):
         LesaConfig(**options)
+
+
+def test_numbers_of_numpy_are_taken():
+    config = LesaConfig(full_steps=np.int64(3), num_inference_steps=torch.tensor(8))
+    assert (config.full_steps, config.num_inference_steps) == (3, 8)
+    assert type(config.full_steps) is int
+    assert LesaConfig(sigmas=np.linspace(1, 0, 5)).sigmas == (1.0, 0.75, 0.5, 0.25, 0.0)
+
+
+def test_a_forecaster_by_its_name_or_folder(tiny_flux, inputs, tmp_path):
+    LesaForecaster(metadata={"model_class": "FluxTransformer2DModel"}).save_pretrained(tmp_path)
+    for source in (tmp_path, str(tmp_path), "fora", "taylor-2"):
+        lesa.enable(tiny_flux, source, full_steps=4)
+        tiny_flux(**inputs())
+        found = lesa.stats(tiny_flux)
+        assert found.skipped > 0
+        assert found.forecaster == (source if source in ("fora", "taylor-2") else "lesa")
+    with lesa.accelerate(tiny_flux, "taylor-1", full_steps=4):
+        assert lesa.stats(tiny_flux).forecaster == "taylor-1"
+    assert LesaConfig("foca").forecaster.name.startswith("foca")
+    with pytest.raises(LesaError, match="did you mean 'spectrum'.*fora, taylor-0"):
+        lesa.enable(tiny_flux, "spektrum")
+    with pytest.raises(LesaError, match="only a Hub repository"):
+        lesa.enable(tiny_flux, Taylor(), revision="main")
 
 
 def test_wrong_targets(tiny_flux):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any, Literal, cast
 
+from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.core.forecaster import Forecaster, Tap
 from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError, RunError
+from lesa.forecasters.named import named
 from lesa.forecasters.published import rule_of
 from lesa.forecasters.taylor import Taylor
+from lesa.hooks.noise_levels import own_noise_levels
 
 __all__ = ["DEFAULT_TAP", "LesaConfig"]
 
@@ -23,7 +27,8 @@ class LesaConfig:
     """How a denoiser is accelerated.
 
     Args:
-        forecaster: makes the coefficients; first-order Taylor if not given.
+        forecaster: makes the coefficients; first-order Taylor if not given. Also by name: the
+            folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
         full_steps: how many steps are computed in full. Exclusive with `schedule`. A forecaster
             that its authors publish with a rule follows it, at the setting with the fewest full
             steps that are not below. With neither, a trained forecaster's first calibrated
@@ -50,15 +55,18 @@ class LesaConfig:
     scheduler: Any = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.forecaster, Forecaster):
+        if isinstance(self.forecaster, (str, PathLike)):
+            object.__setattr__(self, "forecaster", named(self.forecaster))
+        if isinstance(self.forecaster, type) or not isinstance(self.forecaster, Forecaster):
             raise LesaError(
-                f"forecaster is a {type(self.forecaster).__name__}: give lesa.Taylor(), "
-                "LesaForecaster.from_pretrained(folder) or another Forecaster."
+                f"forecaster is {_kind(self.forecaster)}: give lesa.Taylor(), a folder, the name "
+                "of a method, or another Forecaster."
             )
         self._check_steps()
         self._check_tap()
-        if self.graph not in ("auto", "off"):
-            raise LesaError(f"graph is {self.graph!r}: give 'auto' or 'off'.")
+        if not isinstance(self.graph, str) or self.graph not in ("auto", "off"):
+            raise LesaError(f"graph is {shown(self.graph)}: give 'auto' or 'off'.")
+        self._check_loop()
         if self.num_inference_steps is not None:
             self.bound_schedule(self.num_inference_steps, self.sigmas)
 
@@ -102,27 +110,47 @@ class LesaConfig:
             raise RunError(str(error)) from None
 
     def _check_steps(self) -> None:
-        if self.schedule is not None and self.full_steps is not None:
-            raise LesaError(
-                f"full_steps={self.full_steps} and schedule={self.schedule} exclude each other: "
-                "give one of them."
-            )
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise LesaError(
-                f"schedule is {self.schedule!r}: give a Schedule, as Schedule.explicit([0, 1, 5])."
+                f"schedule is {shown(self.schedule)}: give a Schedule, as "
+                "Schedule.explicit([0, 1, 5])."
             )
-        count = self.full_steps
-        if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
+        if self.schedule is not None and self.full_steps is not None:
             raise LesaError(
-                f"full_steps is {count!r}, it is a count: give an int, or a list of steps as "
-                "schedule=Schedule.explicit(steps)."
+                f"full_steps={shown(self.full_steps)} and schedule={self.schedule} exclude each "
+                "other: give one of them."
             )
-        if count is not None and count < 1:
-            raise LesaError(f"full_steps is {count}: give at least 1.")
+        if self.full_steps is None:
+            return
+        try:
+            object.__setattr__(
+                self, "full_steps", whole("full_steps", self.full_steps, 1, MOST_STEPS)
+            )
+        except LesaError:
+            raise LesaError(
+                f"full_steps is {shown(self.full_steps)}, it is a count: give a whole number of at "
+                "least 1, or a list of steps as schedule=Schedule.explicit(steps)."
+            ) from None
+
+    def _check_loop(self) -> None:
+        """The steps and the noise levels of one's own loop, as far as they are given."""
+        steps = self.num_inference_steps
+        if steps is not None:
+            steps = whole("num_inference_steps", steps, 1, MOST_STEPS)
+            object.__setattr__(self, "num_inference_steps", steps)
+        if self.sigmas is not None:
+            levels = reals("sigmas", self.sigmas, "give noise levels in [0, 1]")
+            object.__setattr__(self, "sigmas", own_noise_levels(steps, levels))
+        if self.scheduler is not None and not hasattr(self.scheduler, "timesteps"):
+            raise LesaError(
+                f"scheduler is {_kind(self.scheduler)}: give the diffusers scheduler of the loop."
+            )
 
     def _check_tap(self) -> None:
-        if self.tap not in (None, "hidden", "output"):
-            raise LesaError(f"tap is {self.tap!r}: give 'output' or 'hidden'.")
+        if self.tap is not None and (
+            not isinstance(self.tap, str) or self.tap not in ("hidden", "output")
+        ):
+            raise LesaError(f"tap is {shown(self.tap)}: give 'output' or 'hidden'.")
         own = self.forecaster.tap
         if self.tap is not None and own not in (None, self.tap):
             raise LesaError(
@@ -144,3 +172,8 @@ def _schedule_of(count: int, num_steps: int) -> Schedule:
             return schedule
     places = [i * num_steps / count for i in range(count)]
     return Schedule.explicit(spread(places, num_steps), num_steps)
+
+
+def _kind(value: Any) -> str:
+    """What a value is, where it should have been something else."""
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -71,18 +71,22 @@ def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
         ) from None
 
 
-def load(source: str | os.PathLike[str], make: Callable[..., Stored]) -> Stored:
+def load(
+    source: str | os.PathLike[str], make: Callable[..., Stored], revision: str | None = None
+) -> Stored:
     """The forecaster in a folder or a Hugging Face Hub repository ("owner/name").
 
     Args:
         source: the folder, or the repository.
         make: the class of the forecaster, called with ``metadata`` and the stored settings.
+        revision: branch, tag or commit of the repository; its main branch if None.
 
     Raises:
         LesaError: a file is missing, truncated or altered, of another format version, or does not
-            fit its config; it names the file, what was found and the remedy.
+            fit its config, or a folder is given a revision; it names the file, what was found and
+            the remedy.
     """
-    config_path, weights_path = _locate(source)
+    config_path, weights_path = _locate(source, revision)
     config = _read_config(config_path)
     weights = _read(weights_path)
     if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
@@ -163,18 +167,36 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
-    folder = Path(source)
-    if folder.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        return folder / CONFIG, folder / WEIGHTS
+def is_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether this is no folder here, but looks like "owner/name"."""
+    text = os.fspath(source)  # os.path, since Path.is_dir raises where a name is too long
+    return not os.path.isdir(text) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)))
+
+
+def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path]:
+    if not isinstance(source, (str, os.PathLike)) or not str(source):
+        raise LesaError(f"source={source!r}: not a folder or Hub id; give a path or 'owner/name'")
+    if revision is not None and not isinstance(revision, str):
+        raise LesaError(f"revision={revision!r}: not a text; give a branch, tag or commit")
+    if not is_hub_id(source):
+        if revision is not None:
+            raise LesaError(
+                f"revision={revision!r}: {str(source)!r} is not the id of a Hub repository, and "
+                "nothing else has revisions; leave it out"
+            )
+        return Path(source) / CONFIG, Path(source) / WEIGHTS
     from huggingface_hub import hf_hub_download
 
     try:
-        found = [Path(hf_hub_download(str(source), name)) for name in (CONFIG, WEIGHTS)]
+        found = [
+            Path(hf_hub_download(str(source), name, revision=revision))
+            for name in (CONFIG, WEIGHTS)
+        ]
     except (OSError, ValueError) as error:  # every hub error is one of the two
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        at = "" if revision is None else f" at revision {revision!r}"
         raise LesaError(
-            f"{str(source)!r} is no folder here and cannot be had from the Hub ({told}); "
+            f"{str(source)!r} is no folder here and cannot be had from the Hub{at} ({told}); "
             "check the name or the network"
         ) from None
     return found[0], found[1]
@@ -183,7 +205,8 @@ def _locate(source: str | os.PathLike[str]) -> tuple[Path, Path]:
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
+        reason = getattr(error, "strerror", None) or error
         raise LesaError(
-            f"{path} cannot be read ({error.strerror}); give the folder that save_pretrained wrote"
+            f"{path} cannot be read ({reason}); give the folder that save_pretrained wrote"
         ) from None

@@ -221,6 +221,8 @@ class LesaForecaster(FullPrecision):
         checkpoint.save(self, folder)
 
     @classmethod
-    def from_pretrained(cls, source: str | os.PathLike[str]) -> LesaForecaster:
-        """Read a folder or a Hub id; see `lesa.forecasters.checkpoint.load`."""
-        return checkpoint.load(source, cls)
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], *, revision: str | None = None
+    ) -> LesaForecaster:
+        """Read a folder or a Hub id, at a revision; see `lesa.forecasters.checkpoint.load`."""
+        return checkpoint.load(source, cls, revision)

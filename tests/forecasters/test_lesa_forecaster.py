@@ -14,6 +14,7 @@ from lesa.errors import LesaError
 from lesa.forecasters import Forecaster, LesaForecaster
 from lesa.forecasters.continuous import extrapolation, fold, time_inputs
 from lesa.forecasters.kan import KAN, MLP, RidgeSpline
+from lesa.forecasters.named import named
 
 PLAN = Schedule.every(7, 50)
 GATES: dict[str, dict[str, Any]] = {"ridge": {}, "edge": {"spline": "edge"}, "mlp": {"gate": "mlp"}}
@@ -510,26 +511,70 @@ def test_interrupted_saving_leaves_the_old_checkpoint(saved, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def test_hub_id_downloads_the_two_files(saved, monkeypatch, tmp_path):
+@pytest.fixture
+def hub(saved, monkeypatch, tmp_path):
+    """A Hub that holds the saved forecaster under any name; what was asked of it is listed."""
     _, folder = saved
     asked = []
 
-    def download(repo, name):
-        asked.append((repo, name))
+    def download(repo, name, revision=None):
+        asked.append((repo, name, revision))
         return shutil.copy(folder / name, tmp_path / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    assert LesaForecaster.from_pretrained("owner/forecaster").calibrated[0] == PLAN
-    assert asked == [
-        ("owner/forecaster", "config.json"),
-        ("owner/forecaster", "model.safetensors"),
+    return asked
+
+
+@pytest.mark.parametrize("revision", [None, "v2"])
+def test_hub_id_downloads_the_two_files(hub, revision):
+    found = LesaForecaster.from_pretrained("owner/forecaster", revision=revision)
+    assert found.calibrated[0] == PLAN
+    assert hub == [
+        ("owner/forecaster", "config.json", revision),
+        ("owner/forecaster", "model.safetensors", revision),
     ]
 
 
 def test_hub_failure_is_one_sentence(monkeypatch):
-    def download(repo, name):
+    def download(repo, name, revision=None):
         raise OSError("Offline mode is on.\nmore lines")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(LesaError, match="'owner/none' is no folder here.*Offline mode is on"):
         LesaForecaster.from_pretrained("owner/none")
+    with pytest.raises(LesaError, match="revision 'v2'.*Offline mode is on"):
+        LesaForecaster.from_pretrained("owner/none", revision="v2")
+
+
+def test_a_revision_belongs_to_a_hub_id(saved):
+    for source in (saved[1], str(saved[1])):
+        with pytest.raises(LesaError, match="revision='v2'.*leave it out"):
+            LesaForecaster.from_pretrained(source, revision="v2")
+    with pytest.raises(LesaError, match="revision=2: not a text"):
+        LesaForecaster.from_pretrained("owner/name", revision=2)
+
+
+@pytest.mark.parametrize("source", ["", None, 3, "a" * 300, "null\0byte", "a/b/c"], ids=repr)
+def test_what_is_no_source_is_one_sentence(source):
+    with pytest.raises(LesaError) as caught:
+        LesaForecaster.from_pretrained(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_forecasters_by_name(saved, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert named(saved[1]).calibrated == named(str(saved[1])).calibrated == saved[0].calibrated
+    for name, own in (("taylor-1", "taylor-1"), ("taylorseer-1", "taylor-1"), ("reuse", "fora")):
+        assert named(name).name == own
+    assert named("owner/name", "v2").calibrated[0] == PLAN and hub[-1][2] == "v2"
+    shutil.copytree(saved[1], tmp_path / "fora")  # a folder comes before the method of its name
+    assert named("fora").calibrated[0] == PLAN
+    for wrong, told in (
+        ("tailor-1", "did you mean 'taylor-1'.*fora, taylor-0"),
+        ("my-lesa", "neither a folder nor a known method.*spectrum"),
+        ("some/where/else", "config.json cannot be read"),
+    ):
+        with pytest.raises(LesaError, match=told):
+            named(wrong)
+    with pytest.raises(LesaError, match="revision='v2'"):
+        named("taylor-1", "v2")
