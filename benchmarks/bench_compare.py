@@ -34,7 +34,7 @@ from lesa.evaluation.report import rich_table, write_report
 from lesa.forecasters.published import with_canonical_names
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.job import weights_hash
-from lesa.training.progress import Progress
+from lesa.util.progress import Progress
 
 COUNTS = FULL_STEPS | {50: (13, 10, 8, 6)}  # by steps of the sampler
 CALIBRATION = 16
@@ -76,14 +76,9 @@ def measure(
     if hasattr(pipe, "unet"):
         contenders.append(hidden(pipe, seen, counts[-1], call))
     print(f"{name}: {len(contenders)} rows prepared", flush=True)
-
-    def advance(label: str) -> None:
-        if label == PLAIN:  # the first of each batch
-            print(f"{name}: {time.perf_counter() - started:.0f} s", flush=True)
-
     texts = prompts(name, unseen, seed=1, split="test")
     options = dict(seed=1000, batch_size=batch_size)
-    result = compare(pipe, texts, contenders, call, advance=advance, **options)
+    result = compare(pipe, texts, contenders, call, progress=Progress(), **options)
     mine = [method for method in contenders if method.name == OURS]
     judged = compare(pipe, texts, mine, call, judges=[attributes], **options)  # it is slow
     result.plain_more |= judged.plain_more

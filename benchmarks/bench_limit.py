@@ -23,6 +23,7 @@ from lesa.evaluation.method import Method
 from lesa.evaluation.ranking import ours
 from lesa.forecasters import LesaForecaster
 from lesa.testbed import load
+from lesa.util.progress import Progress
 
 
 def measure(pipeline: str, report: dict[str, Any], prompts: int) -> None:
@@ -42,7 +43,7 @@ def measure(pipeline: str, report: dict[str, Any], prompts: int) -> None:
     result = Comparison(
         report["prompts"][:prompts], report["settings"], report["rows"], seed=report["seed"]
     )
-    add_limits(load(pipeline), result, methods, lambda label: print(pipeline, label, flush=True))
+    add_limits(load(pipeline), result, methods, Progress())
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from lesa.evaluation.methods import build_all
 from lesa.evaluation.report import rich_table
 from lesa.evaluation.runs import generate
 from lesa.testbed import captions, load, settings
-from lesa.training.progress import Progress
+from lesa.util.progress import Progress
 
 COUNTS = (13, 10, 8)
 FEWER = 28, (10, 8)  # steps and full steps that are compared

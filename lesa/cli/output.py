@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +27,8 @@ class JsonCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the missing "-" after a lone `--json`."""
+        """Put the missing "-" after a lone `--json`; LesaError for a value that is empty."""
+        refuse_empty(args)
         positional = any(parameter.param_type_name == "argument" for parameter in self.params)
         completed = []
         for at, arg in enumerate(args):
@@ -38,6 +38,17 @@ class JsonCommand(TyperCommand):
             if arg == "--json" and not named and args[at + 1 : at + 2] != ["-"]:
                 completed.append("-")
         return super().parse_args(ctx, completed)
+
+
+def refuse_empty(args: Sequence[str]) -> None:
+    """LesaError for an argument that is an empty text, which only a negative prompt may be."""
+    for before, arg in zip(["", *args], args, strict=False):
+        option, equals, value = arg.partition("=")
+        empty = not arg.strip() or (option.startswith("--") and equals and not value.strip())
+        field = (before if not arg.strip() else option).removeprefix("--")
+        if empty and field != "negative-prompt":
+            shown = field if before.startswith("--") or equals else "pipeline"
+            raise LesaError(f"{shown}='': it is empty; give a value or leave it out")
 
 
 def guarded(command: Function) -> Function:
@@ -98,14 +109,3 @@ def emit(target: Path | None, value: Any) -> None:
         sys.stdout.write(to_json(value))
     elif target is not None:
         write_atomically(target, to_json(value))
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Callable[[str], object]]:
-    """A bar on stderr; the yielded function is told what has just ended."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, advance=1, description=f"{title}: {done}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -20,6 +20,7 @@ from lesa.evaluation.ranking import Row, best_peer, ours, wanted
 from lesa.evaluation.runner import Chunk, run_method, run_tflops
 from lesa.evaluation.runs import Run, levels_of, step_flops
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
+from lesa.util.progress import Bar, Progress
 
 __all__ = ["PLAIN", "Comparison", "Worst", "compare"]
 
@@ -36,7 +37,7 @@ def compare(
     batch_size: int = 8,
     keep_pictures: int = 8,
     judges: Sequence[Judge] = (),
-    advance: Callable[[str], object] = lambda label: None,
+    progress: Progress | None = None,
 ) -> Comparison:
     """Compare methods with the plain pipeline on the same prompts, seeds and settings.
 
@@ -49,22 +50,28 @@ def compare(
             `prompt_embeds`, one row per prompt, the prompts are titles.
         judges: what else the pictures are judged by (`lesa.evaluation.judges`); LPIPS is one of
             them where its package and weights are at hand.
-        advance: told the label of every run that has ended.
+        progress: where bars are shown; none by default.
 
     Raises: LesaError if there is no prompt or method, or batch_size is below 1.
     """
     _check(prompts, methods, settings, batch_size)
     contest = _Contest.of(pipe, prompts, methods, settings, seed, judges)
-    _count_operations(contest)  # which also warms the caches up
-    for batch, rows in enumerate(_batches(len(prompts), batch_size)):
-        chunk = Chunk.of(prompts, settings, rows, seed, contest.each)
-        kept = max(0, min(keep_pictures - contest.each * rows.start, len(chunk.titles)))
-        plain = _reference_pass(contest, chunk, kept)
-        advance(PLAIN)
-        for method in _rotated(methods, batch):
-            _method_pass(contest, method, chunk, plain, kept)
-            advance(method.label)
-    return _finish(contest)
+    progress = progress or Progress(quiet=True)
+    with progress.bar("count operations", len(methods) + 1) as contest.bar:
+        _count_operations(contest)  # which also warms the caches up
+    batches = [*_batches(len(prompts), batch_size)]
+    work = sum(method.full_steps for method in contest.methods.values())
+    with progress.bar("compare", len(batches) * work) as contest.bar:
+        for batch, rows in enumerate(batches):
+            chunk = Chunk.of(prompts, settings, rows, seed, contest.each)
+            kept = max(0, min(keep_pictures - contest.each * rows.start, len(chunk.titles)))
+            plain = _reference_pass(contest, chunk, kept)
+            for method in _rotated(methods, batch):
+                _method_pass(contest, method, chunk, plain, kept)
+    result = _finish(contest)
+    with progress.bar("worst prompts", 0) as contest.bar:
+        result.worst = [_worst(contest, row) for row in ours(result.rows)]
+    return result
 
 
 @dataclass
@@ -76,6 +83,7 @@ class _Contest:
         methods: By label, the plain run under `PLAIN`.
         measured: What was measured of each so far, by label.
         each: Pictures per prompt.
+        bar: Of what goes on.
     """
 
     pipe: Any
@@ -84,6 +92,7 @@ class _Contest:
     judges: Sequence[Judge]
     each: int
     measured: dict[str, MetricsRow] = field(init=False)
+    bar: Bar = field(init=False)
 
     def __post_init__(self) -> None:
         self.measured = {label: MetricsRow() for label in self.methods}
@@ -117,6 +126,13 @@ class _Contest:
         """All methods but the plain run."""
         return [method for label, method in self.methods.items() if label != PLAIN]
 
+    def run(self, label: str, chunk: Chunk, measured: MetricsRow) -> Run:
+        """One batch of a method; the bar moves by its full steps, as if they were spread evenly."""
+        method, bar = self.methods[label], self.bar
+        loops = len(chunk.prompts) if method.one_by_one else 1
+        share, bar.label = method.full_steps / method.num_steps / loops, label
+        return run_method(self.pipe, method, chunk, measured, lambda: bar.advance(share))
+
 
 def _count_operations(contest: _Contest) -> None:
     """TFLOP of one prompt's loop, plain and by every method."""
@@ -125,6 +141,7 @@ def _count_operations(contest: _Contest) -> None:
     full = step_flops(contest.pipe, result.prompts[0], first, 1)[0]
     result.plain_tflops = full * result.settings["num_inference_steps"] / 1e12
     for method in contest.contenders:
+        contest.bar.advance(1, method.label)
         contest.measured[method.label].tflops = run_tflops(
             contest.pipe, result.prompts[0], method, first, full
         )
@@ -133,7 +150,7 @@ def _count_operations(contest: _Contest) -> None:
 def _reference_pass(contest: _Contest, chunk: Chunk, kept: int) -> Run:
     """The plain run of a batch, which every method is compared with."""
     measured = contest.measured[PLAIN]
-    plain = run_method(contest.pipe, contest.methods[PLAIN], chunk, measured)
+    plain = contest.run(PLAIN, chunk, measured)
     measured.seconds.append(plain.seconds)
     contest.result.noise_levels = levels_of(contest.pipe, contest.methods[PLAIN].num_steps)
     measured.judge(contest.judges, plain, plain, chunk.titles)
@@ -144,7 +161,7 @@ def _reference_pass(contest: _Contest, chunk: Chunk, kept: int) -> Run:
 def _method_pass(contest: _Contest, method: Method, chunk: Chunk, plain: Run, kept: int) -> None:
     """One method's run of a batch, measured against the plain one."""
     measured = contest.measured[method.label]
-    run = run_method(contest.pipe, method, chunk, measured)
+    run = contest.run(method.label, chunk, measured)
     measured.add(plain, run)
     measured.judge(contest.judges, plain, run, chunk.titles)
     measured.pictures.append(run.images[:kept])
@@ -170,7 +187,6 @@ def _finish(contest: _Contest) -> Comparison:
             result.curves[method.label] = torch.cat(measured.errors).mean(0).tolist()
         for reason, count in measured.fallbacks.items():
             result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
-    result.worst = [_worst(contest, row) for row in ours(result.rows)]
     return result
 
 
@@ -184,10 +200,7 @@ def _worst(contest: _Contest, row: Row) -> Worst:
     shown = [row, *([peer] if peer else [])]
     pictures = [each * prompt + n for prompt in prompts for n in range(each)]
     decibels = {r["label"]: [r["psnr"][picture] for picture in pictures] for r in shown}
-    made = {
-        label: run_method(contest.pipe, contest.methods[label], chunk, MetricsRow()).images
-        for label in (PLAIN, *decibels)
-    }
+    made = {label: contest.run(label, chunk, MetricsRow()).images for label in (PLAIN, *decibels)}
     return Worst(row["label"], chunk.titles, decibels, made)
 
 

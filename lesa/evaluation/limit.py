@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -16,13 +16,14 @@ from lesa.hooks.prompt_inputs import pictures_per_prompt
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
+from lesa.util.progress import Progress
 
 
 def add_limits(
     pipe: Any,
     result: Comparison,
     methods: Sequence[Method],
-    advance: Callable[[str], object] = lambda label: None,
+    progress: Progress | None = None,
 ) -> None:
     """Give each of lesa's rows `limit`: the mean PSNR, in dB, of its least-squares bound.
 
@@ -33,33 +34,27 @@ def add_limits(
 
     Args:
         result: what `compare` measured with these methods; its rows are completed.
-        advance: told the label of every run that has ended.
+        progress: where a bar is shown; none by default.
     """
     rows = {row["label"]: row for row in result.rows}
-    for method in methods:
-        if method.name == "lesa":
-            limits = [
-                decibels
-                for row in range(len(result.prompts))
-                for decibels in _limit(pipe, result, method, row, advance)
-            ]
+    own = [method for method in methods if method.name == "lesa"]
+    progress = progress or Progress(quiet=True)
+    with progress.bar("limit", len(own) * len(result.prompts)) as bar:
+        for method in own:
+            limits = []
+            for row in range(len(result.prompts)):
+                limits += _limit(pipe, result, method, row)
+                bar.advance(1, method.label)
             rows[method.label] |= {"limit": fmean(limits), "limit_psnr": limits}
 
 
-def _limit(
-    pipe: Any,
-    result: Comparison,
-    method: Method,
-    row: int,
-    advance: Callable[[str], object],
-) -> list[float]:
+def _limit(pipe: Any, result: Comparison, method: Method, row: int) -> list[float]:
     """dB of one prompt's pictures with a table that was fitted on them."""
     each = pictures_per_prompt(result.settings)
     chunk = Chunk.of(result.prompts, result.settings, [row], result.seed, each)
     plain = run_method(pipe, Method("plain", method.num_steps), chunk, MetricsRow())
     fitted = _fitted(pipe, method, chunk.prompts, chunk.settings, chunk.seeds[0])
     run = run_method(pipe, fitted, chunk, MetricsRow())
-    advance(fitted.label)
     return psnr(plain.images, run.images).tolist()
 
 

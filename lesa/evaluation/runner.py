@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,18 +66,27 @@ def _enabled(pipe: Any, method: Method, measured: MetricsRow | None = None) -> I
                 measured.fallbacks[reason] = measured.fallbacks.get(reason, 0) + count
 
 
-def run_method(pipe: Any, method: Method, chunk: Chunk, measured: MetricsRow) -> Run:
-    """One batch of a method; of an adaptive one prompt by prompt."""
+def run_method(
+    pipe: Any,
+    method: Method,
+    chunk: Chunk,
+    measured: MetricsRow,
+    on_step: Callable[[], object] = lambda: None,
+) -> Run:
+    """One batch of a method; of an adaptive one prompt by prompt. `on_step` is called after every
+    step."""
     settings = {**chunk.settings, **method.overrides, "num_inference_steps": method.num_steps}
     if not method.one_by_one:
         with _peak_memory(pipe, measured), _enabled(pipe, method, measured):
-            return generate(pipe, chunk.prompts, chunk.seeds, settings, record=True)
+            return generate(
+                pipe, chunk.prompts, chunk.seeds, settings, record=True, on_step=on_step
+            )
     runs, each = [], len(chunk.seeds) // len(chunk.prompts)
     for row, prompt in enumerate(chunk.prompts):
         own = settings_of(settings, [row], len(chunk.prompts))
         drawn = chunk.seeds[each * row : each * (row + 1)]
         with _peak_memory(pipe, measured), _enabled(pipe, method, measured):
-            runs.append(generate(pipe, [prompt], drawn, own, record=True))
+            runs.append(generate(pipe, [prompt], drawn, own, record=True, on_step=on_step))
     latents = [torch.cat(step) for step in zip(*(run.latents for run in runs), strict=True)]
     images = torch.cat([run.images for run in runs])
     return Run(images, sum(run.seconds for run in runs), latents)

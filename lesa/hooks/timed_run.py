@@ -28,13 +28,18 @@ class LoopBar:
     """Stands in for `pipe.progress_bar`, which every diffusers loop enters, updates and leaves.
 
     `seconds` covers the denoising loop alone, without text encoders and decoder. `mark` is called
-    where the loop begins and after every step.
+    where the loop begins and after every step, `on_step` after every step.
     """
 
-    def __init__(self, device: torch.device, mark: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        mark: Callable[[], None] | None = None,
+        on_step: Callable[[], object] = lambda: None,
+    ) -> None:
         self.seconds = 0.0
         self._device = device
-        self._mark = mark or (lambda: None)
+        self._mark, self._on_step = mark or (lambda: None), on_step
         self._iterable: Iterable[Any] = ()
 
     def __call__(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> LoopBar:
@@ -60,6 +65,7 @@ class LoopBar:
     def update(self, n: int = 1) -> None:
         """A step has ended."""
         self._mark()
+        self._on_step()
 
     def _synchronise(self) -> None:
         if self._device.type == "cuda":
@@ -69,9 +75,13 @@ class LoopBar:
 
 
 @contextmanager
-def loop_bar(pipe: Any, mark: Callable[[], None] | None = None) -> Iterator[LoopBar]:
+def loop_bar(
+    pipe: Any,
+    mark: Callable[[], None] | None = None,
+    on_step: Callable[[], object] = lambda: None,
+) -> Iterator[LoopBar]:
     """Replace `pipe.progress_bar` for a while; the pipeline's own one is back afterwards."""
-    bar = LoopBar(torch.device(getattr(pipe, "_execution_device", "cpu")), mark)
+    bar = LoopBar(torch.device(getattr(pipe, "_execution_device", "cpu")), mark, on_step)
     pipe.progress_bar = bar
     try:
         yield bar
@@ -91,9 +101,10 @@ def generate(
     settings: Mapping[str, Any],
     *,
     record: bool = False,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Run:
     """Run the pipeline on the prompts, one seed per picture; `record` keeps the latent after every
-    step.
+    step, `on_step` is called there.
 
     `settings` are arguments of `pipe(...)`, num_inference_steps among them; with `prompt_embeds`
     (one row per prompt) the prompts are titles.
@@ -111,6 +122,6 @@ def generate(
             "callback_on_step_end": keep,
             "callback_on_step_end_tensor_inputs": ["latents"],
         }
-    with torch.no_grad(), loop_bar(pipe) as bar:
+    with torch.no_grad(), loop_bar(pipe, on_step=on_step) as bar:
         images = pipe(return_dict=False, **arguments)[0]
     return Run(images.float().cpu(), bar.seconds, latents)

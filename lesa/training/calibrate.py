@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
-from lesa.training.closed_loop import run_rollouts
+from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
-from lesa.training.joint_fit import joint_fit
+from lesa.training.joint_fit import joint_fit, joint_steps
 from lesa.training.rollout import Rollout, RolloutSpec, quality
-from lesa.training.search import OpenLoop, Steps, even, neighbours, search_schedule
+from lesa.training.search import STARTS, OpenLoop, Steps, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
@@ -36,16 +35,17 @@ class Calibrator:
 
     def search(self, counts: Sequence[int]) -> list[Schedule]:
         """The best step list on the statistics for each number of full steps."""
-        started = time.perf_counter()
-        plans = [search_schedule(self.statistics, count, judge=self.judge) for count in counts]
-        self._say("schedule search", started, f"{len(plans)} counts on the statistics")
-        return plans
+        with self.job.progress.bar("schedule search", STARTS * len(counts)) as bar:
+            bar.detail = f"{len(counts)} counts on the statistics, {self._steps} steps"
+            return [
+                search_schedule(self.statistics, count, judge=self.judge, advance=bar.advance)
+                for count in counts
+            ]
 
     def fit(
         self, plans: Sequence[Schedule], shrinkages: Sequence[float] = SHRINKAGES
     ) -> list[Rollout]:
         """The best rollout of each step list over the strengths of steering and shrinkage."""
-        started = time.perf_counter()
         history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
         pairs = list(product(self._drifts(), shrinkages))
         rollouts = [
@@ -53,8 +53,9 @@ class Calibrator:
             for plan in plans
             for drift, shrinkage in pairs
         ]
-        self._run(rollouts)
-        self._say("closed-loop fit", started, f"{len(plans)} step lists x {len(pairs)} settings")
+        with self.job.phase("closed-loop fit", self._rows(rollouts)) as bar:
+            self._run(rollouts)
+            bar.detail = f"{len(plans)} step lists x {len(pairs)} settings, {self._steps} steps"
         return [
             max((x for x in rollouts if x.spec.schedule == plan), key=quality) for plan in plans
         ]
@@ -62,17 +63,22 @@ class Calibrator:
     def refine(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
         """Local search by true accelerated runs: the likeliest neighbours race their leader, and
         at first even lists: statistics say little of long gaps, and of two guidance branches."""
-        best, started = list(leaders), time.perf_counter()
+        best = list(leaders)
+        if not rounds:
+            return best
         tried = {leader.spec.schedule.full_steps for leader in leaders}
-        for turn in range(rounds):
-            groups = [self._rivals(leader, tried, with_even=turn == 0) for leader in best]
-            self._run([rollout for group in groups for rollout in group])
-            best = [
-                max([leader, *group], key=quality)
-                for leader, group in zip(best, groups, strict=True)
-            ]
-        if rounds:
-            self._say("search by accelerated runs", started, f"{rounds} rounds")
+        expected = self._rows(CANDIDATES * best)  # of a round: who races is not yet known
+        with self.job.phase("search by accelerated runs", rounds * expected) as bar:
+            bar.detail = f"{rounds} rounds, {self._steps} steps"
+            for turn in range(rounds):
+                groups = [self._rivals(leader, tried, with_even=turn == 0) for leader in best]
+                racing = [rollout for group in groups for rollout in group]
+                bar.extend(self._rows(racing) - expected)
+                self._run(racing)
+                best = [
+                    max([leader, *group], key=quality)
+                    for leader, group in zip(best, groups, strict=True)
+                ]
         return best
 
     def _rivals(self, leader: Rollout, tried: set[Steps], with_even: bool) -> list[Rollout]:
@@ -89,14 +95,13 @@ class Calibrator:
 
     def joint_fit(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
         """All gaps of each rollout fitted together, on the final latents."""
-        started = time.perf_counter()
+        if not rounds:
+            return [*leaders]
         sigmas = self.statistics.sigmas
-        rollouts = [joint_fit(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
-        if rounds:
-            self._say(
-                "fit on final latents", started, f"{len(rollouts)} step lists, {rounds} rounds"
-            )
-        return rollouts
+        work = sum(joint_steps(self.job, leader, sigmas, rounds, self.base) for leader in leaders)
+        with self.job.phase("fit on final latents", work * self.job.work.width) as bar:
+            bar.detail = f"{len(leaders)} step lists, {rounds} rounds, {self._steps} steps"
+            return [joint_fit(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
 
     def store(self, rollouts: Sequence[Rollout]) -> None:
         """Put each rollout's coefficients into the forecaster and say how good they are."""
@@ -115,8 +120,7 @@ class Calibrator:
 
     def _run(self, rollouts: Sequence[Rollout]) -> None:
         if rollouts:
-            steps = self.statistics.num_steps
-            self.base = run_rollouts(self.job, rollouts, self._prior, steps, self.statistics)
+            self.base = run_rollouts(self.job, rollouts, self._prior, self._steps, self.statistics)
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""
@@ -131,10 +135,12 @@ class Calibrator:
         return rows.cpu()
 
     def _plan(self, full_steps: tuple[int, ...]) -> Schedule:
-        return Schedule.explicit(full_steps, self.statistics.num_steps)
+        return Schedule.explicit(full_steps, self._steps)
 
-    def _say(self, phase: str, started: float, what: str) -> None:
-        seconds = time.perf_counter() - started
-        self.job.progress.line(
-            f"{phase}: {seconds:.1f} s for {what}, {self.statistics.num_steps} steps"
-        )
+    @property
+    def _steps(self) -> int:
+        return self.statistics.num_steps
+
+    def _rows(self, rollouts: Sequence[Rollout]) -> int:
+        """Rows of the denoiser that `_run` computes for these."""
+        return self.job.rows(steps_computed(rollouts, self._steps)) if rollouts else 0

@@ -171,6 +171,7 @@ class _Batch:
                 feature = tapped.new_zeros(self.total, *tapped.shape[1:])
             index = torch.tensor(part, device=sample.device)
             output[index], feature[index] = sample, tapped
+            job.work.computed(len(part))
         assert output is not None and feature is not None
         return type(result), output, feature
 
@@ -194,6 +195,16 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
         return value
 
     return taken(value)
+
+
+def steps_computed(rollouts: Sequence[Rollout], base_steps: int = 0) -> int:
+    """How many steps of each picture `run_rollouts` computes in full: the base run's, and of every
+    rollout the full ones since it left the first."""
+    return base_steps + sum(
+        step >= rollout.spec.leaves
+        for rollout in rollouts
+        for step in rollout.spec.schedule.full_steps
+    )
 
 
 def run_rollouts(

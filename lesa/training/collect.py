@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
-from lesa.training.job import Job, followed, parts_of
+from lesa.training.job import Job, Work, followed, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, inner_products
 
@@ -22,8 +22,8 @@ class Collector:
     several rows of every picture.
     """
 
-    def __init__(self, tap: str) -> None:
-        self.tap = tap
+    def __init__(self, tap: str, work: Work) -> None:
+        self.tap, self.work = tap, work
         self.sigmas: tuple[float, ...] = ()
         self.pictures = 1
         self.peak_bytes = 0
@@ -47,6 +47,8 @@ class Collector:
         rows = parts_of(len(feature), self.pictures)
         known = self.features.setdefault(step.branch, [])
         known.append(feature.detach().reshape(rows, self.pictures, -1).clone())
+        begins = step.branch == next(iter(self.features))
+        self.work.computed(len(feature), done=self.pictures * begins)
         latent = denoiser.latent(args, kwargs)
         alike = isinstance(latent, Tensor) and latent.shape == feature.shape
         if self.tap == "output" and alike and len(self.latents) < len(known):
@@ -102,12 +104,31 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
     """
     name = f"statistics-{num_inference_steps}.safetensors"
     path = None if job.folder is None else job.folder / name
-    setting = job.fingerprint(num_inference_steps)
-    found = _resumed(path, list(job.prompts), setting)
-    collector, done = Collector(job.tap), 0 if found is None else len(found.prompts)
-    total = len(job.prompts)
-    progress = job.progress.bar(f"collect {num_inference_steps} steps", total, done)
-    with job.controlled(collector), progress as bar:
+    found = _resumed(path, list(job.prompts), job.fingerprint(num_inference_steps))
+    before = 0 if found is None else len(found.prompts)
+    each, probed = job.pictures * num_inference_steps, job.tap == "hidden"
+    phase = job.phase("collect", (len(job.prompts) + probed) * each, before * each)
+    with phase as bar:
+        found, peak = _collect_rest(job, num_inference_steps, found, path)
+        if probed:
+            found.probed = _probe_sampler(job, num_inference_steps)
+        size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
+        bar.detail = (
+            f"{len(job.prompts)} prompts x {num_inference_steps} steps, "
+            f"at most {peak / 1e6:.1f} MB of features held{size}"
+        )
+    job.work.width = sum(found.rows.values())
+    job.work.plain += job.rows(num_inference_steps)
+    return found
+
+
+def _collect_rest(
+    job: Job, num_inference_steps: int, found: Statistics | None, path: Path | None
+) -> tuple[Statistics, int]:
+    """The statistics with the prompts that they lack, and the most bytes of features held."""
+    collector, total = Collector(job.tap, job.work), len(job.prompts)
+    done = 0 if found is None else len(found.prompts)
+    with job.controlled(collector):
         while done < total:
             batch = range(done, min(done + job.batch_size, total))
             collector.pictures = len(batch) * job.pictures
@@ -115,26 +136,18 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
             rows, num_latents, joint = collector.reduce(final)
             if found is None:
                 found = Statistics(collector.sigmas, job.tap, num_latents, rows)
-                found.setting = setting
+                found.setting = job.fingerprint(num_inference_steps)
             found.extend(joint, [job.prompts[i] for i in batch])
             if path is not None:
                 found.save(path)
             done += len(batch)
-            bar(len(batch))
     assert found is not None
-    if job.tap == "hidden":
-        found.probed = _probe_sampler(job, num_inference_steps)
-    size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
-    job.progress.line(
-        f"collect: {done} prompts x {num_inference_steps} steps, "
-        f"at most {collector.peak_bytes / 1e6:.1f} MB of features held{size}"
-    )
-    return found
+    return found, collector.peak_bytes
 
 
 def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
     """How outputs move the latent, from one more run: hidden features do not tell it."""
-    collector = Collector("output")
+    collector = Collector("output", job.work)
     collector.pictures = job.pictures
     with job.controlled(collector):
         rows, num_latents, joint = collector.reduce(job.run([0], num_inference_steps))

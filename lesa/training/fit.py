@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
-from lesa.training.progress import Progress
 from lesa.training.statistics import Statistics
 from lesa.util.numerics import gradients
+from lesa.util.progress import Progress
 
 LONGEST_GAP = 12  # steps between full steps that random step lists reach
 
@@ -43,7 +43,7 @@ def minimise(
     optimiser = torch.optim.AdamW(net.parameters(), lr=lr, betas=betas, weight_decay=0.0)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, iterations, eta_min=lr / 50)
     losses = []
-    with progress.bar(title, iterations) as advance:
+    with progress.bar(title, iterations) as bar:
         for _ in range(iterations):
             value = loss()
             optimiser.zero_grad()
@@ -52,7 +52,8 @@ def minimise(
             optimiser.step()
             decay.step()
             losses.append(value.item())
-            advance(1)
+            bar.advance()
+        bar.detail = f"relative RMS error {_smooth(losses):.4f} after {iterations} iterations"
     return losses
 
 
@@ -85,11 +86,15 @@ def fit_continuous(
 
     title, net = "ground-truth fit", forecaster.net
     losses = minimise(net, loss, title, progress, iterations=iterations, lr=lr, betas=(0.9, 0.99))
-    smooth = losses[0]
+    return _smooth(losses)
+
+
+def _smooth(losses: Sequence[float]) -> float:
+    """The last of them, as a moving average of some twenty."""
+    found = losses[0]
     for value in losses[1:]:
-        smooth = 0.95 * smooth + 0.05 * value
-    progress.line(f"{title}: relative RMS error {smooth:.4f} after {iterations} iterations")
-    return smooth
+        found = 0.95 * found + 0.05 * value
+    return found
 
 
 def _drawn_error(
@@ -161,9 +166,6 @@ def fit_paper(
             grams, visited = visits(net), statistics.num_steps
         loss = partial(_mean_error, net, grams, statistics.sigmas, schedule, unrolled, visited)
         results.append(minimise(net, loss, title, progress, iterations=iterations, lr=rate)[-1])
-        progress.line(
-            f"{title}: relative RMS error {results[-1]:.4f} after {iterations} iterations"
-        )
     return results[0], results[-1]
 
 

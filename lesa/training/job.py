@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,32 @@ from lesa.hooks.denoiser import Controller, Denoiser
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 from lesa.hooks.step_clock import Step
+from lesa.hooks.timed_run import loop_bar
 from lesa.hooks.weights_hash import weights_hash
-from lesa.training.progress import Progress
+from lesa.util.progress import Bar, Progress
+
+
+@dataclass
+class Work:
+    """What a training run has cost so far.
+
+    Attributes:
+        rows: that the denoiser has computed in full.
+        width: rows that a step of one picture is, over all guidance branches; 0 until known.
+        plain: rows of one plain generation per prompt, at all step counts.
+        bar: of the phase that goes on.
+    """
+
+    rows: int = 0
+    width: int = 0
+    plain: int = 0
+    bar: Bar | None = None
+
+    def computed(self, rows: int, done: float | None = None) -> None:
+        """The denoiser has computed so many more rows; `done` is that in the bar's unit."""
+        self.rows += rows
+        if self.bar is not None:
+            self.bar.advance(rows if done is None else done)
 
 
 @dataclass(frozen=True)
@@ -40,6 +64,7 @@ class Job:
     batch_size: int = 8
     folder: Path | None = None
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
+    work: Work = field(default_factory=Work)
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -59,8 +84,24 @@ class Job:
         arguments |= fixed | {"num_inference_steps": num_inference_steps}
         seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.no_grad():
+        with torch.no_grad(), loop_bar(self.pipe):  # in place of the pipeline's own bar
             return self.pipe(generator=noise, **arguments)[0]
+
+    def rows(self, steps: int, prompts: int | None = None) -> int:
+        """Rows of the denoiser that so many steps of each prompt are; of all prompts by default."""
+        count = len(self.prompts) if prompts is None else prompts
+        return steps * count * self.pictures * self.work.width
+
+    @contextmanager
+    def phase(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
+        """A phase of so much work, `done` of it before it begins, which moves as rows are computed;
+        the unit is a row of the denoiser where `computed` is told no other."""
+        with self.progress.bar(title, total, done) as bar:
+            self.work.bar = bar
+            try:
+                yield bar
+            finally:
+                self.work.bar = None
 
     def controlled(self, controller: Controller) -> AbstractContextManager[None]:
         """Let ``controller`` decide every call of the denoisers; they are as before afterwards."""

@@ -14,7 +14,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from lesa.training.closed_loop import run_rollouts
+from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
 from lesa.training.rollout import EARLY, Rollout, quality
 
@@ -44,15 +44,37 @@ def joint_fit(
     if not places or not rounds:
         return rollout
     base = run_rollouts(job, [best], None, num_steps, base=base)
-    parts = -(-len(job.prompts) // PROMPTS)
     for turn in range(rounds):
-        some = range(turn % parts, len(job.prompts), parts)
+        some = _some(len(job.prompts), turn)
         error, slopes = _slopes(job, best, places, num_steps, base, some)
         moves = [share * _step(error, slopes, damping) for damping, share in RACE]
         tried = [_moved(best, dict(zip(places, move.tolist(), strict=True))) for move in moves]
         run_rollouts(job, tried, None, num_steps, base=base)
         best = max([best, *tried], key=quality)
     return best if rollout.result.score is None or quality(best) > quality(rollout) else rollout
+
+
+def joint_steps(
+    job: Job, rollout: Rollout, sigmas: Sequence[float], rounds: int, base: Tensor | None
+) -> int:
+    """How many steps of a picture `joint_fit` computes in full, over all prompts."""
+    here, places = rollout.fixed(), _places(rollout.fixed(), sigmas)
+    if not places or not rounds:
+        return 0
+    prompts, found = len(job.prompts), 0
+    for some in (_some(prompts, turn) for turn in range(rounds)):
+        near = [_moved(here, {place: MOVE}, leaves=place[1]) for place in places]
+        shared = -(-len(places) // TOGETHER) * steps_computed([here])
+        found += len(some) * (shared + steps_computed(near))
+        found += prompts * steps_computed([here] * len(RACE))
+    first = steps_computed([here], 0 if base is not None else len(sigmas) - 1)
+    return (found + prompts * first) * job.pictures
+
+
+def _some(prompts: int, turn: int) -> range:
+    """The prompts that a round takes its derivatives on."""
+    parts = -(-prompts // PROMPTS)
+    return range(turn % parts, prompts, parts)
 
 
 def _places(rollout: Rollout, sigmas: Sequence[float]) -> list[Place]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters.paper import PaperForm
-from lesa.training.closed_loop import run_rollouts
+from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
 from lesa.training.rollout import Rollout, RolloutSpec, Visit
 from lesa.training.row_fit import Tail, mixed
@@ -66,7 +66,9 @@ def visited_gram(
     base = _Recorder(RolloutSpec(every, net.history))
     fast = _Recorder(RolloutSpec(schedule, net.history), biased=rows)
     prompts = range(min(PROMPTS, len(job.prompts)))
-    run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
+    work = job.rows(steps_computed([base, fast], schedule.steps), len(prompts))
+    with job.phase("run with own forecasts", work):
+        run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
     found = {}
     for branch in branches:
         vectors = torch.stack([*base.seen[branch], *fast.seen[branch]])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,11 @@ from lesa.training.collect import collect
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job
 from lesa.training.on_policy import visited_gram
-from lesa.training.progress import Progress
 from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
 from lesa.util.files import require_writable
 from lesa.util.numerics import gradients
+from lesa.util.progress import Progress
 
 
 @gradients()
@@ -88,20 +87,29 @@ def train(
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
     job = Job(pipe, texts, taken, tap, seed, batch_size, where, report)
     _check_tap(job)
-    collected = _collect(job, counts)
+    collected = [collect(job, count) for count in counts]
     forecaster = _untrained(job, collected[0], form, fields)
     if form == "paper":
-        return _train_paper(job, forecaster, collected[0], schedule, wanted)
-    if form == "continuous":
+        _train_paper(job, forecaster, collected[0], schedule, wanted)
+    elif form == "continuous":
         fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
-    for statistics in collected:
+    for statistics in collected if form != "paper" else ():
         calibrator = Calibrator(job, forecaster, statistics)
         if schedule is not None:
             rollouts = calibrator.fit([schedule.bind(statistics.num_steps)])
         else:
             rollouts = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
         calibrator.store(calibrator.joint_fit(rollouts, polish))
+    _tell_cost(job)
     return forecaster
+
+
+def _tell_cost(job: Job) -> None:
+    """What the denoiser was run for, in plain generations: that is what training costs."""
+    whole = job.work.rows / job.work.plain * len(job.prompts)
+    job.progress.line(
+        f"cost: {whole / len(job.prompts):.1f} plain generations per prompt, {whole:.0f} in all"
+    )
 
 
 def _check_tap(job: Job) -> None:
@@ -110,13 +118,6 @@ def _check_tap(job: Job) -> None:
             f"tap='hidden': {type(job.pipe).__name__} has {len(job.models)} transformers, each "
             "with a separate tail; train with tap='output'"
         )
-
-
-def _collect(job: Job, counts: Sequence[int]) -> list[Statistics]:
-    started = time.perf_counter()
-    collected = [collect(job, count) for count in counts]
-    job.progress.line(f"collect: {time.perf_counter() - started:.1f} s")
-    return collected
 
 
 def _untrained(
@@ -136,7 +137,7 @@ def _train_paper(
     statistics: Statistics,
     schedule: Schedule | None,
     wanted: list[int],
-) -> LesaForecaster:
+) -> None:
     """The paper's own form: tied to one step list, in the paper's two phases."""
     plan = search_schedule(statistics, wanted[0]) if schedule is None else schedule
     plan = plan.bind(statistics.num_steps)
@@ -146,4 +147,3 @@ def _train_paper(
 
     fit_paper(forecaster, statistics, plan, visits, progress=job.progress)
     forecaster.recommend(plan, statistics.sigmas)
-    return forecaster

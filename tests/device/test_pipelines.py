@@ -16,7 +16,7 @@ from lesa.cli.inputs import load_pipeline
 from lesa.engine import ring
 from lesa.evaluation import Method, compare
 from lesa.testbed import prompts, settings
-from lesa.training.progress import Progress
+from lesa.util.progress import Progress
 
 STEPS, COUNT = 4, 2
 FULL = lesa.Schedule.explicit((0, 2), STEPS)
