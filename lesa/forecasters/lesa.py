@@ -14,7 +14,7 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.forecasters import checkpoint
-from lesa.forecasters.calibration import Calibration, schedule_for
+from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.kan import FullPrecision
 from lesa.forecasters.paper import PaperForm
@@ -81,7 +81,8 @@ class LesaForecaster(FullPrecision):
         return self.settings.branches
 
     def history(self, schedule: Schedule) -> int:
-        """K, the same for every schedule."""
+        """K, the same for every schedule but those that add full steps to a calibrated one: their
+        tables hold the added features too."""
         return self.net.history
 
     def stage_of(self, sigma: float) -> int:
@@ -101,7 +102,8 @@ class LesaForecaster(FullPrecision):
         return self.net.coefficients(target_sigma, cached_sigmas, valid, self.branch(branch))
 
     def table(self, schedule: Schedule, sigmas: Sequence[float], branch: str = "cond") -> Table:
-        """The table to run: the calibrated rows of this very (schedule, sigmas), else the form's.
+        """The table to run: the calibrated rows of this very (schedule, sigmas), or of the list
+        that it adds full steps to; else the form's.
 
         Raises LesaError for an unbound schedule, wrong sigmas, an unknown branch or, in the paper
         form, another step count.
@@ -111,6 +113,9 @@ class LesaForecaster(FullPrecision):
         if entry is not None and branch in entry.rows:
             split = entry.split.get(branch)
             return Table(schedule, entry.rows[branch], self.uses_latent, split=split)
+        fitted = extended(self.calibrations, schedule, levels, branch, self.net.history)
+        if fitted is not None:
+            return Table(schedule, fitted[0], self.uses_latent, split=fitted[1])
         with torch.no_grad():
             rows, bias = self.net.rows(schedule, levels, branch)
         gated = None

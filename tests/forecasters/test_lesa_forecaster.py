@@ -194,7 +194,7 @@ def test_schedule_for_prefers_the_nearest_sigmas():
     assert forecaster.schedule_for(10, 50, levels(50, 2.9)) == lists[1]
 
 
-def test_schedule_for_other_counts_keeps_the_density():
+def test_schedule_for_fewer_counts_keeps_the_density():
     forecaster = LesaForecaster()
     with pytest.raises(LesaError, match="full_steps=10 has no schedule to follow"):
         forecaster.schedule_for(10, 50)
@@ -205,6 +205,57 @@ def test_schedule_for_other_counts_keeps_the_density():
     assert len(forecaster.schedule_for(5, 28).full_steps) == 5
     with pytest.raises(LesaError, match="full_steps=60"):
         forecaster.schedule_for(60, 50)
+
+
+def test_schedule_for_more_counts_keeps_the_next_smaller_list():
+    forecaster = LesaForecaster()
+    eight, ten = Schedule.every(10, 50), Schedule.explicit(range(0, 50, 5), 50)
+    for plan in (ten, eight):
+        forecaster.recommend(plan, SIGMAS)
+    for base, counts in ((eight, (9,)), (ten, (11, 12, 16))):
+        for count in counts:
+            for sigmas in (None, SIGMAS):
+                found = forecaster.schedule_for(count, 50, sigmas).full_steps
+                assert len(found) == count and set(found) > set(base.full_steps)
+    assert forecaster.schedule_for(9, 50, SIGMAS).full_steps[-2:] == (42, 47)  # widest in level
+    assert not set(forecaster.schedule_for(17, 50).full_steps) > set(ten.full_steps)
+    resampled = forecaster.schedule_for(10, 28, levels(28))
+    assert set(forecaster.schedule_for(11, 28, levels(28)).full_steps) > set(resampled.full_steps)
+
+
+@pytest.mark.parametrize(("count", "steps"), [(4, 8), (2, 3), (1, 2), (1, 1), (8, 8), (9, 9)])
+@pytest.mark.parametrize("told", [True, False])
+def test_schedule_for_a_run_of_fewer_steps_than_calibrated_full_ones(count, steps, told):
+    forecaster = LesaForecaster()
+    forecaster.recommend(PLAN, SIGMAS)  # 10 of 50
+    schedule = forecaster.schedule_for(count, steps, levels(steps) if told else None)
+    assert (len(schedule.full_steps), schedule.steps) == (count, steps)
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_added_full_steps_change_no_forecast(parts):
+    """Given the features of a run, every step that both lists skip is forecast alike."""
+    forecaster = shaken()
+    rows = random_rows(forecaster)
+    split = None if parts is None else torch.stack([rows, 2 * rows], -1)
+    forecaster.correct(PLAN, SIGMAS, "cond", rows, split)
+    schedule = forecaster.schedule_for(12, 50, SIGMAS)
+    base, longer = (forecaster.table(plan, SIGMAS) for plan in (PLAN, schedule))
+    truth = torch.randn(50, 4, dtype=torch.float64)
+    latent = torch.randn(4, dtype=torch.float64)
+    assert base.history == 3 < longer.history <= 8 and longer.parts == base.parts
+    for step in schedule.skipped_steps:
+        for part in range(base.parts):
+            known, more = (
+                table.part(part).apply(
+                    truth[list(table.schedule.cached_before(step, table.history))], step, latent
+                )
+                for table in (base, longer)
+            )
+            torch.testing.assert_close(known, more, rtol=0, atol=1e-12)
+    for other in (levels(50, shift=3.1), SIGMAS):  # other levels, or far more steps: by the form
+        far = Schedule.explicit(range(0, 50, 2), 50) if other is SIGMAS else schedule
+        assert forecaster.table(far, other).history == 3
 
 
 def paper_loop(forecaster, plan, sigmas, truth, branch):
