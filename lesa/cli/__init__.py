@@ -9,8 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lesa.cli.inputs import embedded_name
-from lesa.cli.options import Json, takes
+from lesa import __version__, testbed
+from lesa.cli import completion
+from lesa.cli.checks import DRAWING, check_at_least, require_packages
+from lesa.cli.inputs import NOT_EMBEDDED, TESTBED, embedded_name
+from lesa.cli.names import choose
+from lesa.cli.options import (
+    OUTPUT,
+    PROMPTS,
+    Json,
+    PipelineOption,
+    one_pipeline,
+    takes,
+)
 from lesa.cli.output import (
     INTERRUPTED,
     JsonCommand,
@@ -21,34 +32,66 @@ from lesa.cli.output import (
     guarded,
 )
 from lesa.cli.requests import CompareRequest, GenerateRequest, TrainRequest
+from lesa.cli.usage import Commands
 from lesa.util.files import require_writable, write_atomically
 
 app = typer.Typer(
     name="lesa",
-    help="Diffusion pipelines, several times faster: most denoising steps are forecast.",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lesa {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lesa(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Diffusion pipelines, several times faster: most denoising steps are forecast."""
 
 
 @app.command(cls=JsonCommand)
 @guarded
 def demo(
-    pipeline: Annotated[str, typer.Option(help="An embedded pipeline.")] = "flux",
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("lesa-demo"),
-    prompts_count: Annotated[int, typer.Option(min=1, help="Prompts to train on.")] = 16,
+    pipeline: Annotated[
+        str | None,
+        typer.Argument(
+            help="An embedded pipeline, flux by default.", autocompletion=completion.pipelines
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the report.", rich_help_panel=OUTPUT)] = Path(
+        "lesa-demo"
+    ),
+    prompts_count: Annotated[
+        int, typer.Option(help="Prompts to train on.", rich_help_panel=PROMPTS)
+    ] = 16,
     json: Json = None,
+    pipeline_option: PipelineOption = None,
 ) -> None:
-    """Train on the embedded pipeline, skip most steps of unseen prompts, show the pictures.
+    """Train on an embedded pipeline, skip most steps of unseen prompts, show the pictures.
 
-    Example: lesa demo --out lesa-demo
+    Example: lesa demo flux --out lesa-demo
     """
+    name = one_pipeline(pipeline, pipeline_option) or TESTBED
+    embedded = embedded_name(name) or choose(name, testbed.PIPELINES, "pipeline", what=NOT_EMBEDDED)
+    check_at_least(1, prompts_count=prompts_count)
+    require_packages(f"out={str(out)!r}", "torchmetrics", *DRAWING)
     check_json(json)
     require_writable(out)
     from lesa.cli.run_demo import run_demo
 
-    emit(json, run_demo(embedded_name(pipeline) or pipeline, out, prompts_count, console(json)))
+    emit(json, run_demo(embedded, out, prompts_count, console(json)))
 
 
 @app.command(cls=JsonCommand)
@@ -68,7 +111,7 @@ def train(request: TrainRequest) -> None:
 @guarded
 @takes(GenerateRequest)
 def generate(request: GenerateRequest) -> None:
-    """Make pictures, plain or accelerated, as PNG files.
+    """Make pictures or videos, plain or accelerated, as PNG and mp4 files.
 
     Example: lesa generate testbed --forecaster my-lesa --full-steps 10 --prompts p.txt --out pics
     """
@@ -83,7 +126,7 @@ def generate(request: GenerateRequest) -> None:
 def compare(request: CompareRequest) -> None:
     """Measure methods against the plain run of the same prompts and seeds.
 
-    Example: lesa compare --pipeline testbed --prompts p.txt --forecaster my-lesa --json out.json
+    Example: lesa compare testbed --prompts p.txt --forecaster my-lesa --json out.json
     """
     from lesa.cli.run_compare import run_compare, run_flops
 
@@ -110,11 +153,13 @@ def inspect(
 
     check_json(json)
     if picture is not None:
+        require_packages(f"picture={str(picture)!r}", DRAWING[0])
         require_writable(picture, "picture")
     trained = LesaForecaster.from_pretrained(folder)
     print_forecaster(trained, console(json))
     for path, png in draw_tables(trained, picture).items():
-        console(json).print(f"drawn: {write_atomically(path, png)}")
+        drawn = write_atomically(path, png)
+        console(json).print(f"drawn: {drawn}", markup=False, soft_wrap=True)
     emit(json, describe(trained))
 
 

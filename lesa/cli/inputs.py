@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
 from typing import TYPE_CHECKING, Any
 
+from lesa.cli.names import choose, did_you_mean
+from lesa.cli.schedulers import set_scheduler
 from lesa.core.schedule import check_count
 from lesa.errors import LesaError, is_out_of_memory
 
 if TYPE_CHECKING:
     from lesa.cli.full_step import FullStep
 
-TESTBED = "testbed"
+# What diffusers imports where it is installed, and tells of its optional parts.
+_TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
+TESTBED, NOT_EMBEDDED = "testbed", "not embedded"
+DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+    "float32": "float32",
+}
 
 
 def load_pipeline(
@@ -19,12 +32,14 @@ def load_pipeline(
     *,
     device: str | None = None,
     dtype: str | None = None,
+    scheduler: str | None = None,
     full_step: FullStep | None = None,
 ) -> Any:
     """A pipeline from a folder or a hub id, or an embedded one (see `embedded_name`).
 
     Without `device` CUDA is taken where there is any. Without `dtype` it is bfloat16 on CUDA and
-    float32 elsewhere; the embedded pipeline is always float32. `full_step` is switched on.
+    float32 elsewhere; the embedded pipeline is always float32. `scheduler` is
+    one of `lesa.cli.schedulers`; `full_step` is switched on.
 
     Raises: LesaError if it cannot be loaded or lesa does not know its denoiser.
     """
@@ -42,6 +57,8 @@ def load_pipeline(
     model_spec(find_denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
     pipe = pipe.to(target)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
     if full_step is not None:
         full_step.apply(pipe)
     return pipe
@@ -55,8 +72,9 @@ def check_target(
     Raises: LesaError if the device is not there, the dtype is unknown, or what `full_step` asks for
         does not work with them.
     """
+    given = None if dtype is None else _dtype(dtype)
     target = _device(device or default_device())
-    wanted = _dtype(dtype or ("bfloat16" if target.type == "cuda" else "float32"))
+    wanted = given or _dtype("bfloat16" if target.type == "cuda" else "float32")
     if embedded_name(name) is not None:
         wanted = _dtype("float32")
     if full_step is not None:
@@ -87,49 +105,42 @@ def embedded_name(name: str) -> str | None:
     if inner in testbed.PIPELINES:
         return inner
     if inner != name:
-        listed = ", ".join(testbed.PIPELINES)
-        raise LesaError(f"pipeline={inner!r}: not embedded; choose from {listed}")
+        choose(inner, testbed.PIPELINES, "pipeline", what=NOT_EMBEDDED)
     return None
-
-
-def call_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments for `pipe(...)`: the given ones that are not None, over the embedded pipeline's."""
-    base: dict[str, Any] = {"num_inference_steps": 50}
-    if (embedded := embedded_name(name)) is not None:
-        from lesa import testbed
-
-        base |= testbed.settings(embedded)
-    return base | {key: value for key, value in given.items() if value is not None}
 
 
 def parse_counts(
     text: str, num_steps: int | None = None, field: str = "full-steps"
 ) -> tuple[int, ...]:
-    """ "13,10,8" -> (13, 10, 8); LesaError unless each is at least 1, at most `num_steps`."""
+    """ "13,10,8" -> (13, 10, 8); LesaError unless each is at least 1, at most `num_steps`, and
+    there once."""
     try:
-        counts = tuple(int(part) for part in text.split(",") if part.strip())
+        counts = tuple(int(part) for part in text.split(","))
     except ValueError:
-        counts = ()
-    if not counts:
-        raise LesaError(f"{field}={text!r}: not a list of whole numbers; write 10 or 13,10,8")
+        raise LesaError(
+            f"{field}={text!r}: not a list of whole numbers; write 10 or 13,10,8"
+        ) from None
     for count in counts:
         check_count(count, num_steps or max(count, 1), field)
-    return tuple(dict.fromkeys(counts))
+        if counts.count(count) > 1:
+            raise LesaError(f"{field}={text!r}: {count} is there twice; give each number once")
+    return counts
 
 
 def load_forecaster(name: str) -> Any:
-    """A trained forecaster from a folder or hub id, or a training-free one by its method's name."""
-    from lesa.forecasters.lesa import LesaForecaster
-    from lesa.forecasters.published import METHODS, canonical
+    """A trained forecaster from a folder or hub id, or a training-free one by its method's name.
 
-    if (method := canonical(name)) in METHODS:
-        return METHODS[method]()
+    Raises: LesaError for a name that is none of them, or what cannot be read.
+    """
+    from lesa.forecasters.named import named
 
-    return LesaForecaster.from_pretrained(name)
+    return named(name)
 
 
 def quieten() -> None:
     """Loading bars and advice of the libraries below would drown the command's own words."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers
     import transformers
 
@@ -147,7 +158,7 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
         raise
     except Exception as error:  # every kind of broken folder raises something else
         raise LesaError(
-            f"pipeline={name!r}: cannot load it ({_first_line(error)}); give a folder saved with"
+            f"pipeline={name!r}: cannot load it ({first_line(error)}); give a folder saved with"
             f" save_pretrained, a hub id, or {TESTBED}"
         ) from error
 
@@ -159,13 +170,14 @@ def _device(name: str) -> Any:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise LesaError(f"device={name!r}: unknown; give one of: {_devices()}") from None
+        near = did_you_mean(name, ["cpu", "cuda", "mps", "xpu"])
+        raise LesaError(f"device={name!r}: unknown{near}; give one of: {_devices()}") from None
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if is_out_of_memory(error):
             raise
-        reason = _first_line(error)  # torch asserts when it has no CUDA
+        reason = first_line(error)  # torch asserts when it has no CUDA
         raise LesaError(
             f"device={name!r}: not usable here ({reason}); give one of: {_devices()}"
         ) from None
@@ -183,12 +195,10 @@ def _devices() -> str:
 def _dtype(name: str) -> Any:
     import torch
 
-    known = {"float32", "bfloat16", "float16"}
-    if name not in known:
-        raise LesaError(f"dtype={name!r}: unknown; choose from {', '.join(sorted(known))}")
-    return getattr(torch, name)
+    return getattr(torch, DTYPES[choose(name.removeprefix("torch."), DTYPES, "dtype")])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:200].rstrip(" .:")

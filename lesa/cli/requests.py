@@ -8,36 +8,58 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lesa.cli import completion
+from lesa.cli.checks import check_at_least, check_finite, check_seed
+from lesa.cli.names import choose
 from lesa.cli.options import (
+    FORECASTER,
+    OUTPUT,
+    PIPELINE,
+    PROMPTS,
     Attention,
     Batch,
     Compile,
     Counts,
     Device,
     Dtype,
-    Embedded,
+    Frames,
+    Further,
     Guidance,
     Json,
+    NegativePrompt,
     Pipeline,
     Prompts,
+    Scheduler,
     Seed,
     Size,
     Steps,
 )
 from lesa.errors import LesaError
-from lesa.util.files import read_prompts
+from lesa.util.prompts import check_text, read_prompts
 
 if TYPE_CHECKING:
     from lesa.cli.full_step import FullStep
+    from lesa.cli.saved import Saved
+
+FORMS, TAPS = ("continuous", "paper", "table"), ("hidden", "output")
+_GIVE = "give a folder, a hub id, or an embedded one such as testbed"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRequest:
-    """How a pipeline is loaded and called, in every command that runs one."""
+    """How a pipeline is loaded and called, in every command that runs one.
 
+    Raises: LesaError for a value that no pipeline takes.
+    """
+
+    pipeline: Pipeline = None
+    negative_prompt: NegativePrompt = None
+    scheduler: Scheduler = None
     guidance_scale: Guidance = None
     height: Size = None
     width: Size = None
+    frames: Frames = None
+    set: Further = None
     seed: Seed = 0
     batch_size: Batch = 8
     device: Device = None
@@ -46,6 +68,25 @@ class RunRequest:
     compile: Compile = False
     json: Json = None
 
+    def __post_init__(self) -> None:
+        from lesa.cli.schedulers import check_scheduler
+
+        check_at_least(1, batch_size=self.batch_size, height=self.height, width=self.width)
+        check_at_least(1, frames=self.frames)
+        check_finite(guidance_scale=self.guidance_scale)
+        check_seed(self.seed)
+        if self.negative_prompt is not None:
+            check_text(self.negative_prompt, "negative-prompt")
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+
+    @property
+    def named(self) -> str:
+        """The name of the pipeline; LesaError where none is given."""
+        if self.pipeline is None:
+            raise LesaError(f"pipeline=None: none given; {_GIVE}")
+        return self.pipeline
+
     @property
     def full_step(self) -> FullStep:
         """What is switched on to make a full step itself faster."""
@@ -53,67 +94,152 @@ class RunRequest:
 
         return FullStep(self.attention_backend, self.compile)
 
-    def settings(self, pipeline: str, **more: int | None) -> dict[str, Any]:
-        """Arguments of `pipe(...)`: the given ones over the pipeline's own."""
-        from lesa.cli.inputs import call_settings
+    def settings(self, saved: Saved, forecaster: Any = None, **more: Any) -> dict[str, Any]:
+        """Arguments of `pipe(...)`: the given ones, over the forecaster's, over the pipeline's.
 
-        size = {"height": self.height, "width": self.width}
-        return call_settings(pipeline, {"guidance_scale": self.guidance_scale, **size, **more})
+        Raises: LesaError for what the pipeline does not take, as far as it can be told of `saved`.
+        """
+        from lesa.cli.calls import call_settings, further_arguments
 
-    def check_target(self, pipeline: str) -> None:
+        given = {
+            "guidance_scale": self.guidance_scale,
+            "height": self.height,
+            "width": self.width,
+            "num_frames": self.frames,
+            "negative_prompt": self.negative_prompt,
+            **further_arguments(self.set or ()),
+            **more,
+        }
+        settings = call_settings(saved, given, forecaster)
+        if self.scheduler is not None:
+            from lesa.cli.schedulers import check_scheduler
+
+            check_scheduler(self.scheduler, saved.scheduler)
+        return settings
+
+    def check_target(self) -> None:
         """LesaError if the device, the dtype or what makes a full step faster is not to be had."""
         from lesa.cli.inputs import check_target
 
-        check_target(pipeline, self.device, self.dtype, self.full_step)
+        check_target(self.named, self.device, self.dtype, self.full_step)
 
-    def load(self, pipeline: str) -> Any:
-        """The pipeline on its device; LesaError if it cannot be loaded."""
-        from lesa.cli.inputs import load_pipeline
+    def load(self, settings: dict[str, Any], prompts: list[str], forecaster: Any = None) -> Any:
+        """The pipeline on its device, once it was called up to its first step.
 
-        return load_pipeline(
-            pipeline, device=self.device, dtype=self.dtype, full_step=self.full_step
+        Without `--scheduler` it gets the sampler that the forecaster was trained with.
+
+        Raises: LesaError if it cannot be loaded, or refuses its arguments.
+        """
+        from lesa.cli import inputs
+        from lesa.cli.calls import rehearse
+        from lesa.cli.schedulers import set_trained_scheduler
+
+        pipe = inputs.load_pipeline(
+            self.named,
+            device=self.device,
+            dtype=self.dtype,
+            scheduler=self.scheduler,
+            full_step=self.full_step,
         )
+        if self.scheduler is None:
+            set_trained_scheduler(pipe, forecaster)
+        rehearse(pipe, prompts, settings, self.scheduler)
+        return pipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRequest(RunRequest):
     """`lesa train`."""
 
-    pipeline: Pipeline
-    prompts: Prompts
-    out: Annotated[Path, typer.Option(help="Folder of the forecaster.")]
-    num_inference_steps: Annotated[
-        str | None, typer.Option(help="Steps of the sampler, as for generate; several: 50,28.")
-    ] = None
+    prompts: Prompts = None
+    out: Annotated[Path, typer.Option(help="Folder of the forecaster.", rich_help_panel=OUTPUT)]
     full_steps: Counts = None
-    form: Annotated[str, typer.Option(help="continuous, paper or table.")] = "continuous"
-    tap: Annotated[str | None, typer.Option(help="hidden or output.")] = None
+    form: Annotated[
+        str,
+        typer.Option(
+            help="continuous, paper or table.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.among(FORMS),
+        ),
+    ] = "continuous"
+    tap: Annotated[
+        str | None,
+        typer.Option(
+            help="hidden or output.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.among(TAPS),
+        ),
+    ] = None
     polish: Annotated[
-        int, typer.Option(min=0, help="Rounds of the last fit, the longest part; 0 leaves it out.")
+        int,
+        typer.Option(
+            help="Rounds of the last fit, the longest part; 0: none.", rich_help_panel=FORECASTER
+        ),
     ] = 2
+    num_inference_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of the sampler, as for generate; several: 50,28.", rich_help_panel=PIPELINE
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choose(self.form, FORMS, "form")
+        if self.tap is not None:
+            choose(self.tap, TAPS, "tap")
+        check_at_least(0, polish=self.polish)
+
+    def texts(self) -> list[str]:
+        """The calibration prompts; LesaError if there is none."""
+        if self.prompts is None:
+            raise LesaError("prompts=None: none given; give --prompts FILE")
+        return read_prompts(self.prompts)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest(RunRequest):
     """`lesa generate`."""
 
-    pipeline: Pipeline
-    out: Annotated[Path, typer.Option(help="Folder of the pictures.")]
-    prompt: Annotated[list[str] | None, typer.Option(help="One prompt; repeatable.")] = None
-    prompts: Annotated[Path | None, typer.Option(help="Text file, one prompt per line.")] = None
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="One prompt; repeatable.", rich_help_panel=PROMPTS)
+    ] = None
+    prompts: Prompts = None
+    out: Annotated[Path, typer.Option(help="Folder of the pictures.", rich_help_panel=OUTPUT)]
+    fps: Annotated[
+        int, typer.Option(help="Frames of a video per second.", rich_help_panel=OUTPUT)
+    ] = 16
     forecaster: Annotated[
         str | None,
-        typer.Option(help="Folder, hub id, or fora, taylor-1, ...; without: plain run."),
+        typer.Option(
+            help="Folder, hub id, or fora, taylor-1, ...; without: plain run.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.forecasters,
+        ),
     ] = None
-    full_steps: Annotated[int | None, typer.Option(help="Number of full steps.")] = None
+    full_steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of full steps; a trained forecaster's, nearest to a fifth.",
+            rich_help_panel=FORECASTER,
+        ),
+    ] = None
     interval: Annotated[
-        int | None, typer.Option(help="Instead: the paper's rule, every N-th step in full.")
+        int | None,
+        typer.Option(
+            help="Instead: the paper's rule, every N-th step in full.", rich_help_panel=FORECASTER
+        ),
     ] = None
     num_inference_steps: Steps = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, fps=self.fps, num_inference_steps=self.num_inference_steps)
+
     def texts(self) -> list[str]:
         """All prompts; LesaError if there is none."""
-        texts = [*(self.prompt or []), *(read_prompts(self.prompts) if self.prompts else [])]
+        given = [check_text(text, "prompt") for text in self.prompt or ()]
+        texts = [*given, *(read_prompts(self.prompts) if self.prompts else [])]
         if not texts:
             raise LesaError(
                 "prompts=None: none given; give --prompt 'a red circle' or --prompts FILE"
@@ -128,50 +254,83 @@ class CompareRequest(RunRequest):
     Raises: LesaError where it is neither of the two.
     """
 
-    pipeline: Annotated[str | None, typer.Option(help=Embedded)] = None
-    prompts: Annotated[
-        Path | None, typer.Option(help="All measured: text, CSV, TSV, JSON or JSONL.")
-    ] = None
-    num_inference_steps: Steps = None
-    full_steps: Annotated[
-        str | None, typer.Option(help="Steps that run the whole model; 10, or several: 13,10,8.")
-    ] = None
-    methods: Annotated[str, typer.Option(help="all, or a comma list.")] = "all"
-    forecaster: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a trained forecaster.")
-    ] = None
+    prompts: Prompts = None
     calibration: Annotated[
-        Path | None, typer.Option(help="Other prompts, for methods that need thresholds.")
+        Path | None,
+        typer.Option(
+            help="Other prompts, for methods that need thresholds.", rich_help_panel=PROMPTS
+        ),
     ] = None
-    searched: Annotated[
-        bool, typer.Option("--searched", help="Peers also on lesa's full steps.")
-    ] = False
+    report: Annotated[
+        Path | None, typer.Option(help="Folder for report.html.", rich_help_panel=OUTPUT)
+    ] = None
     judge: Annotated[
         list[str] | None,
-        typer.Option(help="attributes (embedded), image-reward, clip=FOLDER; repeatable."),
+        typer.Option(
+            help="attributes (embedded), image-reward, clip=FOLDER; repeatable.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None
-    limit: Annotated[
-        bool, typer.Option("--limit", help="Also fit on every prompt itself, as a bound.")
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="all, or a comma list.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.methods,
+        ),
+    ] = "all"
+    forecaster: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of a trained forecaster.", rich_help_panel=FORECASTER),
+    ] = None
+    full_steps: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps that run the whole model: 10, or 13,10,8.", rich_help_panel=FORECASTER
+        ),
+    ] = None
+    searched: Annotated[
+        bool,
+        typer.Option(
+            "--searched", help="Peers also on lesa's full steps.", rich_help_panel=FORECASTER
+        ),
     ] = False
-    report: Annotated[Path | None, typer.Option(help="Folder for report.html.")] = None
-    frames: Annotated[int | None, typer.Option(help="Frames of a video.")] = None
+    limit: Annotated[
+        bool,
+        typer.Option(
+            "--limit",
+            help="Also fit on every prompt itself, as a bound.",
+            rich_help_panel=FORECASTER,
+        ),
+    ] = False
+    num_inference_steps: Steps = None
     flops_only: Annotated[
-        bool, typer.Option("--flops-only", help="Count operations of a --model, run nothing.")
+        bool,
+        typer.Option(
+            "--flops-only",
+            help="Count operations of a --model, run nothing.",
+            rich_help_panel=PIPELINE,
+        ),
     ] = False
     model: Annotated[
-        str | None, typer.Option(help="flux.1-dev, qwen-image, hunyuanvideo, sdxl, ...")
+        str | None,
+        typer.Option(
+            help="flux.1-dev, qwen-image, hunyuanvideo, sdxl, ...", rich_help_panel=PIPELINE
+        ),
     ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(1, num_inference_steps=self.num_inference_steps)
         if self.flops_only or self.model is not None:
             if not self.flops_only or self.model is None or self.pipeline is not None:
                 raise LesaError(
                     f"model={self.model!r}: --flops-only and --model go together; give both,"
-                    " without --pipeline"
+                    " without a pipeline"
                 )
         elif self.pipeline is None or self.prompts is None:
             missing = "pipeline" if self.pipeline is None else "prompts"
             raise LesaError(
-                f"{missing}=None: nothing to compare on; give --pipeline and --prompts, or"
+                f"{missing}=None: nothing to compare on; give a pipeline and --prompts, or"
                 " --flops-only and --model"
             )

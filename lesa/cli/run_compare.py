@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -11,10 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lesa.cli.output import progress
+from lesa.cli.calls import full_steps_of
+from lesa.cli.checks import DRAWING, require_packages
 from lesa.cli.requests import CompareRequest
+from lesa.cli.saved import look_at
 from lesa.errors import LesaError
-from lesa.util.files import read_prompts, require_writable
+from lesa.util.files import require_writable
+from lesa.util.progress import Progress
+from lesa.util.prompts import read_prompts
 
 if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
@@ -22,14 +25,13 @@ if TYPE_CHECKING:
     from lesa.evaluation.method import Bench, Method
 
 CALIBRATION = 8  # captions of an embedded pipeline where no file gives others
-FULL_STEPS = "10"
+FULL_STEPS = 10
 
 
 @dataclass(frozen=True)
 class _Inputs:
     """What a request names, read before the pipeline is loaded."""
 
-    pipeline: str
     settings: dict[str, Any]
     counts: tuple[int, ...]
     prompts: list[str]
@@ -47,14 +49,14 @@ def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
 
     inputs = _read(request)
     settings, steps = inputs.settings, inputs.settings["num_inference_steps"]
-    pipe = request.load(inputs.pipeline)
-    _check_frames(pipe, settings)
+    pipe = request.load(settings, inputs.prompts, inputs.forecaster)
     request.full_step.warm_up(pipe, inputs.prompts[: request.batch_size], settings)
     bench = Bench(steps, pipe, settings, inputs.calibration, inputs.forecaster, request.seed)
     result = _measure(request, inputs, bench)
-    result.notes += [*left_out(request.methods, bench), *request.full_step.notes()]
+    missing = left_out(request.methods, bench)
+    result.notes += [*told(missing), *request.full_step.notes()]
     _show(result, request.report, console)
-    return result.to_dict() | asdict(request.full_step)
+    return result.to_dict() | {"left_out": missing} | asdict(request.full_step)
 
 
 def _read(request: CompareRequest) -> _Inputs:
@@ -62,22 +64,30 @@ def _read(request: CompareRequest) -> _Inputs:
     from lesa.evaluation.judges import named
     from lesa.evaluation.method import Bench
 
-    pipeline, prompts = request.pipeline, request.prompts
-    assert pipeline is not None and prompts is not None  # or the request is for --flops-only
-    settings = request.settings(
-        pipeline, num_inference_steps=request.num_inference_steps, num_frames=request.frames
-    )
+    require_packages(f"methods={request.methods!r}", "torchmetrics")
+    if request.report is not None:
+        require_packages(f"report={str(request.report)!r}", *DRAWING)
+    assert request.prompts is not None  # or the request is for --flops-only
+    saved = look_at(request.named)
+    texts = read_prompts(request.prompts)
+    others = calibration_prompts(saved.embedded, request.calibration, texts)
+    forecaster = load_forecaster(request.forecaster) if request.forecaster else None
+    settings = request.settings(saved, forecaster, num_inference_steps=request.num_inference_steps)
     steps = settings["num_inference_steps"]
-    counts = parse_counts(FULL_STEPS if request.full_steps is None else request.full_steps, steps)
-    texts = read_prompts(prompts)
-    others = calibration_prompts(pipeline, request.calibration, texts)
-    request.check_target(pipeline)
+    counts = parse_counts(_full_steps(request, forecaster, steps), steps)
+    request.check_target()
     if request.report is not None:
         require_writable(request.report, "report")
-    forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     check_methods(request.methods, Bench(steps, forecaster=forecaster))
     judges = [named(name, request.device or default_device()) for name in request.judge or ()]
-    return _Inputs(pipeline, settings, counts, texts, others, forecaster, judges)
+    return _Inputs(settings, counts, texts, others, forecaster, judges)
+
+
+def _full_steps(request: CompareRequest, forecaster: Any, steps: int) -> str:
+    """The given numbers of full steps, else the forecaster's nearest to a fifth, else 10."""
+    if request.full_steps is not None:
+        return request.full_steps
+    return str(full_steps_of(forecaster, steps) or min(FULL_STEPS, steps))
 
 
 def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparison:
@@ -86,22 +96,18 @@ def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparis
     from lesa.evaluation.limit import add_limits
 
     contenders = prepare(request.methods, inputs.counts, bench, request.searched)
-    batches = -(-len(inputs.prompts) // request.batch_size)
-    with progress("compare", batches * (len(contenders) + 1)) as advance:
-        result = compare(
-            bench.pipe,
-            inputs.prompts,
-            contenders,
-            inputs.settings,
-            seed=request.seed,
-            batch_size=request.batch_size,
-            judges=inputs.judges,
-            advance=advance,
-        )
+    result = compare(
+        bench.pipe,
+        inputs.prompts,
+        contenders,
+        inputs.settings,
+        seed=request.seed,
+        batch_size=request.batch_size,
+        judges=inputs.judges,
+        progress=Progress(),
+    )
     if request.limit:
-        rows = sum(method.name == "lesa" for method in contenders)
-        with progress("limit", rows * len(inputs.prompts)) as advance:
-            add_limits(bench.pipe, result, contenders, advance)
+        add_limits(bench.pipe, result, contenders, Progress())
     return result
 
 
@@ -113,7 +119,8 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
     for note in result.notes:
         console.print(note, markup=False, soft_wrap=True)
     if report is not None:
-        console.print(f"report: {write_report(result, report)['report.html']}")
+        path = write_report(result, report)["report.html"]
+        console.print(f"report: {path}", markup=False, soft_wrap=True)
 
 
 def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]:
@@ -151,16 +158,16 @@ def check_methods(methods: str, bench: Bench) -> None:
         parse(doubtful or methods, bench)
 
 
-def calibration_prompts(pipeline: str, file: Path | None, measured: Sequence[str]) -> list[str]:
+def calibration_prompts(
+    embedded: str | None, file: Path | None, measured: Sequence[str]
+) -> list[str]:
     """Prompts that methods may be prepared on: a file's, else an embedded pipeline's own.
 
     Raises: LesaError if one of the file's is measured too.
     """
     from lesa import testbed
-    from lesa.cli.inputs import embedded_name
 
     if file is None:
-        embedded = embedded_name(pipeline)
         own = testbed.prompts(embedded, CALIBRATION, seed=0, split="train") if embedded else []
         return [prompt for prompt in own if prompt not in measured]
     prompts = read_prompts(file)
@@ -178,23 +185,30 @@ def prepare(methods: str, counts: Sequence[int], bench: Bench, searched: bool) -
 
     names = parse(methods, bench)
     found: dict[str, Method] = {}
-    with progress("prepare", len(counts) * len(names)) as advance:
+    with Progress().bar("prepare", len(counts) * len(names)) as bar:
         for count, name in product(counts, names):
             built = build_all([name], [count], bench, searched=searched)
             found |= {method.label: method for method in built}
-            advance(f"{name} @{count}")
+            bar.advance(1, f"{name} @{count}")
     return list(found.values())
 
 
-def left_out(methods: str, bench: Bench) -> list[str]:
-    """What "all" does not hold on this bench, and why, a line each."""
-    from lesa.evaluation import methods as known
+def left_out(methods: str, bench: Bench) -> dict[str, str]:
+    """What "all" does not hold on this bench: why not, by name."""
+    from lesa.evaluation.methods import NAMES, unfit
 
-    return list(known.left_out(known.NAMES, bench).values()) if methods.strip() == "all" else []
+    if methods.strip() != "all":
+        return {}
+    return {name: why for name in NAMES if (why := unfit(name, bench)) is not None}
 
 
-def _check_frames(pipe: Any, settings: Mapping[str, Any]) -> None:
-    if "num_frames" in settings and "num_frames" not in inspect.signature(pipe).parameters:
-        raise LesaError(
-            f"frames={settings['num_frames']}: {type(pipe).__name__} makes no video; leave it out"
-        )
+def told(missing: Mapping[str, str]) -> list[str]:
+    """One line of what is left out; those with the same reason share it."""
+    if not missing:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        reasons.setdefault(why, []).append(name)
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
+    count = f"{len(missing)} method{'s do' if len(missing) > 1 else ' does'}"
+    return [f"{count} not apply: {listed}"]

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import io
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from torch import Tensor
 
+from lesa.cli.calls import full_steps_of
 from lesa.cli.inputs import load_forecaster
 from lesa.cli.output import check_json
+from lesa.cli.pictures import NO_VIDEO, can_write_videos, file_name, save
 from lesa.cli.requests import GenerateRequest
+from lesa.cli.saved import look_at
 from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
-from lesa.util.files import require_writable, write_atomically
+from lesa.util.files import require_writable
 
 
 def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
@@ -26,35 +26,38 @@ def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
     texts = request.texts()
-    settings = request.settings(request.pipeline, num_inference_steps=request.num_inference_steps)
+    saved = look_at(request.named)
+    forecaster = load_forecaster(request.forecaster) if request.forecaster else None
+    steps = request.num_inference_steps
+    settings = request.settings(saved, forecaster, num_inference_steps=steps)
     steps = settings["num_inference_steps"]
-    cache = checked_schedule(request.forecaster, request.full_steps, request.interval, steps)
-    request.check_target(request.pipeline)
+    cache = checked_schedule(forecaster, request.full_steps, request.interval, steps)
+    request.check_target()
     require_writable(request.out)
     check_json(request.json)
-    forecaster = load_forecaster(request.forecaster) if request.forecaster else None
-    pipe = request.load(request.pipeline)
+    pipe = request.load(settings, texts, forecaster)
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
     facts = make_pictures(pipe, texts, settings, request, forecaster, cache)
-    console.print(f"{len(texts)} pictures in {request.out}, {facts['seconds']:.3g} s of denoising")
-    if facts["stats"]:
-        console.print(facts["summary"])
+    _tell(facts, len(texts), request, cache, console)
     return facts | asdict(request.full_step)
 
 
 def checked_schedule(
-    forecaster: str | None, full_steps: int | None, interval: int | None, num_steps: int
+    forecaster: Any, full_steps: int | None, interval: int | None, num_steps: int
 ) -> dict[str, Any]:
     """Arguments of `lesa.enable` that say which steps are full.
 
-    Raises: LesaError unless exactly one of the two is given with a forecaster, none without.
+    A forecaster that was trained has its own numbers, of which `full_steps_of` takes one.
+
+    Raises: LesaError where both are given, none without such a number, or one without a forecaster.
     """
     if forecaster is None:
         if full_steps is not None or interval is not None:
-            raise LesaError(
-                "forecaster=None: --full-steps and --interval need one; give --forecaster"
-            )
+            given = f"full-steps={full_steps}" if interval is None else f"interval={interval}"
+            raise LesaError(f"{given}: it needs a forecaster; give --forecaster too")
         return {}
+    if full_steps is None and interval is None:
+        full_steps = full_steps_of(forecaster, num_steps)
     if (full_steps is None) == (interval is None):
         raise LesaError(
             f"full-steps={full_steps}: with interval={interval} it does not say which steps are"
@@ -84,38 +87,47 @@ def make_pictures(
     from lesa.api import accelerate, stats
     from lesa.hooks.timed_run import generate
 
-    files, seconds, counters = [], 0.0, None
+    files, seconds, counters, moving = [], 0.0, None, False
     with accelerate(pipe, forecaster, **cache) if cache else nullcontext():
         for start in range(0, len(prompts), request.batch_size):
             chunk = prompts[start : start + request.batch_size]
             seeds = range(request.seed + start, request.seed + start + len(chunk))
             run = generate(pipe, chunk, seeds, settings)
             seconds += run.seconds
+            moving = run.images.ndim == 5
             for row, (prompt, image) in enumerate(zip(chunk, run.images, strict=True)):
-                path = request.out / f"{start + row:04d}-{_slug(prompt)}.png"
-                files.append(write_atomically(path, picture_png(image)))
+                files += save(image, request.out, file_name(start + row, prompt), request.fps)
         if cache:
             counters = stats(pipe)
     return {
         "files": files,
         "seconds": seconds,
         "settings": dict(settings),
+        "scheduler": type(pipe.scheduler).__name__,
+        "video": moving,
         "stats": counters.to_dict() if counters else None,
         "summary": str(counters) if counters else "plain run",
     }
 
 
-def picture_png(image: Tensor) -> bytes:
-    """[3, H, W] in [0, 1] as PNG; a video [F, 3, H, W] as its frames side by side."""
-    from PIL import Image
-
-    if image.ndim == 4:
-        image = image.movedim(0, -2).flatten(-2)  # [3, H, F * W]
-    pixels = (image.clamp(0, 1) * 255).round().byte().movedim(0, -1).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:48] or "prompt"
+def _tell(
+    facts: Mapping[str, Any],
+    count: int,
+    request: GenerateRequest,
+    cache: Mapping[str, Any],
+    console: Console,
+) -> None:
+    """What was made and how: also what was taken from the forecaster without being asked for."""
+    what = "videos" if facts["video"] else "pictures"
+    steps = facts["settings"]["num_inference_steps"]
+    schedule = cache.get("schedule")
+    full = cache.get("full_steps") or (len(schedule.full_steps) if schedule else steps)
+    told = (
+        f"{count} {what} in {request.out}, {facts['seconds']:.3g} s of denoising,"
+        f" {full} of {steps} steps in full"
+    )
+    console.print(told, markup=False, soft_wrap=True)
+    if facts["video"] and not can_write_videos():
+        console.print(NO_VIDEO, markup=False, soft_wrap=True)
+    if facts["stats"]:
+        console.print(facts["summary"], markup=False)

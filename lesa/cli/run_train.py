@@ -10,7 +10,10 @@ from rich.console import Console
 from lesa.cli.inputs import parse_counts
 from lesa.cli.output import check_json
 from lesa.cli.requests import TrainRequest
-from lesa.util.files import read_prompts, require_writable
+from lesa.cli.saved import look_at
+from lesa.cli.schedulers import check_steps
+from lesa.errors import LesaError
+from lesa.util.files import require_writable
 
 
 def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -18,18 +21,19 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
 
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
-    settings = request.settings(request.pipeline)
+    texts = request.texts()
+    saved = look_at(request.named)
+    settings = request.settings(saved)
     asked = request.num_inference_steps
     asked = f"{settings['num_inference_steps']}" if asked is None else asked
     steps = parse_counts(asked, field="num-inference-steps")
-    usual = "10" if request.form == "paper" else "13,10,8"  # that form knows one list
-    asked = usual if request.full_steps is None else request.full_steps
-    counts = parse_counts(asked, min(steps))
-    texts = read_prompts(request.prompts)
-    request.check_target(request.pipeline)
+    check_steps(max(steps), saved.scheduler)
+    settings["num_inference_steps"] = max(steps)
+    counts = _full_steps(request, steps)
+    request.check_target()
     require_writable(request.out)
     check_json(request.json)
-    pipe = request.load(request.pipeline)
+    pipe = request.load(settings, texts)
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
     import lesa
 
@@ -51,7 +55,19 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     for schedule in forecaster.calibrated:
         listed = ", ".join(map(str, schedule.full_steps))
         console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
-    console.print(f"forecaster in {request.out}")
+    console.print(f"forecaster in {request.out}", markup=False, soft_wrap=True)
     lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
     facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
     return facts | asdict(request.full_step)
+
+
+def _full_steps(request: TrainRequest, steps: tuple[int, ...]) -> tuple[int, ...]:
+    """The numbers of full steps to train for; LesaError where the form takes one list only."""
+    usual = "10" if request.form == "paper" else "13,10,8"  # that form knows one list
+    asked = usual if request.full_steps is None else request.full_steps
+    counts = parse_counts(asked, min(steps))
+    for field, numbers in (("num-inference-steps", steps), ("full-steps", counts)):
+        if request.form == "paper" and len(numbers) > 1:
+            listed = ",".join(map(str, numbers))
+            raise LesaError(f"{field}={listed!r}: --form paper takes one number; give one")
+    return counts

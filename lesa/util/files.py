@@ -2,79 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lesa.errors import LesaError
-
-_PROMPT_FIELDS = ("prompt", "prompts")
-_PROMPT_FILES = (
-    "give a UTF-8 text file with one prompt per line, a .csv or .tsv with a column Prompt or"
-    " Prompts, or a .json list or .jsonl of texts or of objects with a field prompt"
-)
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """The prompts of a UTF-8 file, by its ending, as benchmarks publish them.
-
-    .csv and .tsv: the column Prompt or Prompts (DrawBench, PartiPrompts). .json: a list, .jsonl: a
-    value per line, of texts or of objects with the field prompt or prompts. Anything else: the
-    lines of a text. Names in any case; empty prompts are left out.
-
-    Raises: LesaError if the file is missing, has another form, or holds no prompt.
-    """
-    path = Path(path)
-    readers: dict[str, Callable[[str], list[Any]]] = {
-        ".csv": lambda text: _column(csv.DictReader(io.StringIO(text, newline=""))),
-        # Tab-separated values have no quotes that mean anything: a prompt may begin with one.
-        ".tsv": lambda text: _column(
-            csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
-        ),
-        ".json": lambda text: _listed(json.loads(text)),
-        ".jsonl": lambda text: _listed([json.loads(line) for line in text.split("\n") if line]),
-    }
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        found = readers.get(path.suffix.lower(), str.splitlines)(text)
-    except FileNotFoundError:
-        raise LesaError(
-            f"prompts={str(path)!r}: the file does not exist; {_PROMPT_FILES}"
-        ) from None
-    except (OSError, ValueError, csv.Error) as error:  # not UTF-8, not JSON, another form
-        raise LesaError(
-            f"prompts={str(path)!r}: cannot read it ({error}); {_PROMPT_FILES}"
-        ) from None
-    prompts = [prompt.strip() for prompt in found if prompt.strip()]
-    if not prompts:
-        raise LesaError(f"prompts={str(path)!r}: the file holds no prompt; {_PROMPT_FILES}")
-    return prompts
-
-
-def _column(rows: csv.DictReader[str]) -> list[str]:
-    return [_prompt(row) for row in rows]
-
-
-def _listed(values: Any) -> list[str]:
-    if not isinstance(values, list):
-        raise ValueError(f"it holds a {type(values).__name__}, not a list")
-    return [value if isinstance(value, str) else _prompt(value) for value in values]
-
-
-def _prompt(record: Any) -> str:
-    """The prompt of one row or object; an empty cell at a row's end is empty."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{record!r} is neither a text nor an object")
-    for name, value in record.items():
-        if str(name).strip().lower() in _PROMPT_FIELDS and isinstance(value, str | None):
-            return value or ""
-    raise ValueError(f"no prompt among the fields {', '.join(map(str, record))}")
 
 
 def require_writable(folder: str | Path, field: str = "out") -> Path:

@@ -1,0 +1,47 @@
+"""Values of options that nothing takes, told before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+
+from lesa.errors import LesaError
+
+_LARGEST_SEED = 2**63 - 1
+DRAWING = ("matplotlib", "jinja2")
+
+
+def check_at_least(least: int, **numbers: int | None) -> None:
+    """LesaError for a number below the least; None is not looked at."""
+    for name, value in numbers.items():
+        if value is not None and value < least:
+            raise LesaError(f"{_option(name)}={value}: below {least}; give at least {least}")
+
+
+def check_finite(**numbers: float | None) -> None:
+    """LesaError for what is not a number, or endless."""
+    for name, value in numbers.items():
+        if value is not None and not math.isfinite(value):
+            raise LesaError(f"{_option(name)}={value}: not a finite number; give one such as 3.5")
+
+
+def check_seed(seed: int) -> None:
+    """LesaError for a seed that torch's generators do not take, or that is below 0."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise LesaError(f"seed={seed}: out of range; give 0 to {_LARGEST_SEED}")
+
+
+def require_packages(field: str, *names: str) -> None:
+    """LesaError where one of the packages of the extra `report` is not installed.
+
+    field: the field and value that need them.
+    """
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise LesaError(
+            f"{field}: it needs {' and '.join(missing)}, not installed here; run"
+            f" `pip install {' '.join(missing)}` (the extra report of lesa)"
+        )
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")

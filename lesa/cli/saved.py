@@ -1,0 +1,103 @@
+"""What can be read of a saved pipeline before it is loaded: its class and its scheduler."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lesa.cli.inputs import TESTBED, embedded_name, first_line, quieten
+from lesa.cli.names import did_you_mean
+from lesa.errors import LesaError
+
+__all__ = ["Saved", "look_at"]
+
+_INDEX, _SCHEDULER = "model_index.json", "scheduler/scheduler_config.json"
+_GIVE = f"give a folder saved with save_pretrained, a hub id, or {TESTBED}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A pipeline that is there: its diffusers class and the config of its scheduler, None where
+    they cannot be told beforehand; `embedded` is its name among the embedded ones."""
+
+    name: str
+    embedded: str | None = None
+    kind: type | None = None
+    scheduler: dict[str, Any] | None = None
+
+
+def look_at(name: str) -> Saved:
+    """What a pipeline is, by its name on the command line.
+
+    Raises: LesaError where nothing of this name can be loaded.
+    """
+    quieten()
+    if (embedded := embedded_name(name)) is not None:
+        from lesa import testbed
+
+        folders = testbed.folders(embedded)
+        found = {file: _first(folders, file) for file in (_INDEX, _SCHEDULER)}
+    elif Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        found = _local(name)
+    else:
+        found = _hub(name)
+    return Saved(name, embedded, _class(found[_INDEX]), found[_SCHEDULER])
+
+
+def _local(name: str) -> dict[str, Any]:
+    folder = Path(name)
+    if not folder.exists():
+        from lesa import testbed
+
+        near = did_you_mean(name, [TESTBED, *testbed.PIPELINES])
+        raise LesaError(f"pipeline={name!r}: no such folder, nor embedded{near}; {_GIVE}")
+    if not folder.is_dir():
+        raise LesaError(f"pipeline={name!r}: cannot load it (it is a file, no folder); {_GIVE}")
+    if not (folder / _INDEX).is_file():
+        raise LesaError(f"pipeline={name!r}: cannot load it (no {_INDEX} in it); {_GIVE}")
+    return {file: _read(folder / file) for file in (_INDEX, _SCHEDULER)}
+
+
+def _hub(name: str) -> dict[str, Any]:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found: dict[str, Any] = {}
+    for file in (_INDEX, _SCHEDULER):
+        try:
+            found[file] = _read(Path(hf_hub_download(name, file)))
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            here = isinstance(error, EntryNotFoundError)
+            if file == _SCHEDULER and here and not isinstance(error, LocalEntryNotFoundError):
+                found[file] = None  # the pipeline may have none
+                continue
+            raise LesaError(
+                f"pipeline={name!r}: no folder here, and not to be had from the hub"
+                f" ({first_line(error)}); {_GIVE}"
+            ) from None
+    return found
+
+
+def _first(folders: tuple[Path, ...], file: str) -> dict[str, Any] | None:
+    return next((_read(folder / file) for folder in folders if (folder / file).exists()), None)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """A JSON object; None where it is another thing, which loading the pipeline will explain."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _class(index: dict[str, Any] | None) -> type | None:
+    """The class of diffusers that the index names."""
+    import diffusers
+
+    name = (index or {}).get("_class_name")
+    kind = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return kind if isinstance(kind, type) else None

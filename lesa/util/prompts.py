@@ -1,0 +1,143 @@
+"""Prompts from files, in the forms that benchmarks and data sets publish them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lesa.errors import LesaError
+
+__all__ = ["check_text", "read_prompts"]
+
+_FIELDS = ("prompt", "prompts", "text", "caption")  # the first of them that a record has
+_FILES = (
+    "give a UTF-8 text file with one prompt per line, a .csv, .tsv or .parquet with a column"
+    " prompt, text or caption, or a .json or .jsonl of texts or of objects with such a field"
+)
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file, by its ending, as benchmarks and data sets publish them.
+
+    .csv, .tsv and .parquet: the column prompt, prompts, text or caption, the first of them that is
+    there (DrawBench, PartiPrompts). .json: a list, .jsonl: a value per line, of texts or of objects
+    with such a field; .json may also be an object whose field annotations, prompts or captions is
+    that list (COCO). Anything else: the lines of a UTF-8 text. Names in any case; empty prompts are
+    left out.
+
+    Raises: LesaError if the file is missing, has another form, holds no prompt, or one that is no
+        valid Unicode.
+    """
+    path = Path(path)
+    try:
+        found = _records(path)
+    except FileNotFoundError:
+        raise LesaError(f"prompts={str(path)!r}: the file does not exist; {_FILES}") from None
+    except LesaError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # not UTF-8, not JSON, another form
+        told = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise LesaError(
+            f"prompts={str(path)!r}: cannot read it ({' '.join(str(told).split())}); {_FILES}"
+        ) from None
+    prompts = [prompt.strip() for prompt in found if prompt.strip()]
+    if not prompts:
+        raise LesaError(f"prompts={str(path)!r}: the file holds no prompt; {_FILES}")
+    for prompt in prompts:
+        check_text(prompt, f"prompts={str(path)!r}: its prompt")
+    return prompts
+
+
+def check_text(text: str, field: str) -> str:
+    """`text`; LesaError where it holds half of a character, which no tokenizer takes."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        shown = ascii(text if len(text) < 60 else text[:60] + "...")
+        raise LesaError(
+            f"{field}={shown}: it is no valid Unicode (a lone surrogate); save or type it in UTF-8"
+        )
+    return text
+
+
+def _records(path: Path) -> list[str]:
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet(path)
+    readers: dict[str, Callable[[str], list[str]]] = {
+        ".csv": lambda text: _column(csv.DictReader(io.StringIO(text, newline=""))),
+        # Tab-separated values have no quotes that mean anything: a prompt may begin with one.
+        ".tsv": lambda text: _column(
+            csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
+        ),
+        ".json": lambda text: _listed(json.loads(text)),
+        ".jsonl": lambda text: _listed([json.loads(line) for line in text.split("\n") if line]),
+    }
+    return readers.get(kind, str.splitlines)(path.read_text(encoding="utf-8-sig"))
+
+
+def _parquet(path: Path) -> list[str]:
+    """The column of prompts; of the others nothing is read."""
+    path.open("rb").close()  # a missing file is told before a missing package
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise LesaError(
+            f"prompts={str(path)!r}: it needs pyarrow, not installed here; run"
+            " `pip install pyarrow` or give another kind of file"
+        ) from None
+    names = parquet.read_schema(path).names
+    name = _field({name: name for name in names})
+    values = parquet.read_table(path, columns=[name]).column(0).to_pylist()
+    return [_text(value, name) for value in values]
+
+
+def _column(rows: csv.DictReader[str]) -> list[str]:
+    if rows.fieldnames is not None:
+        _field({name: name for name in rows.fieldnames})  # told also where no row follows
+    return [_prompt(row) for row in rows]
+
+
+def _listed(values: Any) -> list[str]:
+    if isinstance(values, dict):
+        lists = ("annotations", "prompts", "captions")
+        inner = next((values[name] for name in lists if isinstance(values.get(name), list)), None)
+        if inner is None:
+            raise ValueError(
+                f"it holds an object with {_names(values)}; looked for a list, or an object with"
+                f" a list {' or '.join(lists)}"
+            )
+        return _listed(inner)
+    if not isinstance(values, list):
+        raise ValueError(f"it holds a {type(values).__name__}, not a list")
+    return [value if isinstance(value, str) else _prompt(value) for value in values]
+
+
+def _prompt(record: Any) -> str:
+    """The prompt of one row or object; an empty cell at a row's end is empty."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{record!r} is neither a text nor an object")
+    name = _field(record)
+    return _text(record[name], name)
+
+
+def _field(record: Mapping[Any, Any]) -> Any:
+    """The name that a record has for its prompt."""
+    known = {str(name).strip().lower(): name for name in record}
+    for wanted in _FIELDS:
+        if wanted in known:
+            return known[wanted]
+    raise ValueError(f"looked for {', '.join(_FIELDS)}, found {_names(record)}")
+
+
+def _text(value: Any, name: Any) -> str:
+    if not isinstance(value, str | None):
+        raise ValueError(f"{name} holds a {type(value).__name__}, not a text")
+    return value or ""
+
+
+def _names(record: Mapping[Any, Any]) -> str:
+    listed = [repr(str(name)[:40]) for name in record]
+    return ", ".join(listed[:12]) + ", ..." * (len(listed) > 12) if listed else "no names"
