@@ -10,13 +10,13 @@ from functools import wraps
 from os import PathLike
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from lesa.core.forecaster import Forecaster, Tap
 from lesa.core.schedule import Schedule
 from lesa.engine.config import LesaConfig
 from lesa.engine.controller import CacheController
+from lesa.engine.doubts import doubts
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
 from lesa.forecasters.named import named
@@ -25,7 +25,6 @@ from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoiser, find_denoisers
 from lesa.hooks.step_clock import StepClock
-from lesa.hooks.weights_hash import weights_hash
 from lesa.ops import backend
 
 __all__ = [
@@ -56,7 +55,10 @@ def enable(
     be a folder, a Hub id (at `revision`) or the name of a training-free method. See `LesaConfig`
     for the options and their defaults. A pipeline with two transformers has both accelerated:
     outputs of one serve the other's forecasts, hidden features do not, since each has a tail of its
-    own. Warns where the forecaster was trained on other weights or for other numbers of full steps.
+    own.
+
+    Warns, once, where the forecaster was trained on other weights or for other numbers of full
+    steps, or where the pipeline's scheduler cannot be followed.
 
     Raises:
         LesaError: an option is invalid, the denoiser is of an unknown class, the forecaster was
@@ -70,6 +72,7 @@ def enable(
     for model in models:
         _check_model(model, config)
     config = _with_tap_of(models[0], config)
+    _warn(models, config, getattr(pipe, "scheduler", None))
     for group in [models] if config.resolved_tap == "output" else [[model] for model in models]:
         _install(group, config, pipe)
 
@@ -116,7 +119,9 @@ def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
     if not isinstance(config, LesaConfig):
         raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
     _check_model(model, config)
-    _install([model], _with_tap_of(model, config))
+    config = _with_tap_of(model, config)
+    _warn([model], config, config.scheduler)
+    _install([model], config)
 
 
 def remove_lesa_cache(model: nn.Module) -> None:
@@ -199,36 +204,12 @@ def _check_model(model: nn.Module, config: LesaConfig) -> None:
     forecaster: Any = config.forecaster
     if hasattr(forecaster, "check_model"):
         forecaster.check_model(spec.name, tap=config.resolved_tap)
-        difference = _difference(core, forecaster.metadata.get("model_hash"))
-        if difference is not None:
-            warnings.warn(
-                f"the forecaster {forecaster.name} was trained on other weights: {difference}. "
-                "See with `lesa compare` whether it serves them, or train one with lesa.train.",
-                stacklevel=3,
-            )
 
 
-def _difference(model: nn.Module, trained: str | None) -> str | None:
-    """How the weights differ from those of the hash `trained`, as far as that can be told."""
-    adapters = getattr(model, "peft_config", None)
-    if trained is None:
-        return None
-    if adapters:
-        return f"this {type(model).__name__} has the adapters {', '.join(adapters)}"
-    if not _has_plain_weights(model):
-        return None
-    found = weights_hash(model)
-    if found in trained.split("+"):  # one of each transformer
-        return None
-    return f"model_hash={trained!r}, this {type(model).__name__} has {found!r}"
-
-
-def _has_plain_weights(model: nn.Module) -> bool:
-    """Whether a hash of the weights means something: no quantiser or offload on them."""
-    plain = {torch.float32, torch.bfloat16}
-    return getattr(model, "hf_quantizer", None) is None and all(
-        p.dtype in plain and p.device.type != "meta" for p in model.parameters()
-    )
+def _warn(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any) -> None:
+    """All doubts in one warning, if there are any."""
+    if found := doubts(models, config, scheduler):
+        warnings.warn(" ".join(found), stacklevel=3)
 
 
 def _clock(config: LesaConfig) -> StepClock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import diffusers
 import numpy as np
@@ -217,10 +218,19 @@ def test_a_trained_forecaster_brings_its_own_schedules(tiny_flux, inputs):
     tiny_flux(**inputs())
     found = lesa.stats(tiny_flux)
     assert (found.full_steps, found.skipped, found.fallbacks) == ((0, 2, 5, 9), 8, {})
-    lesa.enable(tiny_flux, forecaster, full_steps=5)  # not calibrated: the nearest, thinned
+    with pytest.warns(
+        UserWarning, match="only 4 and 3: it runs as 4 with 1 more full.*full_steps=5"
+    ):
+        lesa.enable(tiny_flux, forecaster, full_steps=5)
     tiny_flux(**inputs())
     found = lesa.stats(tiny_flux)
     assert (len(found.full_steps), found.full, found.fallbacks) == (5, 5, {})
+    assert set(found.full_steps) > {0, 2, 5, 9}
+    for count in (2, 9):
+        with pytest.warns(UserWarning, match=f"full_steps={count} was not.*spread anew"):
+            lesa.enable(tiny_flux, forecaster, full_steps=count)
+        tiny_flux(**inputs())
+        assert lesa.stats(tiny_flux).full == count
     lesa.enable(tiny_flux, LesaForecaster(), full_steps=5)
     tiny_flux(**inputs())
     assert lesa.stats(tiny_flux).full == 5
@@ -240,6 +250,25 @@ def test_a_forecaster_for_another_model_is_refused(tiny_flux):
         lesa.enable(tiny_flux, LesaForecaster(metadata={**own, "model_hash": "feedbeef"}))
     with pytest.raises(LesaError, match="hidden"):
         lesa.enable(tiny_flux, LesaForecaster(), tap="hidden")
+
+
+def test_all_doubts_make_one_warning(tiny_flux, inputs):
+    levels = sigmas(tiny_flux, inputs)
+    forecaster = LesaForecaster(metadata={"model_hash": "feedbeef"})
+    forecaster.recommend(Schedule.explicit([0, 3, 7], 12), levels)
+    config = LesaConfig(forecaster, full_steps=4, scheduler=tiny_flux.scheduler)
+    for call in (
+        lambda: lesa.enable(tiny_flux, forecaster, full_steps=4),
+        lambda: lesa.apply_lesa_cache(tiny_flux.transformer, config),
+    ):
+        with pytest.warns(UserWarning) as told:
+            call()
+        (warning,) = told
+        assert "feedbeef" in str(warning.message) and "full_steps=4" in str(warning.message)
+        assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lesa.enable(tiny_flux, Taylor(), full_steps=4)
 
 
 def test_a_learned_forecaster_in_ones_own_loop_needs_noise_levels(tiny_flux):

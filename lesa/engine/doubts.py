@@ -1,0 +1,77 @@
+"""What may go wrong with a configuration on a model: told in one warning when it is enabled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from lesa.engine.config import LesaConfig
+from lesa.forecasters.calibration import GROWTH, base_count
+from lesa.hooks.denoiser import core_of
+from lesa.hooks.weights_hash import weights_hash
+
+__all__ = ["doubts"]
+
+
+def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = None) -> list[str]:
+    """A sentence each: other weights, an untrained number of full steps, a scheduler that cannot be
+    followed."""
+    found = [
+        *_of_weights(models, config.forecaster),
+        *_of_count(config),
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _of_weights(models: Sequence[nn.Module], forecaster: Any) -> Iterator[str]:
+    for model in models:
+        trained = getattr(forecaster, "metadata", {}).get("model_hash")
+        difference = _difference(core_of(model), trained)
+        if difference is not None:
+            yield (
+                f"the forecaster {forecaster.name} was trained on other weights: {difference}; see "
+                "with `lesa compare` whether it serves them, or train one with lesa.train."
+            )
+
+
+def _of_count(config: LesaConfig) -> Iterator[str]:
+    wanted = config.full_steps
+    calibrations = getattr(config.forecaster, "calibrations", [])
+    counts = sorted({len(c.schedule.full_steps) for c in calibrations}, reverse=True)
+    if wanted is None or not counts or wanted in counts:
+        return
+    base = base_count(calibrations, wanted)
+    if base < wanted <= GROWTH * base and any(entry.rows for entry in calibrations):
+        done = f"it runs as {base} with {wanted - base} more full, for little more than its quality"
+    else:
+        done = f"the steps of {base} are spread anew, and no coefficients were fitted to them"
+    yield (
+        f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: {done}; "
+        f"train with full_steps={wanted}."
+    )
+
+
+def _difference(model: nn.Module, trained: str | None) -> str | None:
+    """How the weights differ from those of the hash `trained`, as far as that can be told."""
+    adapters = getattr(model, "peft_config", None)
+    if trained is None:
+        return None
+    if adapters:
+        return f"this {type(model).__name__} has the adapters {', '.join(adapters)}"
+    if not _has_plain_weights(model):
+        return None
+    found = weights_hash(model)
+    if found in trained.split("+"):  # one of each transformer
+        return None
+    return f"model_hash={trained!r}, this {type(model).__name__} has {found!r}"
+
+
+def _has_plain_weights(model: nn.Module) -> bool:
+    """Whether a hash of the weights means something: no quantiser or offload on them."""
+    plain = {torch.float32, torch.bfloat16}
+    return getattr(model, "hf_quantizer", None) is None and all(
+        p.dtype in plain and p.device.type != "meta" for p in model.parameters()
+    )
