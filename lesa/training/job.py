@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 
 from lesa.errors import LesaError
+from lesa.forecasters.checkpoint import is_hub_id
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
 from lesa.hooks.pipeline import find_denoisers
@@ -121,7 +123,7 @@ class Job:
         """What a trained forecaster records of its origin."""
         return {
             "model_class": type(self.models[0]).__name__,
-            "model_id": str(getattr(self.pipe, "name_or_path", "") or ""),
+            "model_id": model_id(self.pipe),
             "model_hash": self._weights(),
             "scheduler": type(self.pipe.scheduler).__name__,
             "prompts": len(self.prompts),
@@ -129,6 +131,17 @@ class Job:
             "seed": self.seed,
             "call": {k: v for k, v in self.call.items() if isinstance(v, (str, int, float))},
         }
+
+
+def model_id(pipe: Any) -> str:
+    """What a pipeline is called: its Hub id, or the name of its folder without the way there."""
+    source = str(getattr(pipe, "name_or_path", "") or "").rstrip("/\\")
+    cached = re.search(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots\b", source)
+    if cached:
+        return "/".join(cached.groups())
+    if is_hub_id(source):
+        return source
+    return re.split(r"[/\\]", source)[-1]
 
 
 def pipeline_arguments(pipe: Any) -> tuple[str, ...]:
