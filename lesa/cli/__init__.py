@@ -30,6 +30,7 @@ from lesa.cli.output import (
     console,
     emit,
     guarded,
+    say,
 )
 from lesa.cli.requests import CompareRequest, GenerateRequest, TrainRequest
 from lesa.cli.usage import Commands
@@ -100,7 +101,7 @@ def demo(
 def train(request: TrainRequest) -> None:
     """Train a forecaster for a pipeline; an interrupted collection goes on where it stopped.
 
-    Example: lesa train testbed --prompts prompts.txt --full-steps 13,10,8 --out my-lesa
+    Example: lesa train testbed --prompts p.txt --full-steps 13,10,8 --out my-lesa
     """
     from lesa.cli.run_train import run_train
 
@@ -113,7 +114,7 @@ def train(request: TrainRequest) -> None:
 def generate(request: GenerateRequest) -> None:
     """Make pictures or videos, plain or accelerated, as PNG and mp4 files.
 
-    Example: lesa generate testbed --forecaster my-lesa --full-steps 10 --prompts p.txt --out pics
+    Example: lesa generate testbed --forecaster my-lesa --prompts p.txt --out pics
     """
     from lesa.cli.run_generate import run_generate
 
@@ -126,7 +127,7 @@ def generate(request: GenerateRequest) -> None:
 def compare(request: CompareRequest) -> None:
     """Measure methods against the plain run of the same prompts and seeds.
 
-    Example: lesa compare testbed --prompts p.txt --forecaster my-lesa --json out.json
+    Example: lesa compare testbed --prompts p.txt --forecaster my-lesa --report r
     """
     from lesa.cli.run_compare import run_compare, run_flops
 
@@ -148,7 +149,7 @@ def inspect(
 
     Example: lesa inspect my-lesa --picture tables
     """
-    from lesa.cli.commands import describe, draw_tables, print_forecaster
+    from lesa.cli.run_inspect import describe, draw_tables, print_forecaster
     from lesa.forecasters.lesa import LesaForecaster
 
     check_json(json)
@@ -159,7 +160,7 @@ def inspect(
     print_forecaster(trained, console(json))
     for path, png in draw_tables(trained, picture).items():
         drawn = write_atomically(path, png)
-        console(json).print(f"drawn: {drawn}", markup=False, soft_wrap=True)
+        say(console(json), f"drawn: {drawn}")
     emit(json, describe(trained))
 
 
@@ -175,7 +176,7 @@ def env(
 
     Example: lesa env --json
     """
-    from lesa.cli.commands import environment, environment_lines, model_rows, models_table
+    from lesa.cli.environment import environment, environment_table, model_rows, models_table
 
     check_json(json)
     if models:
@@ -184,8 +185,7 @@ def env(
         emit(json, rows)
         return
     facts: dict[str, Any] = environment()
-    for name, text in environment_lines(facts):
-        console(json).print(f"{name:>16}  {text}", markup=False, soft_wrap=True)
+    console(json).print(environment_table(facts))
     emit(json, facts)
 
 

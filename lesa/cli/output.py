@@ -89,7 +89,19 @@ def _too_small(error: BaseException, options: dict[str, Any]) -> str:
 
 def complain(sentence: str) -> None:
     """One line on stderr."""
-    print(f"lesa: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"lesa: {shown(' '.join(sentence.split()))}", file=sys.stderr)
+
+
+def say(console: Console, text: str) -> None:
+    """Print what holds words of users or files: no markup, no escape sequences, no line breaks of
+    the console's own."""
+    console.print(shown(text), markup=False, soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """`text` with every character that a terminal would obey, or cannot show, as Python writes it;
+    line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def check_json(target: Path | None) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lesa.cli.calls import full_steps_of
 from lesa.cli.checks import DRAWING, require_packages
+from lesa.cli.output import say
 from lesa.cli.requests import CompareRequest
 from lesa.cli.saved import look_at
 from lesa.errors import LesaError
@@ -117,10 +118,10 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
     steps = result.settings["num_inference_steps"]
     console.print(rich_table(result.rows, result.plain_seconds, steps))
     for note in result.notes:
-        console.print(note, markup=False, soft_wrap=True)
+        say(console, note)
     if report is not None:
         path = write_report(result, report)["report.html"]
-        console.print(f"report: {path}", markup=False, soft_wrap=True)
+        say(console, f"report: {path}")
 
 
 def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lesa.cli.calls import full_steps_of
 from lesa.cli.inputs import load_forecaster
-from lesa.cli.output import check_json
+from lesa.cli.output import check_json, say
 from lesa.cli.pictures import NO_VIDEO, can_write_videos, file_name, save
 from lesa.cli.requests import GenerateRequest
 from lesa.cli.saved import look_at
@@ -126,8 +126,8 @@ def _tell(
         f"{count} {what} in {request.out}, {facts['seconds']:.3g} s of denoising,"
         f" {full} of {steps} steps in full"
     )
-    console.print(told, markup=False, soft_wrap=True)
+    say(console, told)
     if facts["video"] and not can_write_videos():
-        console.print(NO_VIDEO, markup=False, soft_wrap=True)
+        say(console, NO_VIDEO)
     if facts["stats"]:
-        console.print(facts["summary"], markup=False)
+        say(console, facts["summary"])

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from lesa.cli.inputs import parse_counts
-from lesa.cli.output import check_json
+from lesa.cli.output import check_json, say
 from lesa.cli.requests import TrainRequest
 from lesa.cli.saved import look_at
 from lesa.cli.schedulers import check_steps
@@ -55,7 +55,7 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     for schedule in forecaster.calibrated:
         listed = ", ".join(map(str, schedule.full_steps))
         console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
-    console.print(f"forecaster in {request.out}", markup=False, soft_wrap=True)
+    say(console, f"forecaster in {request.out}")
     lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
     facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
     return facts | asdict(request.full_step)

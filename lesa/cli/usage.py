@@ -14,7 +14,7 @@ from lesa.errors import LesaError
 
 _UsageError: Any = typer.BadParameter.__mro__[1]
 _ClickException: Any = _UsageError.__mro__[1]
-_KINDS = {"integer": "a whole number", "int": "a whole number", "float": "a number"}
+_KINDS = {"integer": "a whole number", "number": "a number", "float": "a number"}
 
 
 class Commands(TyperGroup):
@@ -40,18 +40,38 @@ class Commands(TyperGroup):
 
 def sentence(error: Any) -> str:
     """A usage error as "field=value: what is wrong; remedy"."""
-    command = error.ctx.command_path if error.ctx is not None else "lesa"
-    parameter, text = getattr(error, "param", None), error.message.strip().rstrip(".")
+    help_of = f"`{error.ctx.command_path} --help`" if error.ctx is not None else "`lesa --help`"
+    parameter, text = getattr(error, "param", None), _plain(error.message)
+    kind = type(error).__name__
+    if kind == "NoSuchOption":
+        near = [name for name in error.possibilities or () if name.startswith("--")]
+        meant = f", did you mean {' or '.join(sorted(near))}" if near else ""
+        return f"{error.option_name}: no such option{meant}; {help_of} lists them"
     if parameter is None:
-        text = re.sub(r"^(No such \w+)[: ]*'?([^' ]+)'?", r"\2: \1", error.format_message().strip())
-        remedy = "" if re.search("did you mean", text, re.I) else f"; see {command} --help"
-        return text[:1] + text[1:].rstrip(".") + remedy
+        name = getattr(error, "option_name", None)
+        return f"{name}: it needs a value; give one" if name else f"{text}; see {help_of}"
     field = parameter.name.replace("_", "-")
-    if type(error).__name__ == "MissingParameter":
+    if kind == "MissingParameter":
         written = parameter.opts[0] if parameter.opts[0].startswith("-") else field.upper()
-        return f"{field}=None: it is missing; give {written} (see {command} --help)"
-    found = re.search(r"'(.*)' is not a valid (\w+)", text)
-    if found:
-        wanted = _KINDS.get(found[2].lower(), f"a {found[2].lower()}")
-        return f"{field}={found[1]!r}: not {wanted}; give {wanted}"
-    return f"{field}: {text}; see {command} --help"
+        return f"{field}=None: it is missing; give {written} (see {help_of})"
+    found = _input(error, text)
+    wanted = next((words for key, words in _KINDS.items() if key in text), None)
+    if found is None or wanted is None:
+        return f"{field}: {text}; see {help_of}"
+    return f"{field}={found!r}: not {wanted}; give one such as 8"
+
+
+def _plain(text: str) -> str:
+    """A message of typer's as the beginning of a sentence."""
+    text = " ".join(text.split()).rstrip(".").replace(". Did you mean", ", did you mean")
+    return text.rstrip("?")
+
+
+def _input(error: Any, text: str) -> str | None:
+    """The value that was refused: typer's adapters keep it in what they caught, older ones in the
+    message."""
+    caught = error.__cause__ or error.__context__
+    if hasattr(caught, "errors"):
+        return str(caught.errors()[0]["input"])
+    quoted = re.match(r"'(.*)' is not", text)
+    return quoted[1] if quoted else None

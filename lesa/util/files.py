@@ -56,7 +56,10 @@ def write_atomically(path: str | Path, content: bytes | str) -> Path:
 
 def to_json(value: Any) -> str:
     """Strict JSON: a number that is not finite (the PSNR of identical images) becomes null."""
-    return json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if any("\ud800" <= character <= "\udfff" for character in text):  # a name that is not UTF-8
+        return json.dumps(json.loads(text), indent=2) + "\n"
+    return text
 
 
 def _finite(value: Any) -> Any:

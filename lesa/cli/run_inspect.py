@@ -1,26 +1,17 @@
-"""The parts of commands that are more than one call."""
+"""`lesa inspect`: a forecaster, its tables and where it comes from."""
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-from lesa.util.versions import versions
+from lesa.cli.output import say
 
 SHADES = " ░▒▓█"
-_TUNE = "python -m lesa_kernels.tune times them once"
-CONFIGURATIONS = {  # of Triton's kernels, by `lesa_kernels.config.source`
-    "tuned": "tuned: timed on this device",
-    "untimed": f"untimed: chosen from compiled code; {_TUNE}",
-    "default": f"default: safe on any device; {_TUNE}",
-}
 
 
 def describe(forecaster: Any) -> dict[str, Any]:
@@ -49,20 +40,29 @@ def describe(forecaster: Any) -> dict[str, Any]:
 
 def print_forecaster(forecaster: Any, console: Console) -> None:
     """Provenance, then per calibrated list its full steps and each table as a strip per column."""
-    console.print(f"[bold]{forecaster.name}[/]  tap {forecaster.tap}")
+    say(console, f"{forecaster.name}  tap {forecaster.tap}")
     for field, value in forecaster.metadata.items():
-        console.print(f"  {field}: {value}", markup=False, soft_wrap=True)
+        say(console, f"  {field}: {_in_words(value)}")
     for entry in forecaster.calibrations:
         schedule = entry.schedule
         steps = "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
-        console.print(f"\n{len(schedule.full_steps)} of {schedule.steps} steps in full")
-        console.print(f"  {'full':>8} {steps}", soft_wrap=True)
+        say(console, f"\n{len(schedule.full_steps)} of {schedule.steps} steps in full")
+        say(console, f"  {'full':>8} {steps}")
         first = _table(forecaster, entry, forecaster.branches[0])
-        console.print(f"  {'from':>8} {_sources(first)}", soft_wrap=True)
+        say(console, f"  {'from':>8} {_sources(first)}")
         for whose, table in _tables(forecaster, entry):
             for name, column in zip(_columns(table), table.coefficients.T, strict=True):
-                console.print(f"  {name:>8} {_strip(column)}  {whose}", soft_wrap=True)
-    console.print("\n  darker: a larger coefficient; its sign and value: --picture or --json")
+                say(console, f"  {name:>8} {_strip(column)}  {whose}")
+    say(console, "\n  darker: a larger coefficient; its sign and value: --picture or --json")
+
+
+def _in_words(value: Any) -> str:
+    """A value of the metadata without the brackets of Python."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}={_in_words(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_in_words, value))
+    return str(value)
 
 
 def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
@@ -78,77 +78,6 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
             png = table_png(table, f"{count} of {steps} steps in full, {name}")
             drawn[folder / f"table-{count}-of-{steps}-{name.replace(' ', '-')}.png"] = png
     return drawn
-
-
-def environment() -> dict[str, Any]:
-    """Versions, devices, backends of the kernels and of diffusers' attention, by name."""
-    import torch
-    from lesa_kernels.config import source
-
-    from lesa.cli.full_step import attention_backends
-    from lesa.cli.inputs import quieten
-    from lesa.ops import backend
-
-    found: dict[str, Any] = {**versions(), "platform": platform.platform()}
-    found["cpu threads"] = torch.get_num_threads()
-    found["cuda"] = torch.version.cuda or "none in this torch"
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    found["devices"] = gpus or ["cpu"]
-    if gpus:
-        found["kernel configs"] = {name: CONFIGURATIONS[source(name)] for name in gpus}
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    found["backend"] = backend.active(kind)
-    for name in backend.BACKENDS:
-        if reason := backend.why_not(name, kind):
-            found[f"not {name}"] = reason
-    quieten()
-    attention = attention_backends(kind, torch.bfloat16 if kind == "cuda" else torch.float32)
-    found["attention"] = [name for name, reason in attention.items() if not reason]
-    found["no attention"] = {name: reason for name, reason in attention.items() if reason}
-    return found
-
-
-def environment_lines(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """`environment` for people: names and texts; what has the same reason shares a line."""
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            for at, reason in enumerate(dict.fromkeys(value.values())):
-                listed = ", ".join(key for key, why in value.items() if why == reason)
-                yield name * (at == 0), f"{listed}: {reason}"
-        else:
-            yield name, ", ".join(value) if isinstance(value, list) else str(value)
-
-
-def model_rows() -> list[dict[str, Any]]:
-    """The denoiser classes that have a row, and what this diffusers makes of them."""
-    import diffusers
-
-    from lesa.hooks.model_specs import known_models
-
-    rows = []
-    for name, spec in known_models().items():
-        cls = getattr(diffusers, name, None)
-        rows.append(
-            {
-                "class": name,
-                "blocks": spec.blocks,
-                "tail": spec.tail,
-                "taps": spec.taps,
-                "cache_mixin": hasattr(cls, "enable_cache") if cls else None,
-                "notes": spec.notes if cls else "not in this diffusers",
-            }
-        )
-    return rows
-
-
-def models_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """`model_rows` for people, whole names in 80 columns."""
-    table = Table("class", "blocks, then the tail", "taps")
-    for row in rows:
-        name = Text.assemble(row["class"], (f"\n{row['notes']}" if row["notes"] else "", "dim"))
-        modules = [*row["blocks"], f"> {row['tail']}"]
-        table.add_row(name, Text("\n".join(modules)), Text("\n".join(row["taps"])))
-    return table
 
 
 def _table(forecaster: Any, entry: Any, branch: str) -> Any:
