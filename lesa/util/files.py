@@ -42,10 +42,12 @@ def require_writable_file(path: str | Path, field: str = "json") -> Path:
 def write_atomically(path: str | Path, content: bytes | str) -> Path:
     """Write under a temporary name beside `path`, then rename: never half a file at `path`."""
     path = Path(path)
+    # A lone surrogate has no UTF-8: it is written as JSON escapes it.
+    data = content.encode(errors="backslashreplace") if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(data)
         os.chmod(temporary, 0o644)  # mkstemp makes 0600
         os.replace(temporary, path)
     except BaseException:
