@@ -106,9 +106,11 @@ def _trained_call(forecaster: Any) -> dict[str, Any]:
 
 def check_arguments(kind: type | None, given: Mapping[str, Any]) -> None:
     """LesaError for an argument that pipelines of this class do not take; None is any class."""
-    known = arguments_of(kind) if kind is not None else None
+    if kind is None:
+        return
+    known = arguments_of(kind)
     for name, value in given.items():
-        if kind is None or known is None or name in known:
+        if name in known:
             continue
         if name == "num_frames":
             raise LesaError(f"frames={value}: {kind.__name__} makes no video; leave it out")
@@ -121,13 +123,13 @@ def check_arguments(kind: type | None, given: Mapping[str, Any]) -> None:
         )
 
 
-def arguments_of(kind: type) -> tuple[str, ...] | None:
-    """What `--set` and the options may name of a class of pipelines; None where it takes all."""
-    parameters = inspect.signature(kind.__call__).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return None
-    hidden = {"self", "args", *_FIXED, "callback_on_step_end_tensor_inputs"}
-    return tuple(name for name in parameters if name not in hidden)
+def arguments_of(kind: type) -> tuple[str, ...]:
+    """What `--set` and the options may name of a class of pipelines; what it takes as `**kwargs`
+    too would have no effect."""
+    parameters = inspect.signature(kind.__call__).parameters.values()
+    named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    hidden = {"self", *_FIXED, "callback_on_step_end_tensor_inputs"}
+    return tuple(name for name in named if name not in hidden)
 
 
 def rehearse(

@@ -199,6 +199,6 @@ def _dtype(name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its class, without a full stop."""
+    """The first sentence of an error's text, or its class, without a full stop."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200].rstrip(" .:")
+    return lines[0].split(". ")[0][:200].rstrip(" .:")

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from lesa.cli.calls import full_steps_of
 from lesa.cli.checks import DRAWING, require_packages
+from lesa.cli.names import choose
 from lesa.cli.output import say
 from lesa.cli.requests import CompareRequest
 from lesa.cli.saved import look_at
@@ -151,9 +152,12 @@ def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]
 
 def check_methods(methods: str, bench: Bench) -> None:
     """Raises LesaError for what is wrong with the names whatever the pipeline is."""
-    from lesa.evaluation.methods import PEERS, parse
+    from lesa.evaluation.methods import NAMES, PEERS, parse
+    from lesa.forecasters.published import canonical
 
-    names = [name.strip() for name in methods.split(",") if name.strip()]
+    names = [canonical(name.strip()) for name in methods.split(",") if name.strip()]
+    for name in names:
+        choose(name, ["all", *NAMES], "methods")
     doubtful = [name for name in names if name not in PEERS]
     if names != ["all"] and (doubtful or not names):
         parse(doubtful or methods, bench)
