@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 PLAIN = "plain"
+Made = TypeVar("Made")
 
 
 @dataclass
@@ -76,7 +79,7 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """Everything but the pictures."""
         return {
-            "settings": self.settings,
+            "settings": _described(self.settings),
             "seed": self.seed,
             "prompts": self.prompts,
             "plain": {
@@ -89,3 +92,25 @@ class Comparison:
             "noise_levels": self.noise_levels,
             "notes": self.notes,
         }
+
+
+def attempted(comparison: Comparison, what: str, make: Callable[[], Made]) -> Made | None:
+    """What `make` gives; where it fails, None and a note: measurements outlive every picture."""
+    try:
+        return make()
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        comparison.notes.append(f"{what} was not made: {type(error).__name__}: {lines[0]}")
+        return None
+
+
+def _described(value: Any) -> Any:
+    """A setting as JSON: of what has no such form, an embedding say, its kind and shape."""
+    if value is None or isinstance(value, str | int | float | bool | Path):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _described(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_described(part) for part in value]
+    shape = f" {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    return f"{type(value).__name__}{shape}"

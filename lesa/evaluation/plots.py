@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.evaluation.pictures import shown_frames
 from lesa.evaluation.printable import printable
 
 
@@ -84,13 +85,12 @@ def table_png(table: Any, title: str = "") -> bytes:
 
 
 GAIN = 8  # of errors that are shown as pictures
-_STRIP = 5  # frames of a video that a report shows
 
 
-def canvas(rows: int, columns: int, *, figsize: tuple[float, float], **shared: Any) -> Any:
-    """A figure and its axes, as of `pyplot.subplots`, that knows no window and no global state.
+def require_matplotlib() -> Any:
+    """matplotlib's class of figures.
 
-    Raises: LesaError if matplotlib is not installed.
+    Raises: LesaError if it is not installed.
     """
     try:
         from matplotlib.figure import Figure
@@ -98,16 +98,19 @@ def canvas(rows: int, columns: int, *, figsize: tuple[float, float], **shared: A
         raise LesaError(
             f"report: matplotlib is not installed ({error}); run pip install '.[report]'"
         ) from None
-    figure = Figure(figsize=figsize)
+    return Figure
+
+
+def canvas(rows: int, columns: int, *, figsize: tuple[float, float], **shared: Any) -> Any:
+    """A figure and its axes, as of `pyplot.subplots`, that knows no window and no global state."""
+    figure = require_matplotlib()(figsize=figsize)
     return figure, figure.subplots(rows, columns, **shared)
 
 
 def _strip(picture: Tensor) -> Any:
     """[C, H, W] -> [H, W, C]; a video [F, C, H, W] shows frames from first to last, [H, n W, C]."""
-    if picture.ndim == 4:
-        chosen = torch.linspace(0, len(picture) - 1, min(_STRIP, len(picture))).round().long()
-        picture = torch.cat(list(picture[chosen]), dim=-1)
-    return picture.clamp(0, 1).movedim(0, -1).numpy()
+    side_by_side = torch.cat(list(shown_frames(picture).values()), dim=-1)
+    return side_by_side.clamp(0, 1).movedim(0, -1).numpy()
 
 
 def _wrapped(text: str, width: int, lines: int = 9) -> str:
