@@ -118,11 +118,11 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
 
     steps = result.settings["num_inference_steps"]
     console.print(rich_table(result.rows, result.plain_seconds, steps))
-    for note in result.notes:
+    files = {} if report is None else write_report(result, report)
+    for note in result.notes:  # the report's too
         say(console, note)
-    if report is not None:
-        path = write_report(result, report)["report.html"]
-        say(console, f"report: {path}")
+    if files:
+        say(console, f"report: {files['report.html']}")
 
 
 def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from lesa.cli.output import say
+
 if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
     from lesa.evaluation.method import Bench
@@ -51,7 +53,8 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     bench = Bench(steps, pipe, settings)
     missing = left_out([name for name in names if name != "lesa"], bench)
     names = tuple(name for name in names if name not in missing)
-    console.print(*missing.values(), sep="\n", end="\n" * bool(missing), markup=False)
+    for reason in missing.values():
+        say(console, reason)
     console.print(f"Training a forecaster on {prompts_count} prompts, {steps} steps each.")
     seen = testbed.prompts(pipeline, prompts_count, seed=0, split="train")
     forecaster = _train(bench, seen, counts, out)
@@ -61,8 +64,8 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     result = _measure(replace(bench, forecaster=forecaster), unseen, names, counts)
     seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
     facts = {**seconds, "attributes": result.scores()}
-    shown = ("deepcache" if "deepcache" in names else "taylor-1", "lesa")
-    files = _report(result, out, f"lesa demo: {pipeline}", shown, facts, console)
+    console.print("Writing the report.")
+    files = _report(result, out, f"lesa demo: {pipeline}", facts, console)
     return {**result.to_dict(), **facts, "files": list(files.values())}
 
 
@@ -85,42 +88,39 @@ def _measure(
     bench: Bench, prompts: Sequence[str], names: Sequence[str], counts: Sequence[int]
 ) -> Comparison:
     """The methods against the plain run, in two batches."""
-    from lesa.cli.output import progress
     from lesa.evaluation.compare import compare
     from lesa.evaluation.judges import attributes
     from lesa.evaluation.methods import build_all
+    from lesa.util.progress import Progress
 
     methods = build_all(names, counts, bench)
-    with progress("compare", 2 * (len(methods) + 1)) as advance:
-        return compare(
-            bench.pipe,
-            prompts,
-            methods,
-            bench.settings,
-            seed=1000,
-            batch_size=len(prompts) // 2,
-            keep_pictures=len(prompts),
-            judges=[attributes],
-            advance=advance,
-        )
+    return compare(
+        bench.pipe,
+        prompts,
+        methods,
+        bench.settings,
+        seed=1000,
+        batch_size=len(prompts) // 2,
+        keep_pictures=len(prompts),
+        judges=[attributes],
+        progress=Progress(),
+    )
 
 
 def _report(
-    result: Comparison,
-    out: Path,
-    title: str,
-    shown: Sequence[str],
-    facts: dict[str, Any],
-    console: Console,
+    result: Comparison, out: Path, title: str, facts: dict[str, Any], console: Console
 ) -> dict[str, Path]:
     """Write the report and print the table."""
     from lesa.evaluation.report import rich_table, write_report
 
-    files = write_report(result, out, title=title, shown=shown, extra=facts)
-    console.print(f"Pictures and curves: {files['report.html']}")
+    files = write_report(result, out, title=title, extra=facts)
+    say(console, f"Pictures and curves: {files['report.html']}")
     for label, shares in result.scores().items():
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        console.print(f"{label}: {listed} as in the captions", highlight=False)
-    steps = result.settings["num_inference_steps"]
-    console.print(*result.notes, rich_table(result.rows, result.plain_seconds, steps), sep="\n")
+        say(console, f"{label}: {listed} as in the captions")
+    for note in result.notes:
+        say(console, note)
+    console.print(
+        rich_table(result.rows, result.plain_seconds, result.settings["num_inference_steps"])
+    )
     return files
