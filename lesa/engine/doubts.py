@@ -11,6 +11,7 @@ from torch import nn
 from lesa.engine.config import LesaConfig
 from lesa.forecasters.calibration import GROWTH, base_count
 from lesa.hooks.denoiser import core_of
+from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash
 
 __all__ = ["doubts"]
@@ -22,6 +23,7 @@ def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = Non
     found = [
         *_of_weights(models, config.forecaster),
         *_of_count(config),
+        *_of_scheduler(scheduler),
     ]
     return list(dict.fromkeys(found))
 
@@ -52,6 +54,15 @@ def _of_count(config: LesaConfig) -> Iterator[str]:
         f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: {done}; "
         f"train with full_steps={wanted}."
     )
+
+
+def _of_scheduler(scheduler: Any) -> Iterator[str]:
+    reason = None if scheduler is None else unfollowed(scheduler)
+    if reason is not None:
+        yield (
+            f"scheduler={type(scheduler).__name__}: {reason}, so that every step is computed in "
+            f"full; use {first_order(scheduler)}."
+        )
 
 
 def _difference(model: nn.Module, trained: str | None) -> str | None:

@@ -20,6 +20,7 @@ from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
+from lesa.hooks.scheduler_advice import advice
 from lesa.hooks.step_clock import Step
 from lesa.hooks.timed_run import loop_bar
 from lesa.hooks.weights_hash import weights_hash
@@ -160,9 +161,11 @@ def followed(denoiser: Denoiser, kwargs: dict[str, Any]) -> Step:
     """The step of a training run's call; LesaError where the clock cannot be sure of it."""
     step = denoiser.clock.tick(kwargs)
     if step.problem is not None:
+        pipe = next(iter(denoiser.clock.pipes), None)
+        remedy = advice(pipe) or "train with the pipeline's own loop, one thread at a time"
         raise LesaError(
-            f"step {step.index} of this pipeline cannot be followed ({step.problem}): train with "
-            "a first-order scheduler and the pipeline's own loop"
+            f"scheduler={type(getattr(pipe, 'scheduler', None)).__name__}: step {step.index} "
+            f"cannot be followed ({step.problem}); {remedy}"
         )
     return step
 
