@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from lesa.engine.conditioning import Conditioning
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
+from lesa.engine.packed_output import PackedOutput
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
@@ -62,7 +64,8 @@ class FeatureTap(Protocol):
 class OutputTap:
     """The feature is what the model returns, so that a skipped step runs no module at all.
 
-    It has no graphs: a replay costs more than the one launch of a skipped step.
+    Several tensors are packed into one feature. It has no graphs: a replay costs more than the one
+    launch of a skipped step.
     """
 
     name: Tap = "output"
@@ -71,19 +74,44 @@ class OutputTap:
 
     def take(self, call: Call, run: Run) -> Tensor | None:
         """See `FeatureTap`."""
-        return read_sample(run.output)
+        written = _written_cache(call)
+        if written is not None:
+            raise Refusal(f"the model writes to {written} in this call")
+        sample = read_sample(run.output)
+        if sample is not None:
+            return sample
+        try:
+            return PackedOutput(run.output).feature
+        except TypeError as reason:
+            raise Refusal(str(reason)) from None
 
     def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
         """See `FeatureTap`."""
-        return _OutputForecast(type(run.output), feature, table)
+        if read_sample(run.output) is None:
+            return _OutputForecast(PackedOutput(run.output).rebuild, feature, table)
+        return _OutputForecast(partial(make_output, type(run.output)), feature, table)
+
+
+def _written_cache(call: Call) -> str | None:
+    """The argument in which this call leaves something for later ones, if any.
+
+    Models of diffusers that take a cache of keys and values get a mode beside it, in which
+    "cached" means that it is read only, or flags, of which `is_cache_step` tells the same.
+    """
+    given = {name: call.argument(name) for name in call.denoiser.spec.stateful}
+    caches = [name for name, value in given.items() if value is not None and value is not False]
+    for value in given.values():
+        if value == "cached" or (isinstance(value, dict) and value.get("is_cache_step") is False):
+            return None
+    return caches[0] if caches else None
 
 
 class _OutputForecast:
     """One mix into a new tensor, with the current latent where the table has a weight for it."""
 
-    def __init__(self, kind: type, feature: Tensor, table: StepTable) -> None:
+    def __init__(self, rebuild: Callable[[Tensor], Any], feature: Tensor, table: StepTable) -> None:
         self.ring = Ring(table.history, feature)
-        self._table, self._kind = table, kind
+        self._table, self._rebuild = table, rebuild
         self._mixer = Mixer(table, self.ring)
 
     def __call__(self, call: Call, index: int) -> Any:
@@ -95,7 +123,7 @@ class _OutputForecast:
         feature = self._mixer(index, torch.empty_like(like), latent)
         if table.pushes[index]:
             self.ring.push(feature)
-        return make_output(self._kind, feature)
+        return self._rebuild(feature)
 
 
 class Trajectory:

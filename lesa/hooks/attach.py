@@ -61,7 +61,8 @@ def attach(
     for mixin, parts in spec.swapped(core).items():
         for part in parts:
             swap(part, mixin, _lesa_slot=denoiser._slot)
-    if (hook := _feature_hook(core, spec, denoiser._slot)) is not None:
+    hook = _feature_hook(core, spec, denoiser._slot) if spec.tail else None
+    if hook is not None:
         spec.module(core, spec.tail).register_forward_pre_hook(hook, with_kwargs=True)
     if spec.embedding:
         embedding = core.get_submodule(spec.embedding)

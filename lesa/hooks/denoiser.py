@@ -7,6 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -204,10 +205,30 @@ def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str
     return denoiser.controller(denoiser, args, kwargs)
 
 
+# What wraps a model, by class, and where it keeps it.
+_WRAPPERS = {
+    "OptimizedModule": ("_orig_mod",),
+    "DataParallel": ("module",),
+    "DistributedDataParallel": ("module",),
+    "FullyShardedDataParallel": ("_fsdp_wrapped_module",),
+    "PeftModel": ("base_model", "model"),
+}
+
+
 def core_of(model: nn.Module) -> nn.Module:
-    """The denoiser inside `torch.compile(denoiser)`, or the model itself."""
-    core = model.__dict__.get("_modules", {}).get("_orig_mod")
-    return model if core is None else core
+    """The denoiser inside `torch.compile(denoiser)`, DataParallel, DDP, FSDP or a PeftModel, or the
+    model itself."""
+    path, core = _path_inside(type(model)), model
+    for name in path:
+        core = core.__dict__["_modules"][name]
+    return core_of(core) if path else model
+
+
+@cache
+def _path_inside(kind: type) -> tuple[str, ...]:
+    """Where a wrapper of this class keeps the model; empty for what is not a wrapper."""
+    found = (_WRAPPERS[base.__name__] for base in kind.__mro__ if base.__name__ in _WRAPPERS)
+    return next(found, ())
 
 
 def read_sample(output: Any) -> torch.Tensor | None:

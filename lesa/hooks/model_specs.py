@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,7 +13,7 @@ from lesa.errors import LesaError
 from lesa.hooks.class_swap import Identity, OnlyLast, Skippable
 from lesa.hooks.spec_discovery import Unclear, read_structure
 
-__all__ = ["ModelSpec", "known_models", "model_spec", "register_model"]
+__all__ = ["ModelSpec", "has_row", "known_models", "model_spec", "register_model"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,10 @@ class ModelSpec:
 
         lesa.register_model(lesa.ModelSpec("MyTransformer", blocks=("stages",)))
 
+    The output tap needs the arguments alone, which are found for a class without a row:
+
+        lesa.register_model(lesa.ModelSpec("MyDenoiser", latent="x", taps=("output",)))
+
     Attributes:
         name: name of the class.
         blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
@@ -30,6 +35,8 @@ class ModelSpec:
         latent: the argument of the forward that holds the current latent.
         conditioning: the arguments whose identity tells a changed prompt.
         unbatched: arguments without a batch dimension.
+        stateful: arguments that, where they are given, make a call leave something behind which a
+            skipped step would not: such calls are computed in full.
         identities: modules that a skipped step passes through.
         last: the `ModuleList`s of which a skipped step runs the last module only.
         joined: the module whose output is concatenated behind the feature, along the channels.
@@ -42,11 +49,12 @@ class ModelSpec:
     """
 
     name: str
-    blocks: tuple[str, ...]
+    blocks: tuple[str, ...] = ()
     tail: str = "norm_out"
     latent: str = "hidden_states"
     conditioning: tuple[str, ...] = ("encoder_hidden_states",)
     unbatched: tuple[str, ...] = ()
+    stateful: tuple[str, ...] = ()
     identities: tuple[str, ...] = ()
     last: tuple[str, ...] = ()
     joined: str = ""
@@ -129,7 +137,6 @@ _ROWS = (
         tail="all_final_layer.2-1",
         latent="x",
         conditioning=(),
-        taps=("hidden",),
         notes="latent and output are lists of tensors",
     ),
     ModelSpec("SanaTransformer2DModel", _DOUBLE),
@@ -176,10 +183,13 @@ def register_model(spec: ModelSpec) -> None:
     """Add a denoiser class, or replace its row.
 
     Raises:
-        LesaError: the row names no blocks.
+        LesaError: the row has a hidden tap and names no blocks.
     """
-    if not spec.blocks:
-        raise LesaError(f"ModelSpec.blocks is empty for {spec.name}: name its block containers.")
+    if not spec.blocks and "hidden" in spec.taps:
+        raise LesaError(
+            f"ModelSpec.blocks is empty for {spec.name}: name its block containers, or give "
+            "taps=('output',)."
+        )
     _SPECS[spec.name] = spec
 
 
@@ -189,37 +199,76 @@ def known_models() -> dict[str, ModelSpec]:
 
 
 def model_spec(model: object) -> ModelSpec:
-    """Row of a model, by the name of its class or of a base class, else read from its structure.
+    """Row of a model, by the name of its class or of a base class, else read from its structure,
+    else from its arguments: then it has the output tap alone.
 
     Raises:
-        LesaError: no row, and no structure that can be relied on; the message tells the remedy.
+        LesaError: it is not a module, or its forward does not name its arguments.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _SPECS:
             return _SPECS[cls.__name__]
-    name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise LesaError(
+            f"model: {type(model).__name__} is not a torch module; give a pipeline or its denoiser."
+        )
     try:
         return _read_row(model)
     except Unclear as reason:
-        raise LesaError(
-            f"model: {name} is not a known denoiser class, nor of a form that can be relied on "
-            f"({reason}); describe it with lesa.register_model(lesa.ModelSpec({name!r}, "
-            "blocks=('transformer_blocks',), tail='norm_out'))."
-        ) from None
+        return _output_row(model, f"its hidden tap was not found: {reason}")
 
 
-def _read_row(model: object) -> ModelSpec:
-    if not isinstance(model, nn.Module):
-        raise Unclear("it is no torch module")
+def has_row(model: nn.Module) -> bool:
+    """Whether its class, or a base class, has a row."""
+    return any(cls.__name__ in _SPECS for cls in type(model).__mro__)
+
+
+_LATENTS = ("hidden_states", "sample", "latents", "x")
+_PROMPTS = (
+    "encoder_hidden_states",
+    "pooled_",
+    "class_labels",
+    "text_",
+    "clip_",
+    "cap_feats",
+    "prior_token_id",
+    "proj_embedding",
+    "global_hidden_states",
+    "image_embed",
+    "prompt_embed",
+)
+
+
+def _read_row(model: nn.Module) -> ModelSpec:
+    """A row with both taps; Unclear where the hidden one cannot be relied on."""
     blocks, tail, arguments = read_structure(model)
     if "hidden_states" not in arguments:
         raise Unclear("its forward has no argument hidden_states")
-    prompt = ("encoder_hidden_states", "pooled_projections", "class_labels")
+    return replace(
+        _output_row(model, "read from its forward"),
+        blocks=blocks,
+        tail=tail,
+        taps=("output", "hidden"),
+    )
+
+
+def _output_row(model: nn.Module, notes: str) -> ModelSpec:
+    """A row with the output tap alone, from the names of the forward's arguments."""
+    kind = type(model)
+    parameters = list(inspect.signature(kind.forward).parameters.values())[1:]
+    named = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if not named:
+        raise LesaError(
+            f"model: the forward of {kind.__name__} does not name its arguments; give the model "
+            "that it calls, or a module whose forward(latent, time, ...) calls it."
+        )
     return ModelSpec(
-        type(model).__name__,
-        blocks,
-        tail,
-        conditioning=tuple(name for name in arguments if name.startswith(prompt)),
-        unbatched=tuple(name for name in ("img_ids", "txt_ids") if name in arguments),
-        notes="read from its forward",
+        kind.__name__,
+        tail="",
+        latent=next((name for name in _LATENTS if name in named), named[0]),
+        conditioning=tuple(name for name in named if name.startswith(_PROMPTS)),
+        unbatched=tuple(name for name in _IDS if name in named),
+        stateful=tuple(name for name in named if "cache" in name),
+        taps=("output",),
+        notes=notes,
     )

@@ -184,9 +184,7 @@ def test_other_caches_and_a_second_attach_are_refused(tiny_flux):
         other.enable_cache(diffusers.FirstBlockCacheConfig())
 
 
-def test_an_unknown_class_is_refused_and_can_be_registered():
-    with pytest.raises(LesaError, match="Linear is not a known denoiser"):
-        attach(nn.Linear(2, 2), plain)
+def test_a_class_can_be_registered():
     with pytest.raises(LesaError, match="blocks is empty"):
         register_model(ModelSpec("Mine", ()))
 

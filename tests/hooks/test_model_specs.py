@@ -186,18 +186,65 @@ def test_a_class_without_a_row_is_read_from_its_forward():
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
-def test_a_class_that_cannot_be_relied_on_is_turned_down_with_the_remedy(model, reason):
-    with pytest.raises(lesa.LesaError, match=reason) as error:
+def test_a_class_that_cannot_be_relied_on_has_the_output_tap_alone(model, reason):
+    spec = model_spec(model)
+    assert spec.taps == ("output",) and reason in spec.notes
+    assert (spec.latent, spec.conditioning) == ("hidden_states", ("encoder_hidden_states",))
+    loop = {"num_inference_steps": 4, "schedule": lesa.Schedule.explicit([0, 2])}
+    with pytest.raises(lesa.LesaError, match=f"tap is 'hidden'.*{reason}.*use 'output'"):
+        lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), tap="hidden", **loop))
+    lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), **loop))
+    prompt, found = torch.randn(1, 3, 4), []
+    with torch.no_grad():
+        found = [model(torch.randn(1, 3, 4), prompt, torch.tensor(step)) for step in range(4)]
+    assert torch.equal(found[1], found[0]) and torch.equal(found[3], found[2])
+    assert lesa.stats(model).skipped == 2
+
+
+class Bare(nn.Module):
+    def forward(self, *inputs):
+        return inputs[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"),
+    [(Bare(), "whose forward"), (object(), "give a pipeline"), ("flux", "give a pipeline")],
+)
+def test_what_names_no_latent_is_refused_with_the_remedy(model, remedy):
+    with pytest.raises(lesa.LesaError, match=remedy):
         model_spec(model)
-    assert f"lesa.ModelSpec('{type(model).__name__}'" in str(error.value)
 
 
-def test_a_tap_that_a_model_does_not_have_is_refused_and_not_chosen():
-    pipe, call = tiny_pipelines.build("z-image")
-    with pytest.raises(lesa.LesaError, match="tap is 'output'.*use 'hidden'"):
-        lesa.enable(pipe, lesa.Reuse(), tap="output")
-    lesa.enable(pipe, lesa.Reuse())
-    assert lesa.stats(pipe).tap == "hidden"
+def test_a_call_that_fills_a_cache_is_never_skipped():
+    class Caching(nn.Module):
+        def forward(self, x, t, kv_cache=None, kv_cache_mode=None):
+            if kv_cache_mode == "extract":
+                kv_cache.append(t)
+            return x * 2
+
+    model, filled = Caching(), []
+    every = {"num_inference_steps": 6, "schedule": lesa.Schedule.explicit([0, 3])}
+    lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), **every))
+    with torch.no_grad():
+        for mode, skipped in (("extract", 0), ("cached", 4), (None, 8)):
+            for step in range(6):
+                cache = None if mode is None else filled
+                model(torch.ones(1, 2), torch.tensor(6 - step), cache, kv_cache_mode=mode)
+            assert lesa.stats(model).skipped == skipped, mode
+    assert len(filled) == 6
+    assert lesa.stats(model).fallbacks["the model writes to kv_cache in this call"] == 6
+
+
+def test_a_tap_that_a_model_does_not_have_is_refused():
+    model = diffusers.UNet2DModel(
+        block_out_channels=(4,), norm_num_groups=1, layers_per_block=1,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+    )  # fmt: skip
+    loop = {"num_inference_steps": 4, "schedule": lesa.Schedule.every(2)}
+    with pytest.raises(lesa.LesaError, match="tap is 'hidden'.*use 'output'"):
+        lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), tap="hidden", **loop))
+    lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), **loop))
+    assert lesa.stats(model).tap == "output"
 
 
 def test_a_saved_pipeline_is_loaded_in_the_wanted_dtype(tmp_path):
