@@ -276,3 +276,18 @@ def test_a_learned_forecaster_in_ones_own_loop_needs_noise_levels(tiny_flux):
         lesa.apply_lesa_cache(
             tiny_flux.transformer, LesaConfig(LesaForecaster(), num_inference_steps=12)
         )
+
+
+@pytest.mark.filterwarnings("ignore:full_steps=")
+@pytest.mark.parametrize("steps", [8, 3, 2, 1])
+def test_a_run_of_few_steps_still_skips(tiny_flux, inputs, steps):
+    """Fewer steps than calibrated full ones: the same share of them, and no fallback."""
+    forecaster = LesaForecaster()
+    levels = [1 - i / 50 for i in range(51)]
+    forecaster.recommend(Schedule.every(7, 50), levels)  # 10 full steps
+    for count in (None, *range(1, steps)):
+        lesa.enable(tiny_flux, forecaster, full_steps=count)
+        tiny_flux(**inputs(steps=steps))
+        found = lesa.stats(tiny_flux)
+        assert found.full == (count or max(1, round(10 * steps / 50)))
+        assert (found.skipped, found.fallbacks) == (steps - found.full, {})

@@ -31,8 +31,9 @@ class LesaConfig:
             folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
         full_steps: how many steps are computed in full. Exclusive with `schedule`. A forecaster
             that its authors publish with a rule follows it, at the setting with the fewest full
-            steps that are not below. With neither, a trained forecaster's first calibrated
-            schedule, else `Schedule.every(5)`.
+            steps that are not below. With neither, the count of a trained forecaster's first
+            calibrated schedule, or its share of the steps in a run too short to skip any; else
+            `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
@@ -93,7 +94,8 @@ class LesaConfig:
                 return rule.nearest(self.full_steps, num_steps)
             return _schedule_of(self.full_steps, num_steps)
         if calibrated:
-            return forecaster.schedule_for(len(calibrated[0].full_steps), num_steps, sigmas)
+            count = _default_count(calibrated[0], num_steps)
+            return forecaster.schedule_for(count, num_steps, sigmas)
         return Schedule.every(_DEFAULT_INTERVAL, num_steps)
 
     def check_run(self, num_steps: int, branch: str) -> None:
@@ -162,6 +164,12 @@ class LesaConfig:
                 f"tap is 'hidden', where the latent of the forecaster {self.forecaster.name} "
                 "has no place: use tap='output', or one made without the latent."
             )
+
+
+def _default_count(calibrated: Schedule, num_steps: int) -> int:
+    """As many full steps as were calibrated, or the same share of a run that is not longer."""
+    count = len(calibrated.full_steps)
+    return count if count < num_steps else max(1, round(count * num_steps / calibrated.steps))
 
 
 def _schedule_of(count: int, num_steps: int) -> Schedule:

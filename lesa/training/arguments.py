@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from numbers import Integral
-from reprlib import repr as shortened
 from typing import Any
 
-from torch import Tensor
-
+from lesa.core.checks import MOST_STEPS, shown, whole
 from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
 from lesa.hooks.prompt_inputs import count_prompts
@@ -44,7 +41,7 @@ def sorted_arguments(
     for name, value in of_forecaster.items():
         if name not in FIELDS:
             raise LesaError(
-                f"{name}={_shown(value)}: neither an argument of {type(pipe).__name__} nor a field "
+                f"{name}={shown(value)}: neither an argument of {type(pipe).__name__} nor a field "
                 f"of the forecaster; {_remedy(pipe, name)}"
             )
     taken |= of_pipe
@@ -65,7 +62,7 @@ def checked_settings(form: str, tap: str, chosen: Mapping[str, Any]) -> None:
     try:
         Settings(**{**chosen, "form": form, "tap": tap})
     except TypeError as error:  # a value of another type, which no rule of Settings expects
-        listed = ", ".join(f"{name}={_shown(value)}" for name, value in chosen.items())
+        listed = ", ".join(f"{name}={shown(value)}" for name, value in chosen.items())
         raise LesaError(
             f"{listed}: of another type than a forecaster's fields ({error}); correct it as "
             "lesa.forecasters.settings.Settings tells"
@@ -92,11 +89,14 @@ def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
     """One number or several, without repeats.
 
     Raises:
-        LesaError: none, or one below 1.
+        LesaError: none, or one that is no whole number of at least 1.
     """
-    numbers = [value] if isinstance(value, int) else list(value)
-    if not numbers or not all(isinstance(n, int) and n >= 1 for n in numbers):
-        raise LesaError(f"{name}={value!r} must be a whole number of at least 1, or several")
+    listed: Any = [value]  # a tensor or an array of one number among them
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        listed = value if getattr(value, "shape", (1,)) else [value]
+    numbers = [whole(name, number, 1, MOST_STEPS) for number in listed]
+    if not numbers:
+        raise LesaError(f"{name}={shown(value)}: no number; give one of at least 1, or several")
     return list(dict.fromkeys(numbers))
 
 
@@ -117,15 +117,12 @@ def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], 
 def check_at_least(least: int, **numbers: int) -> None:
     """LesaError for what is no whole number, or below the least."""
     for name, value in numbers.items():
-        if not isinstance(value, Integral) or value < least:
-            raise LesaError(
-                f"{name}={_shown(value)}: no whole number of at least {least}; pass {least} or more"
-            )
+        whole(name, value, least)
 
 
 def _told(where: str, name: str, value: Any) -> str:
     what = "argument of the pipeline" if where == "call" else "field of the forecaster"
-    return f"{name}={_shown(value)}: no {what}, but it stands in {where}="
+    return f"{name}={shown(value)}: no {what}, but it stands in {where}="
 
 
 def _remedy(pipe: Any, name: str) -> str:
@@ -139,9 +136,3 @@ def _remedy(pipe: Any, name: str) -> str:
         return "pass it in settings="
     near = get_close_matches(name, [*parameters, *FIELDS], 1)
     return f"did you mean {near[0]}?" if near else "drop or correct it"
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor {list(value.shape)}"
-    return shortened(value)

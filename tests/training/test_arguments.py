@@ -43,12 +43,17 @@ def idle():
         (dict(history=0), "^history=0 is not a whole number"),
         (dict(form="papre"), "^form='papre' is unknown"),
         (dict(tap="middle"), "^tap='middle' is unknown"),
-        (dict(batch_size=0), "^batch_size=0: no whole number of at least 1"),
-        (dict(refine=-1), "^refine=-1: no whole number of at least 0"),
-        (dict(polish=0.5), "^polish=0.5: no whole number of at least 0"),
+        (dict(batch_size=0), "^batch_size=0: not a whole number >= 1"),
+        (dict(refine=-1), "^refine=-1: not a whole number >= 0"),
+        (dict(polish=0.5), "^polish=0.5: not a whole number >= 0"),
         (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
         (dict(prompts=[""]), "^prompts="),
+        *(
+            (dict(full_steps=wrong), "^full_steps=.*: (not a whole number|no number)")
+            for wrong in (None, True, 2.0, "3", [], [3, None], torch.ones(2), {"a": 3})
+        ),
+        (dict(num_inference_steps=10**30), "^num_inference_steps=10.*: above 100000"),
         (
             dict(form="paper", full_steps=(3, 2)),
             r"^full_steps=\[3, 2\]: form='paper' is tied",
