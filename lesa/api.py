@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -23,7 +23,7 @@ from lesa.forecasters.named import named
 from lesa.hooks.attach import attach, attached, detach, refuse_other_cache
 from lesa.hooks.denoiser import Denoiser, core_of
 from lesa.hooks.model_specs import model_spec
-from lesa.hooks.pipeline import find_denoiser, find_denoisers
+from lesa.hooks.pipeline import component_name, find_denoiser, find_denoisers
 from lesa.hooks.step_clock import StepClock
 from lesa.ops import backend
 
@@ -53,9 +53,10 @@ def enable(
 
     The pipeline is called as before. A second `enable` replaces the first. `forecaster` may also
     be a folder, a Hub id (at `revision`) or the name of a training-free method. See `LesaConfig`
-    for the options and their defaults. A pipeline with two transformers has both accelerated:
+    for the options and their defaults. A pipeline with two denoisers has both accelerated:
     outputs of one serve the other's forecasts, hidden features do not, since each has a tail of its
-    own.
+    own. One that the forecaster does not serve is left out, and named in the warning and in
+    `stats`.
 
     Warns, once, where the forecaster was trained on other weights or for other numbers of full
     steps, or where the pipeline's scheduler cannot be followed.
@@ -68,13 +69,18 @@ def enable(
     if revision is not None:
         options = {"forecaster": _at_revision(forecaster, revision)}
     config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
-    models = find_denoisers(pipe)
+    found = find_denoisers(pipe)
+    left_out = _left_out(pipe, found, config)
+    models = [model for model in found if model not in left_out]
     for model in models:
         _check_model(model, config)
     config = _with_tap_of(models[0], config)
-    _warn(models, config, getattr(pipe, "scheduler", None))
+    reasons = {component_name(pipe, model): reason for model, reason in left_out.items()}
+    _warn(models, config, getattr(pipe, "scheduler", None), reasons)
+    for model in left_out:
+        detach(model)
     for group in [models] if config.resolved_tap == "output" else [[model] for model in models]:
-        _install(group, config, pipe)
+        _install(group, config, pipe, reasons)
 
 
 def disable(pipe: Any) -> None:
@@ -158,9 +164,32 @@ def _at_revision(source: Any, revision: str) -> Forecaster:
     return named(source, revision)
 
 
-def _install(models: Sequence[nn.Module], config: LesaConfig, pipe: Any = None) -> None:
+def _left_out(pipe: Any, models: Sequence[nn.Module], config: LesaConfig) -> dict[nn.Module, str]:
+    """The denoisers of a pipeline that the configuration does not serve, and why; none where it
+    serves none of them, which is an error that `_check_model` and `_with_tap_of` tell."""
+    reasons = {model: reason for model in models if (reason := _unserved(model, config))}
+    return reasons if len(reasons) < len(models) else {}
+
+
+def _unserved(model: nn.Module, config: LesaConfig) -> str | None:
+    spec, asked = model_spec(core_of(model)), config.tap or config.forecaster.tap
+    trained = getattr(config.forecaster, "metadata", {}).get("model_class", spec.name)
+    if trained != spec.name:
+        return f"the forecaster was trained for {trained}, this is a {spec.name}"
+    if asked is not None and asked not in spec.taps:
+        return f"{spec.name} has no {asked} tap"
+    return None
+
+
+def _install(
+    models: Sequence[nn.Module],
+    config: LesaConfig,
+    pipe: Any = None,
+    left_out: Mapping[str, str] | None = None,
+) -> None:
     """One clock and one controller for these models."""
     clock, controller = _clock(config), CacheController(config)
+    controller.counters.set_left_out(left_out or {})
     for model in models:
         before = attached(model)
         if before is not None:
@@ -206,9 +235,15 @@ def _check_model(model: nn.Module, config: LesaConfig) -> None:
         forecaster.check_model(spec.name, tap=config.resolved_tap)
 
 
-def _warn(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any) -> None:
+def _warn(
+    models: Sequence[nn.Module],
+    config: LesaConfig,
+    scheduler: Any,
+    left_out: Mapping[str, str] | None = None,
+) -> None:
     """All doubts in one warning, if there are any."""
-    if found := doubts(models, config, scheduler):
+    alone = [f"{name} is not accelerated: {why}." for name, why in (left_out or {}).items()]
+    if found := [*alone, *doubts(models, config, scheduler)]:
         warnings.warn(" ".join(found), stacklevel=3)
 
 

@@ -161,7 +161,7 @@ def test_a_forecaster_by_its_name_or_folder(tiny_flux, inputs, tmp_path):
 
 
 def test_wrong_targets(tiny_flux):
-    with pytest.raises(LesaError, match="neither a transformer nor a unet"):
+    with pytest.raises(LesaError, match="has no denoiser"):
         lesa.enable(object())
     with pytest.raises(LesaError, match="not accelerated"):
         lesa.stats(tiny_flux)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ class Stats:
     reason, the calls that had to be computed in full. `ring_bytes` is the cache of one generation,
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
     `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
-    and refused with the reason).
+    and refused with the reason). `left_out` names denoisers of the pipeline that run as before.
     """
 
     forecaster: str = ""
@@ -34,6 +34,7 @@ class Stats:
     seconds_full: float = 0.0
     seconds_skipped: float = 0.0
     graphs: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -67,6 +68,7 @@ class Stats:
         ]
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
         lines += [f"  graph    {count:6d}  {what}" for what, count in self.graphs.items()]
+        lines += [f"  left out {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
 
@@ -110,6 +112,11 @@ class Counters:
         """The cache of the newest generation."""
         with self._lock:
             self._stats.ring_bytes = ring_bytes
+
+    def set_left_out(self, reasons: Mapping[str, str]) -> None:
+        """Which denoisers of the pipeline are not accelerated, and why."""
+        with self._lock:
+            self._stats.left_out = dict(reasons)
 
     def snapshot(self) -> Stats:
         """A copy that does not change any more."""

@@ -218,7 +218,8 @@ _WRAPPERS = {
 def core_of(model: nn.Module) -> nn.Module:
     """The denoiser inside `torch.compile(denoiser)`, DataParallel, DDP, FSDP or a PeftModel, or the
     model itself."""
-    path, core = _path_inside(type(model)), model
+    kind: Any = type(model)
+    path, core = _path_inside(kind), model
     for name in path:
         core = core.__dict__["_modules"][name]
     return core_of(core) if path else model

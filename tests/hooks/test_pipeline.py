@@ -68,6 +68,21 @@ def test_denoisers_under_other_names_are_found_and_skipped():
     assert not any(map(lesa.hooks.attach.attached, find_denoisers(pipe)))
 
 
+def test_a_denoiser_that_the_forecaster_does_not_serve_is_named():
+    pipe = two_unets()
+    pipe.register_modules(critic=build("flux")[0].transformer)
+    trained = lesa.LesaForecaster("table", metadata={"model_class": "UNet2DConditionModel"})
+    lesa.enable(pipe, lesa.Taylor(1), schedule=THIRD)
+    with pytest.warns(UserWarning, match="critic is not accelerated: .*FluxTransformer2DModel"):
+        lesa.enable(pipe, trained, schedule=THIRD)
+    assert list(lesa.stats(pipe).left_out) == ["critic"] and "critic" in str(lesa.stats(pipe))
+    assert not lesa.hooks.attach.attached(pipe.critic)  # which the first call had accelerated
+    other = lesa.LesaForecaster("table", metadata={"model_class": "WanTransformer3DModel"})
+    with pytest.raises(lesa.LesaError, match="WanTransformer3DModel"):
+        lesa.enable(pipe, other, schedule=THIRD)
+    assert lesa.stats(pipe).forecaster == trained.name
+
+
 def test_a_pipeline_without_a_denoiser_is_told():
     vae = diffusers.AutoencoderKL(block_out_channels=(4,), norm_num_groups=1)
 
