@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol, runtime_checkable
 
+from lesa.core.checks import reals, shown
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
@@ -38,10 +39,10 @@ class Forecaster(Protocol):
 def check_sigmas(schedule: Schedule, sigmas: Sequence[float]) -> tuple[float, ...]:
     """The S + 1 noise levels as floats.
 
-    Raises LesaError when the count differs from the schedule's steps + 1, or when the levels do not
-    strictly decrease within [0, 1].
+    Raises LesaError when they are no numbers, when the count differs from the schedule's steps + 1,
+    or when the levels do not strictly decrease within [0, 1].
     """
-    levels = tuple(float(sigma) for sigma in sigmas)
+    levels = reals("sigmas", sigmas, "pass the noise levels of the run")
     steps = schedule.steps
     if len(levels) != steps + 1:
         raise LesaError(
@@ -50,8 +51,9 @@ def check_sigmas(schedule: Schedule, sigmas: Sequence[float]) -> tuple[float, ..
         )
     decreasing = all(a > b for a, b in zip(levels, levels[1:], strict=False))
     if not decreasing or levels[0] > 1 + 1e-6 or levels[-1] < -1e-6:
+        found = shown([round(level, 4) for level in levels])
         raise LesaError(
-            f"sigmas={[round(level, 4) for level in levels]}: they do not strictly decrease within "
-            "[0, 1]; map variance-exploding levels by sigma / (1 + sigma)"
+            f"sigmas={found}: they do not strictly decrease within [0, 1]; map "
+            "variance-exploding levels by sigma / (1 + sigma)"
         )
     return levels

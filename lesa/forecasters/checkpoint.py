@@ -17,9 +17,12 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from lesa._version import __version__
+from lesa.core.checks import shown
+from lesa.core.forecaster import check_sigmas
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.config_check import check_calibration, check_config
 from lesa.forecasters.settings import Settings
 from lesa.util.files import write_atomically
 
@@ -100,8 +103,8 @@ def load(
         raise LesaError(f"{weights_path} is no safetensors file ({error}); copy it again") from None
     except LesaError as error:
         raise LesaError(f"{config_path}: {error}") from None
-    except (KeyError, TypeError, RuntimeError) as error:
-        told = " ".join(str(error).split())
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        told = " ".join(str(error).split())[:300]
         raise LesaError(
             f"{config_path} and {WEIGHTS} do not fit each other ({told}); copy both again"
         ) from None
@@ -140,28 +143,46 @@ def _config(forecaster: Storable, weights: bytes) -> dict[str, Any]:
 def _build(
     config: dict[str, Any], tensors: dict[str, Tensor], make: Callable[..., Stored]
 ) -> Stored:
+    check_config(config)
+    dtype = DTYPES[config["dtype"]]
+    calibrations = [
+        _calibration(i, listed, tensors) for i, listed in enumerate(config["calibrated"])
+    ]
+    with torch.device("meta"):  # sizes that a config tells are compared before memory is taken
+        planned = make(metadata=config["metadata"], **config["settings"])
+    for name, planned_value in planned.state_dict().items():
+        if name not in tensors or tensors[name].shape != planned_value.shape:
+            found = list(tensors[name].shape) if name in tensors else "missing"
+            raise RuntimeError(f"{name} is {found}, not {list(planned_value.shape)}")
+    settings = planned.settings
+    for entry in calibrations:
+        check_calibration(entry, settings.history, bool(settings.uses_latent))
     forecaster = make(metadata=config["metadata"], **config["settings"])
-    for i, listed in enumerate(config["calibrated"]):
-        rows = {name: tensors.pop(f"rows.{i}.{name}") for name in listed["branches"]}
-        split = {name: tensors.pop(f"split.{i}.{name}") for name in listed.get("split", [])}
-        schedule = Schedule.from_dict(listed["schedule"])
-        forecaster.calibrations.append(Calibration(schedule, tuple(listed["sigmas"]), rows, split))
-    forecaster.to(DTYPES[config["dtype"]])
+    forecaster.calibrations += calibrations
+    forecaster.to(dtype)
     forecaster.load_state_dict(tensors)
     return forecaster
+
+
+def _calibration(index: int, listed: dict[str, Any], tensors: dict[str, Tensor]) -> Calibration:
+    """One calibrated list, whose rows leave the tensors of the file."""
+    rows = {name: tensors.pop(f"rows.{index}.{name}") for name in listed["branches"]}
+    split = {name: tensors.pop(f"split.{index}.{name}") for name in listed.get("split", [])}
+    schedule = Schedule.from_dict(listed["schedule"])
+    return Calibration(schedule, check_sigmas(schedule, listed["sigmas"]), rows, split)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(path))
         version, _ = config["format_version"], config["weights_sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, LesaError):
             raise
         raise LesaError(f"{path} is no config of a forecaster ({error}); save it again") from None
     if version != FORMAT_VERSION:
         raise LesaError(
-            f"{path} has format_version={version!r}, this lesa reads {FORMAT_VERSION}; "
+            f"{path} has format_version={shown(version)}, this lesa reads {FORMAT_VERSION}; "
             "install the lesa that wrote it or train anew"
         )
     return config

@@ -1,4 +1,5 @@
 import copy
+import hashlib
 import json
 import shutil
 from typing import Any
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lesa.core.schedule import Schedule
@@ -510,6 +512,14 @@ def settings_with(**changes):
     return lambda config: {**config, "settings": {**config["settings"], **changes}}
 
 
+def entry_with(**changes):
+    def change(config):
+        first, *others = config["calibrated"]
+        return {**config, "calibrated": [{**first, **changes}, *others]}
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -517,8 +527,24 @@ def settings_with(**changes):
         (settings_with(form="fancy"), "config.json: form='fancy' is unknown"),
         (settings_with(history=5), "do not fit each other"),
         (settings_with(colour="red"), "do not fit each other.*colour"),
-        (edit(calibrated=[{"schedule": {"rule": "every", "value": 7}}]), "branches"),
+        (settings_with(history=10**9), "do not fit each other"),
+        (settings_with(hidden=[10**6, 10**6]), "do not fit each other"),
+        (settings_with(intervals=10**9), "do not fit each other"),
+        (settings_with(seed="x"), "do not fit each other|seed"),
+        (edit(settings="kan"), "config.settings='kan': not an object"),
+        (edit(calibrated={}), "config.calibrated={}: not a list"),
+        (edit(calibrated=[3]), r"calibrated\[0\]=3: not an object"),
+        (edit(calibrated=[{"schedule": {"rule": "every", "value": 7}}]), "has no sigmas"),
+        (entry_with(sigmas=[None] * 51), r"sigmas\[0\]=None: not a finite number"),
+        (entry_with(sigmas=[1.0, 0.5]), "sigmas=2 values"),
+        (entry_with(branches=[["cond"]]), "not a text"),
+        (entry_with(branches=["nobody"]), "do not fit each other.*nobody"),
+        (entry_with(schedule={"rule": "every", "value": None, "num_steps": 50}), "interval=None"),
+        (edit(metadata="abc"), "config.metadata='abc': not an object"),
+        (edit(metadata={"model_hash": 3}), "metadata.model_hash=3: not a text"),
+        (edit(metadata={"prompts": "many"}), "metadata.prompts='many': not a whole number"),
         (edit(dtype="bfloat16"), "bfloat16"),
+        (edit(dtype=[]), "config.dtype="),
         (lambda config: {"format_version": 1}, "weights_sha256"),
         (lambda config: [], "no config"),
     ],
@@ -532,7 +558,22 @@ def test_wrong_config(saved, change, told):
     assert "config.json" in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "{", "\x00\xff"])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), 1e30, -1e5])
+@pytest.mark.parametrize("kind", ["rows", "split"])
+def test_coefficients_that_no_training_gives(saved, wrong, kind):
+    """They are valid files with a valid hash, and would make noise of every picture."""
+    _, folder = saved
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{kind}.0.cond"][PLAN.skipped_steps[3], 0] = wrong
+    save_file(tensors, folder / "model.safetensors")
+    path = folder / "config.json"
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    path.write_text(json.dumps({**json.loads(path.read_text()), "weights_sha256": digest}))
+    with pytest.raises(LesaError, match="not finite|trained ones stay below 1000"):
+        LesaForecaster.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\x00\xff", "[" * 100_000])
 def test_config_that_is_no_json(saved, text):
     _, folder = saved
     (folder / "config.json").write_text(text)
