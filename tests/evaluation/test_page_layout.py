@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -18,20 +20,38 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--virtual-time-budget=4000",
 )  # fmt: skip
-MEASURE = """<script>
-addEventListener("load", () => {
-  for (const closed of document.querySelectorAll("details")) closed.open = true;
-  const root = document.documentElement;
-  parent.postMessage([root.scrollWidth, root.clientWidth].join(" of "), "*");
-});
+MEASURE = """
+for (const closed of document.querySelectorAll("details")) closed.open = true;
+const root = document.documentElement;
+tell([root.scrollWidth, root.clientWidth]);
+"""
+SLIDE = """
+const slider = document.querySelector(".slider"), after = slider.querySelector(".after");
+const input = slider.querySelector("input"), pair = slider.querySelector(".pair");
+const edge = () => Math.round(parseFloat(getComputedStyle(after).clipPath.split(" ")[3]));
+input.value = 20;
+input.dispatchEvent(new Event("input"));
+const by_key = edge(), box = pair.getBoundingClientRect();
+const touch = { clientX: box.left + 0.7 * box.width, buttons: 1, pointerType: "touch" };
+pair.dispatchEvent(new PointerEvent("pointerdown", touch));
+const before = after.src;
+document.querySelector('.choice input[value="3"]').click();
+const cell = document.getElementById("cell-3-" + slider.dataset.column).querySelector("img");
+tell([by_key, edge(), before !== after.src, after.src === cell.src, after.alt === cell.alt]);
+"""
+SCRIPT = """<script>
+const tell = (found) => parent.postMessage(JSON.stringify(found), "*");
+addEventListener("load", () => {{ {} }});
 </script>"""
 FRAME = """<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe>
-<script>addEventListener("message", (event) => document.title = "measured " + event.data)</script>
+<script>addEventListener("message", (event) => document.title = "told " + event.data)</script>
 """
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(BROWSER is None, reason=f"none of {', '.join(BROWSERS)} is installed"),
+]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="no chromium and no google-chrome on the PATH")
 @pytest.mark.parametrize("kind", ["pictures", "videos", "hostile", "many columns"])
 def test_the_page_is_no_wider_than_the_window(kind, tmp_path):
     found = made_up(HOSTILE if kind == "hostile" else None, video=kind == "videos", judged=True)
@@ -40,20 +60,26 @@ def test_the_page_is_no_wider_than_the_window(kind, tmp_path):
         for row in found.rows:
             row["scores"] = {f"a long score {n}": score for n in range(8)}
         found.plain_more["scores"] = found.rows[0]["scores"]
-    page = write_report(found, tmp_path)["report.html"].read_text(encoding="utf-8")
-    (tmp_path / "page.html").write_text(page.replace("</html>", MEASURE), encoding="utf-8")
+    write_report(found, tmp_path)
     for width in (400, 1000, 1280):
-        held, seen = _measured(tmp_path, width)
+        held, seen = told(tmp_path, MEASURE, width)
         assert held <= seen and width - 20 <= seen <= width  # but for a scroll bar
 
 
-def _measured(folder, width) -> tuple[int, int]:
-    """Width of what the page holds, and of what is seen of it."""
-    frame = folder / "frame.html"
+def test_the_slider_follows_keys_and_fingers_and_takes_another_row(tmp_path):
+    write_report(made_up(), tmp_path)
+    assert told(tmp_path, SLIDE, 400) == [20, 70, True, True, True]
+
+
+def told(folder, script, width):
+    """What a script tells of the report in a frame of this width."""
+    page, frame = (folder / "report.html").read_text(encoding="utf-8"), folder / "frame.html"
+    changed = page.replace("</html>", SCRIPT.format(script))
+    (folder / "page.html").write_text(changed, encoding="utf-8")
     frame.write_text(FRAME.format(width=width))
     own = f"--user-data-dir={folder / 'browser'}"
     command = [BROWSER, *FLAGS, own, "--window-size=1400,1000", "--dump-dom", frame.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    found = re.search(r"<title>measured (\d+) of (\d+)", dom)
+    found = re.search(r"<title>told (.*)</title>", dom)
     assert found, dom[:500]
-    return int(found[1]), int(found[2])
+    return json.loads(html.unescape(found[1]))
