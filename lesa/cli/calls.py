@@ -149,7 +149,12 @@ def rehearse(
     def begun() -> None:
         raise _Begun
 
-    own = prompt_arguments(prompts, settings, [0])
+    own, kind = prompt_arguments(prompts, settings, [0]), type(pipe)
+    if "prompt" in own and "prompt" not in inspect.signature(kind.__call__).parameters:
+        raise LesaError(
+            f"prompts={prompts[0]!r}: {kind.__name__} takes no prompt; give a pipeline that draws"
+            " from text, or use lesa.enable with a call of your own"
+        )
     arguments = {**own, "output_type": "latent", "return_dict": False}
     arguments["generator"] = generators(range(pictures_per_prompt(settings)))
     try:

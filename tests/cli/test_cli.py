@@ -18,6 +18,10 @@ from typer.testing import CliRunner
 
 from lesa import LesaForecaster, Schedule, testbed
 from lesa.cli import app
+from lesa.cli.calls import call_settings
+from lesa.cli.inputs import embedded_name
+from lesa.cli.run_compare import one_line
+from lesa.cli.saved import look_at
 from lesa.errors import LesaError
 from lesa.evaluation import methods
 from lesa.evaluation.method import Bench, Method
@@ -99,8 +103,8 @@ def test_env_tells_how_the_kernels_are_configured(kind, tmp_path, monkeypatch):
         monkeypatch.setenv("LESA_KERNEL_CONFIGS", str(tmp_path))
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: name)
-    text = run("env")
-    assert f"kernel configs  {name}: {kind}: " in text
+    text = " ".join(run("env").split())
+    assert f"kernel configs {name}: {kind}: " in text
     assert ("python -m lesa_kernels.tune" in text) == (kind != "tuned")
 
 
@@ -214,11 +218,19 @@ def test_compare_prepares_peers_on_other_prompts_than_the_measured_ones(curious,
 def test_compare_all_tells_what_it_leaves_out(curious, prompts):
     options = ("--pipeline", "schnell", "--prompts", prompts, "--full-steps", "1")
     result = invoke("compare", *options, "--json")
-    line = "lesa is left out: it needs a trained forecaster; give forecaster=FOLDER"
-    assert line in json.loads(result.stdout)["notes"]
+    line = "1 method does not apply: lesa (needs a trained forecaster; give forecaster=FOLDER)"
+    told = json.loads(result.stdout)
+    assert line in told["notes"] and list(told["left_out"]) == ["lesa"]
     assert line in result.stderr.splitlines()
     told = json.loads(run("compare", *options, "--methods", "curious", "--json"))
-    assert not any("left out" in note for note in told["notes"])
+    assert not any("not apply" in note for note in told["notes"]) and told["left_out"] == {}
+
+
+def test_what_is_left_out_shares_a_line():
+    reasons = {"a": "needs a U-Net", "b": "needs scipy", "c": "needs a U-Net"}
+    (line,) = one_line(reasons)
+    assert line == "3 methods do not apply: a, c (needs a U-Net); b (needs scipy)"
+    assert one_line({}) == []
 
 
 def test_flops_only_needs_neither_pipeline_nor_prompts(tmp_path):
@@ -234,8 +246,8 @@ def test_flops_only_needs_neither_pipeline_nor_prompts(tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "give --pipeline and --prompts"),
-        (("--pipeline", "testbed"), "give --pipeline and --prompts"),
+        ((), "give a pipeline and --prompts"),
+        (("--pipeline", "testbed"), "give a pipeline and --prompts"),
         (("--flops-only",), "--flops-only and --model go together"),
         (("--model", "flux.1-dev"), "--flops-only and --model go together"),
         (("--flops-only", "--model", "flux.9"), "'flux.9': it has no published sizes"),
@@ -250,7 +262,10 @@ def test_compare_of_what(options, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--methods", "fora,nonsense"), "methods='nonsense': unknown; choose all, or from"),
+        (
+            ("--methods", "fora,nonsense"),
+            "methods='nonsense': unknown; choose from all, fewer",
+        ),
         (("--methods", ","), "methods=',': none given"),
         (("--methods", "fora,lesa"), "'lesa': it needs a trained forecaster"),
         (("--calibration", "SAME"), "3 of its prompts are measured too, e.g."),
@@ -275,10 +290,8 @@ def test_frames_of_a_picture(prompts):
 
 @pytest.mark.parametrize("name", ["testbed", "testbed:flux", "flux"])
 def test_one_way_to_name_an_embedded_pipeline(name):
-    from lesa.cli.inputs import call_settings, embedded_name
-
     assert embedded_name(name) == "flux"
-    assert call_settings(name, {}) == testbed.settings("flux")
+    assert call_settings(look_at(name), {}) == testbed.settings("flux")
     assert embedded_name(f"./{name}") is None
 
 
@@ -405,7 +418,7 @@ def test_pipelines_that_cannot_be_loaded(index, words, prompts, tmp_path):
     )
 
 
-def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
+def test_a_pipeline_without_prompts(prompts, tmp_path):
     from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
     unet = UNet2DModel(
@@ -414,9 +427,7 @@ def test_a_pipeline_of_an_unknown_class(prompts, tmp_path):
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     options = ("--prompts", prompts, "--out", tmp_path / "out")
-    assert "UNet2DModel is not a known denoiser class" in refused(
-        "train", tmp_path / "ddpm", *options
-    )
+    assert "DDPMPipeline takes no prompt" in refused("train", tmp_path / "ddpm", *options)
 
 
 def test_device_and_dtype(prompts, tmp_path):
