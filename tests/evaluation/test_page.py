@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from html.parser import HTMLParser
+from io import BytesIO
 from unittest import mock
 
 import pytest
 import torch
+from PIL import Image
 
 from lesa.errors import LesaError
 from lesa.evaluation.charts import errors_png
 from lesa.evaluation.compare import PLAIN, Comparison, Worst
+from lesa.evaluation.method import Method
+from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.pictures import data_uri
 from lesa.evaluation.printable import printable
 from lesa.evaluation.report import require_extra, write_report
 from lesa.evaluation.views import in_grid, sentence
@@ -207,6 +213,42 @@ def test_lpips_stands_beside_psnr_where_it_was_measured(text, tmp_path):
     table = told[told.index('<table class="all">') :]
     assert "<th>min</th><th>LPIPS mean</th><th>LPIPS max</th>" in table
     assert "0.0123" in table and "0.0456" in table
+
+
+def test_lpips_makes_columns_of_its_own_and_is_no_share():
+    measured = MetricsRow(psnr=[30.0, 40.0], ssim=[0.9, 0.9], seconds=[1.0], speedup=[2.0])
+    plain = MetricsRow(judged={"lpips": [0.0, 0.0], "shape": [1.0, 1.0]})
+    measured.judged = {"lpips": [0.1, 0.3], "shape": [1.0, 0.0]}
+    row = measured.row(Method("fora", STEPS), plain)
+    assert row["lpips_mean"] == pytest.approx(0.2) and row["lpips_max"] == 0.3
+    low, high = row["lpips_mean_interval"]
+    assert 0.1 <= low <= 0.2 <= high <= 0.3
+    assert list(row["scores"]) == ["shape"]
+    del measured.judged["shape"]
+    assert "scores" not in measured.row(Method("fora", STEPS), plain)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "mode", "size"),
+    [
+        ((3, 64, 32), "PNG", "RGB", (32, 64)),
+        ((1, 64, 32), "PNG", "L", (32, 64)),
+        ((4, 64, 32), "PNG", "RGBA", (32, 64)),
+        ((3, 300, 300), "JPEG", "RGB", (300, 300)),
+        ((4, 2048, 1024), "JPEG", "RGB", (256, 512)),
+    ],
+)
+def test_pictures_in_a_page_are_exact_while_they_are_small(shape, kind, mode, size):
+    picture = torch.rand(shape)
+    picture[:, 0, 0] = float("nan")
+    head, _, data = data_uri(picture).partition(",")
+    image = Image.open(BytesIO(base64.b64decode(data)))
+    assert head == f"data:image/{kind.lower()};base64"
+    assert (image.format, image.mode, image.size) == (kind, mode, size)
+    if kind == "PNG":
+        first = image.getpixel((1, 1))
+        expected = (255 * picture[:, 1, 1]).round().int().tolist()
+        assert list(first if isinstance(first, tuple) else (first,)) == expected
 
 
 def test_prompts_are_plain_text_everywhere(tmp_path):

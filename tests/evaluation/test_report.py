@@ -91,6 +91,12 @@ def test_curves_begin_at_the_first_skipped_step(comparison):
     assert "fewer-steps @4" not in comparison.curves  # its steps are not the plain run's
 
 
+def test_noise_levels_are_those_of_the_plain_run(comparison, pipe):
+    levels = comparison.to_dict()["noise_levels"]
+    assert len(levels) == STEPS + 1 and levels[0] == 1 and levels[-1] == 0
+    assert levels == sorted(levels, reverse=True)
+
+
 def test_flops_follow_the_full_steps(comparison, pipe, settings):
     full = step_flops(pipe, PROMPTS[0], settings, 2)
     assert full[0] == full[1] > 1e8
