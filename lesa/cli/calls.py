@@ -14,6 +14,7 @@ from lesa.cli.names import did_you_mean
 from lesa.cli.saved import Saved
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
+from lesa.testbed import PIPELINES
 
 __all__ = ["call_settings", "full_steps_of", "further_arguments", "rehearse"]
 
@@ -29,7 +30,8 @@ _OPTIONS = {  # arguments that lesa gives itself, and the option for each
 }
 _FIXED = ("output_type", "return_dict", "callback_on_step_end", "callback")
 _NAMES = {"num_frames": "frames", "num_inference_steps": "num-inference-steps"}
-_EMBEDDED_MULTIPLE = 8  # pixels of a token of each of the embedded pipelines
+# Pixels that a token of an embedded pipeline covers, or that its frames are rounded to.
+_MULTIPLES = {name: 8 for name in PIPELINES} | {"hunyuan": 16}
 _SIZES = re.compile(r"divisible by\D*(\d+)", re.I)
 
 
@@ -76,7 +78,7 @@ def call_settings(saved: Saved, given: Mapping[str, Any], forecaster: Any = None
     check_steps(settings["num_inference_steps"], saved.scheduler)
     if saved.embedded is not None:
         for name in ("height", "width"):
-            _check_multiple(name, settings[name], _EMBEDDED_MULTIPLE, "an embedded pipeline")
+            _check_multiple(name, settings[name], _MULTIPLES[saved.embedded], saved.embedded)
     return settings
 
 

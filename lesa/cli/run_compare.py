@@ -56,7 +56,7 @@ def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
     bench = Bench(steps, pipe, settings, inputs.calibration, inputs.forecaster, request.seed)
     result = _measure(request, inputs, bench)
     missing = left_out(request.methods, bench)
-    result.notes += [*told(missing), *request.full_step.notes()]
+    result.notes += [*one_line(missing), *request.full_step.notes()]
     _show(result, request.report, console)
     return result.to_dict() | {"left_out": missing} | asdict(request.full_step)
 
@@ -207,7 +207,7 @@ def left_out(methods: str, bench: Bench) -> dict[str, str]:
     return {name: why for name in NAMES if (why := unfit(name, bench)) is not None}
 
 
-def told(missing: Mapping[str, str]) -> list[str]:
+def one_line(missing: Mapping[str, str]) -> list[str]:
     """One line of what is left out; those with the same reason share it."""
     if not missing:
         return []

@@ -118,7 +118,7 @@ def _tell(
     console: Console,
 ) -> None:
     """What was made and how: also what was taken from the forecaster without being asked for."""
-    what = "videos" if facts["video"] else "pictures"
+    what = ("video" if facts["video"] else "picture") + "s" * (count > 1)
     steps = facts["settings"]["num_inference_steps"]
     schedule = cache.get("schedule")
     full = cache.get("full_steps") or (len(schedule.full_steps) if schedule else steps)
