@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 MADE = ("lesa-demo/", "gpu-evidence/", "profiles/")  # folders that commands write
 WRITTEN = {"summary.json", "log.txt", "kernels.json", "skipped_step.json", "loop.json"}  # files
@@ -73,3 +74,25 @@ def test_the_map_names_the_rooms_and_their_files():
             assert place.is_dir() or place.with_suffix(".py").exists(), f"{room}: {name}"
         if room != "forecasters":  # one file per method
             assert {path.stem for path in folder.glob("*.py")} <= named | {"__init__"}
+
+
+def test_the_first_screen_of_readme():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert lines.index("```python") < 30
+    assert any(line.startswith("![") for line in lines[:25])
+    assert "lesa.enable(pipe)" in "\n".join(lines[:40])
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.stat().st_size < 300_000, picture
+
+
+def test_the_pages_of_results_are_what_the_committed_numbers_make():
+    """After new measurements: python benchmarks/make_results.py."""
+    pages = runpy.run_path(str(ROOT / "benchmarks" / "make_results.py"))["pages"]()
+    for path, made in pages.items():
+        assert (ROOT / path).read_text(encoding="utf-8") == made, path
+    written = {path for path in pages if path.startswith("docs/results/")}
+    folder = ROOT / "docs" / "results"
+    assert {path.relative_to(ROOT).as_posix() for path in folder.glob("*")} == written
+    index = pages["docs/results.md"]
+    assert all(f"({path.removeprefix('docs/')})" in index for path in written)
