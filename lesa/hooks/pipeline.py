@@ -70,7 +70,8 @@ def component_name(pipe: Any, module: nn.Module) -> str:
 def _registered(pipe: Any) -> Iterator[tuple[str, Any]]:
     """The components of a pipeline by name, without asking for those that are not there."""
     config = getattr(pipe, "config", None) or {}
-    for name in [name for name in config if not str(name).startswith("_")]:
+    registered = [name for name, value in config.items() if isinstance(value, (list, tuple))]
+    for name in registered:  # (library, class); diffusers warns where others are asked for so
         part = getattr(pipe, name, None)
         if isinstance(part, nn.Module):
             yield name, part
