@@ -25,11 +25,11 @@ FEW = 8  # steps up to which no published schedule of TaylorSeer leaves much to 
 def contest(pipe: Any, num_steps: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Numbers of full steps to compare at, and the methods that apply to this pipeline."""
     if getattr(pipe, "unet", None) is not None and num_steps == 50:
-        return UNET_FULL_STEPS, ("fewer-steps", "taylor-1", "deepcache", "lesa")
+        return UNET_FULL_STEPS, ("fewer-steps", "fora", "taylor-1", "deepcache", "lesa")
     counts = FULL_STEPS.get(num_steps, (max(1, num_steps // 5),))
     if num_steps <= FEW:
         return counts, ("fewer-steps", "fora", "taylor-1", "lesa")
-    return counts, ("fewer-steps", "taylor-1", "lesa")
+    return counts, ("fewer-steps", "fora", "taylor-1", "foca", "lesa")
 
 
 def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> dict[str, Any]:
