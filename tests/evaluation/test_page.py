@@ -18,8 +18,10 @@ from lesa.evaluation.charts import errors_png
 from lesa.evaluation.compare import PLAIN, Comparison, Worst
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.page import html
 from lesa.evaluation.pictures import data_uri
 from lesa.evaluation.printable import printable
+from lesa.evaluation.ranking import duels
 from lesa.evaluation.report import require_extra, write_report
 from lesa.evaluation.views import in_grid, sentence
 
@@ -72,6 +74,11 @@ def made_up(prompts=None, means=MEANS, video=False, judged=False):
         decibels = {f"lesa @{count}": [40.0] * 9, f"fora @{count}": [30.0] * 9}
         found.worst.append(Worst(f"lesa @{count}", prompts, decibels, shown))
     return found
+
+
+def page_of(comparison):
+    """The page without charts, which take seconds."""
+    return html(comparison, duels(comparison.rows), "title", {})
 
 
 class Page(HTMLParser):
@@ -174,8 +181,8 @@ def test_a_slider_lays_any_shown_row_over_the_plain_run(text):
         assert {f"cell-{line}-{slider['data-column']}" for line in range(5)} <= pictures
 
 
-def test_a_video_is_divided_in_every_frame_that_is_shown(tmp_path):
-    page = Page(write_report(made_up(video=True), tmp_path)["report.html"].read_text())
+def test_a_video_is_divided_in_every_frame_that_is_shown():
+    page = Page(page_of(made_up(video=True)))
     pairs, sliders = page.all("div", **{"class": "pair"}), page.all("input", type="range")
     assert len(pairs) == 5 * len(sliders) > 0
     assert any(image["alt"].startswith("frame 5, lesa, 5 full") for image in page.all("img"))
@@ -207,9 +214,9 @@ def test_markers_of_the_error_stand_on_the_full_steps():
     assert [STEPS - 1] in [marked[colour] for colour in marked]  # chosen anew for each prompt
 
 
-def test_lpips_stands_beside_psnr_where_it_was_measured(text, tmp_path):
+def test_lpips_stands_beside_psnr_where_it_was_measured(text):
     assert "LPIPS" not in text
-    told = write_report(made_up(judged=True), tmp_path)["report.html"].read_text()
+    told = page_of(made_up(judged=True))
     table = told[told.index('<table class="all">') :]
     assert "<th>min</th><th>LPIPS mean</th><th>LPIPS max</th>" in table
     assert "0.0123" in table and "0.0456" in table
