@@ -167,8 +167,10 @@ def test_wrong_targets(tiny_flux):
         lesa.stats(tiny_flux)
     with pytest.raises(LesaError, match="give a lesa.LesaConfig"):
         lesa.apply_lesa_cache(tiny_flux.transformer, {"full_steps": 3})
-    with pytest.raises(LesaError, match="not a known denoiser"):
-        lesa.enable(torch.nn.Linear(2, 2))
+    with pytest.raises(LesaError, match="does not name its arguments"):
+        lesa.enable(torch.nn.Module())
+    with pytest.raises(LesaError, match="'hidden', which Linear does not have"):
+        lesa.enable(torch.nn.Linear(2, 2), tap="hidden")
 
 
 def test_another_cache_or_controller_is_not_replaced(tiny_flux):
