@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lesa.engine.config import LesaConfig
-from lesa.forecasters.calibration import GROWTH, base_count
+from lesa.forecasters.calibration import untrained
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash
@@ -45,14 +45,12 @@ def _of_count(config: LesaConfig) -> Iterator[str]:
     counts = sorted({len(c.schedule.full_steps) for c in calibrations}, reverse=True)
     if wanted is None or not counts or wanted in counts:
         return
-    base = base_count(calibrations, wanted)
-    if base < wanted <= GROWTH * base and any(entry.rows for entry in calibrations):
-        done = f"it runs as {base} with {wanted - base} more full, for little more than its quality"
-    else:
-        done = f"the steps of {base} are spread anew, and no coefficients were fitted to them"
+    done = untrained(calibrations, wanted)
+    kept = "more" in str(done)
+    worth = "at little more than its quality" if kept else "with coefficients not fitted to that"
     yield (
-        f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: {done}; "
-        f"train with full_steps={wanted}."
+        f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: it runs as "
+        f"{done}, {worth}; train with full_steps={wanted}."
     )
 
 

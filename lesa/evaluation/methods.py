@@ -17,6 +17,7 @@ from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.evaluation.peers.tokenwise import TOKENWISE
+from lesa.forecasters.calibration import untrained
 from lesa.forecasters.published import canonical
 
 PEERS: dict[str, Peer] = {
@@ -82,7 +83,11 @@ def build(name: str, full_steps: int, bench: Bench, *, searched: Schedule | None
         return PEERS[name].build(name, full_steps, bench, searched)
     schedule = searched or bench.forecaster.schedule_for(full_steps, bench.num_steps)
     schedule = schedule.bind(bench.num_steps)
-    return Method(name, bench.num_steps, bench.forecaster, schedule, "searched")
+    made = (
+        None if searched else untrained(getattr(bench.forecaster, "calibrations", ()), full_steps)
+    )
+    note = f"not trained: {made}" if made else ""
+    return Method(name, bench.num_steps, bench.forecaster, schedule, "searched", note=note)
 
 
 def build_all(

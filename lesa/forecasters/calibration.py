@@ -133,7 +133,10 @@ def schedule_for(
         schedule = nearest.resampled(schedule, num_steps, sigmas)
     if len(schedule.full_steps) == full_steps:
         return schedule
-    return thinned(schedule, full_steps) if thins else grown(schedule, full_steps, sigmas)
+    if thins:
+        return thinned(schedule, full_steps)
+    known = nearest.sigmas if nearest.schedule.steps == num_steps else None
+    return grown(schedule, full_steps, sigmas or known)
 
 
 def base_count(calibrations: Sequence[Calibration], full_steps: int) -> int:
@@ -142,6 +145,16 @@ def base_count(calibrations: Sequence[Calibration], full_steps: int) -> int:
     counts = {len(c.schedule.full_steps) for c in calibrations}
     smaller = [count for count in counts if count <= full_steps <= GROWTH * count]
     return max(smaller) if smaller else min(counts, key=lambda count: abs(count - full_steps))
+
+
+def untrained(calibrations: Sequence[Calibration], full_steps: int) -> str | None:
+    """What is run where this number of full steps was not calibrated: "10 with 1 more full" (whose
+    coefficients are kept) or "10 spread anew" (without coefficients that were fitted)."""
+    base = base_count(calibrations, full_steps) if calibrations else full_steps
+    if base == full_steps:
+        return None
+    kept = base < full_steps <= GROWTH * base and any(entry.rows for entry in calibrations)
+    return f"{base} with {full_steps - base} more full" if kept else f"{base} spread anew"
 
 
 def grown(schedule: Schedule, full_steps: int, sigmas: Sequence[float] | None = None) -> Schedule:

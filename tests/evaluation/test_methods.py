@@ -11,6 +11,7 @@ from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
 from lesa.evaluation.methods import NAMES, build, build_all, parse
 from lesa.evaluation.peers.forecasters import FORECASTERS
+from lesa.forecasters import LesaForecaster
 
 PUBLISHED = {
     ("fora", 10): (0, 5, 10, 15, 20, 25, 30, 35, 40, 45),
@@ -95,3 +96,17 @@ def test_all_means_all_that_can_run():
 def test_impossible_counts(count, steps):
     with pytest.raises(LesaError, match="full_steps|num_inference_steps"):
         build("fora", count, Bench(steps))
+
+
+def test_a_count_that_was_not_trained_is_noted():
+    forecaster = LesaForecaster()
+    levels = [1 - i / 50 for i in range(51)]
+    forecaster.recommend(Schedule.every(7, 50), levels)  # 10 full steps
+    bench = Bench(50, forecaster=forecaster)
+    assert build("lesa", 10, bench).note == ""
+    assert build("lesa", 6, bench).note == "not trained: 10 spread anew"
+    schedule = Schedule.every(7, 50)
+    forecaster.correct(schedule, levels, "cond", forecaster.table(schedule, levels).coefficients)
+    method = build("lesa", 11, bench)
+    assert method.schedule_text.endswith("; not trained: 10 with 1 more full")
+    assert method.schedule == forecaster.schedule_for(11, 50, levels)  # as `enable` runs it
