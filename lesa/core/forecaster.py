@@ -39,7 +39,7 @@ class Forecaster(Protocol):
 def check_sigmas(schedule: Schedule, sigmas: Sequence[float]) -> tuple[float, ...]:
     """The S + 1 noise levels as floats.
 
-    Raises LesaError when they are no numbers, when the count differs from the schedule's steps + 1,
+    Raises LesaError when they are not numbers, when there are not the schedule's steps + 1 of them,
     or when the levels do not strictly decrease within [0, 1].
     """
     levels = reals("sigmas", sigmas, "pass the noise levels of the run")

@@ -218,7 +218,7 @@ def _first(wrong: Tensor) -> int | None:
 
 
 def _float64(name: str, values: Tensor) -> Tensor:
-    """A copy on the CPU; LesaError for what is no dense tensor of real numbers."""
+    """A copy on the CPU; LesaError for anything but a dense tensor of real numbers."""
     dense = isinstance(values, Tensor) and values.layout == torch.strided
     if not dense or values.is_complex() or values.is_meta or values.dtype == torch.bool:
         raise LesaError(

@@ -100,7 +100,9 @@ def load(
     try:
         return _build(config, tensors_from_bytes(weights), make)
     except SafetensorError as error:
-        raise LesaError(f"{weights_path} is no safetensors file ({error}); copy it again") from None
+        raise LesaError(
+            f"{weights_path} is not a safetensors file ({error}); copy it again"
+        ) from None
     except LesaError as error:
         raise LesaError(f"{config_path}: {error}") from None
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
@@ -179,7 +181,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, LesaError):
             raise
-        raise LesaError(f"{path} is no config of a forecaster ({error}); save it again") from None
+        raise LesaError(
+            f"{path} is not the config of a forecaster ({error}); save it again"
+        ) from None
     if version != FORMAT_VERSION:
         raise LesaError(
             f"{path} has format_version={shown(version)}, this lesa reads {FORMAT_VERSION}; "
@@ -189,7 +193,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Whether this is no folder here, but looks like "owner/name"."""
+    """Whether this is not a folder here, but looks like "owner/name"."""
     text = os.fspath(source)  # os.path, since Path.is_dir raises where a name is too long
     return not os.path.isdir(text) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)))
 
@@ -217,7 +221,7 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[Path,
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         at = "" if revision is None else f" at revision {revision!r}"
         raise LesaError(
-            f"{str(source)!r} is no folder here and cannot be had from the Hub{at} ({told}); "
+            f"{str(source)!r} is not a folder here and cannot be loaded from the Hub{at} ({told}); "
             "check the name or the network"
         ) from None
     return found[0], found[1]

@@ -119,7 +119,9 @@ class KAN(nn.Sequential):
 
     def __init__(self, widths: Sequence[int], intervals: int = 5, grid: Grid = (-3.0, 3.0)) -> None:
         if len(widths) < 2 or min(widths) < 1:
-            raise LesaError(f"widths={list(widths)} is no net; give at least [inputs, outputs]")
+            raise LesaError(
+                f"widths={list(widths)} is not a network; give at least [inputs, outputs]"
+            )
         last = len(widths) - 2
         super().__init__(
             *(

@@ -128,7 +128,7 @@ class StepClock:
         sigmas: its `num_steps + 1` noise levels in [0, 1]; evenly spaced if None.
 
     Raises:
-        LesaError: `num_steps` or `sigmas` is no valid run.
+        LesaError: `num_steps` or `sigmas` is invalid.
     """
 
     def __init__(

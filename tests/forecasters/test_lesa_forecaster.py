@@ -577,7 +577,7 @@ def test_coefficients_that_no_training_gives(saved, wrong, kind):
 def test_config_that_is_no_json(saved, text):
     _, folder = saved
     (folder / "config.json").write_text(text)
-    with pytest.raises(LesaError, match="config.json is no config"):
+    with pytest.raises(LesaError, match="config.json is not the config"):
         LesaForecaster.from_pretrained(folder)
 
 
@@ -632,7 +632,7 @@ def test_hub_failure_is_one_sentence(monkeypatch):
         raise OSError("Offline mode is on.\nmore lines")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    with pytest.raises(LesaError, match="'owner/none' is no folder here.*Offline mode is on"):
+    with pytest.raises(LesaError, match="'owner/none' is not a folder here.*Offline mode is on"):
         LesaForecaster.from_pretrained("owner/none")
     with pytest.raises(LesaError, match="revision 'v2'.*Offline mode is on"):
         LesaForecaster.from_pretrained("owner/none", revision="v2")
