@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lesa.util.forks import renew_in_children
+
 __all__ = ["Counters", "Stats"]
 
 
@@ -77,6 +79,11 @@ class Counters:
 
     def __init__(self, forecaster: str, tap: str) -> None:
         self._stats = Stats(forecaster, tap)
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        """In a forked process: nobody else counts."""
         self._lock = threading.Lock()
 
     def add_full(self, seconds: float) -> None:

@@ -17,6 +17,7 @@ from lesa.errors import LesaError
 from lesa.hooks.class_swap import ControlListener, Slot, Swapped
 from lesa.hooks.model_specs import ModelSpec
 from lesa.hooks.step_clock import Step, StepClock
+from lesa.util.forks import renew_in_children
 
 __all__ = [
     "Call",
@@ -101,9 +102,15 @@ class Denoiser:
         self._slot = Slot()
         # The slot is one per model: two threads that share it take turns, also in parts of it.
         self.turn = threading.RLock()
+        renew_in_children(self)
         names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
         self._position = {name: position for position, name in enumerate(names)}
         self._controls: list[ControlListener] = []
+
+    def renew(self) -> None:
+        """In a forked process: the slot and the turn are free."""
+        self.turn = threading.RLock()
+        self._slot.__init__()  # type: ignore[misc]  # the parts of the model hold this very one
 
     @property
     def model(self) -> nn.Module:

@@ -15,6 +15,7 @@ from lesa.hooks.pipeline_state import (
     order_of,
     pipe_on_stack,
 )
+from lesa.util.forks import renew_in_children
 
 __all__ = ["SHARED", "Generation", "Generations"]
 
@@ -73,6 +74,13 @@ class Generations:
         self._scheduler, self._sigmas = scheduler, sigmas
         self._uses: dict[int, _Use] = {}  # unfinished ones, by id of the scheduler
         self._lock = threading.Lock()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        """In a forked process: no other thread uses a scheduler."""
+        me = threading.get_ident()
+        self._lock = threading.Lock()
+        self._uses = {key: use for key, use in self._uses.items() if use.thread == me}
 
     @property
     def pipes(self) -> list[Any]:
