@@ -546,7 +546,7 @@ def entry_with(**changes):
         (edit(dtype="bfloat16"), "bfloat16"),
         (edit(dtype=[]), "config.dtype="),
         (lambda config: {"format_version": 1}, "weights_sha256"),
-        (lambda config: [], "no config"),
+        (lambda config: [], "not the config"),
     ],
 )
 def test_wrong_config(saved, change, told):
