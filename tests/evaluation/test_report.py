@@ -234,6 +234,19 @@ def test_worst_prompts_are_those_of_lesa_made_once_more(contest):
     assert worst.decibels["lesa @4"] == [row["psnr"][i] for i in order]
 
 
+def test_rows_outlive_pictures_that_cannot_be_made_again(pipe, settings, monkeypatch):
+    def fails(*_):
+        raise torch.OutOfMemoryError("no memory\nleft")
+
+    monkeypatch.setattr("lesa.evaluation.contest.Contest.worst", fails)
+    mine = Method("lesa", STEPS, Reuse(), Schedule.explicit((0, 4), STEPS), "searched")
+    found = compare(pipe, PROMPTS[:1], [mine], settings)
+    assert found.worst == [] and found.rows[0]["psnr_mean"] > 10
+    assert found.notes[-1] == (
+        "the sheet of the worst prompts of lesa @2 was not made: OutOfMemoryError: no memory"
+    )
+
+
 def test_report_with_lesa_shows_where_it_stands(contest, tmp_path):
     files = write_report(contest, tmp_path)
     assert set(files) == {

@@ -1,0 +1,149 @@
+"""A comparison while it goes on: what was measured of every method so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+
+from lesa.evaluation.comparison import PLAIN, Comparison, Worst
+from lesa.evaluation.intervals import bootstrap, mean
+from lesa.evaluation.judges import LPIPS, Judge, perceptual_distance
+from lesa.evaluation.method import Method
+from lesa.evaluation.metrics import lpips_is_missing
+from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.ranking import Row, best_peer, wanted
+from lesa.evaluation.runner import Chunk, run_method, run_tflops
+from lesa.evaluation.runs import Run, levels_of, step_flops
+from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
+from lesa.util.progress import Bar
+
+WORST = 4  # prompts that are shown where lesa is worst
+
+
+@dataclass
+class Contest:
+    """What the passes of a comparison share.
+
+    Attributes:
+        result: What is filled in on the way.
+        methods: By label, the plain run under `PLAIN`.
+        measured: What was measured of each so far, by label.
+        each: Pictures per prompt.
+        bar: Of what goes on.
+    """
+
+    pipe: Any
+    result: Comparison
+    methods: dict[str, Method]
+    judges: Sequence[Judge]
+    each: int
+    measured: dict[str, MetricsRow] = field(init=False)
+    bar: Bar = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measured = {label: MetricsRow() for label in self.methods}
+
+    @classmethod
+    def of(
+        cls,
+        pipe: Any,
+        prompts: Sequence[str],
+        methods: Sequence[Method],
+        settings: Mapping[str, Any],
+        seed: int,
+        judges: Sequence[Judge],
+    ) -> Contest:
+        result, each = (
+            Comparison([*prompts], {**settings}, seed=seed),
+            pictures_per_prompt(settings),
+        )
+        result.titles = [prompt for prompt in prompts for _ in range(each)]
+        reason = lpips_is_missing()
+        if reason is None:
+            judges = (*judges, perceptual_distance)
+        else:
+            result.notes.append(f"LPIPS was not measured: {reason}")
+        plain = Method(PLAIN, settings["num_inference_steps"])
+        named = {PLAIN: plain, **{method.label: method for method in methods}}
+        return cls(pipe, result, named, judges, each)
+
+    @property
+    def contenders(self) -> list[Method]:
+        """All methods but the plain run."""
+        return [method for label, method in self.methods.items() if label != PLAIN]
+
+    def run(self, label: str, chunk: Chunk, measured: MetricsRow) -> Run:
+        """One batch of a method; the bar moves by its full steps, as if they were spread evenly."""
+        method, bar = self.methods[label], self.bar
+        loops = len(chunk.prompts) if method.one_by_one else 1
+        share, bar.label = method.full_steps / method.num_steps / loops, label
+        return run_method(self.pipe, method, chunk, measured, lambda: bar.advance(share))
+
+    def count_operations(self) -> None:
+        """TFLOP of one prompt's loop, plain and by every method."""
+        result = self.result
+        first = settings_of(result.settings, [0], len(result.prompts))
+        full = step_flops(self.pipe, result.prompts[0], first, 1)[0]
+        result.plain_tflops = full * result.settings["num_inference_steps"] / 1e12
+        for method in self.contenders:
+            self.bar.advance(1, method.label)
+            self.measured[method.label].tflops = run_tflops(
+                self.pipe, result.prompts[0], method, first, full
+            )
+
+    def reference_pass(self, chunk: Chunk, kept: int) -> Run:
+        """The plain run of a batch, which every method is compared with."""
+        measured = self.measured[PLAIN]
+        plain = self.run(PLAIN, chunk, measured)
+        measured.seconds.append(plain.seconds)
+        self.result.noise_levels = levels_of(self.pipe, self.methods[PLAIN].num_steps)
+        measured.judge(self.judges, plain, plain, chunk.titles)
+        measured.pictures.append(plain.images[:kept])
+        return plain
+
+    def method_pass(self, method: Method, chunk: Chunk, plain: Run, kept: int) -> None:
+        """One method's run of a batch, measured against the plain one."""
+        measured = self.measured[method.label]
+        run = self.run(method.label, chunk, measured)
+        measured.add(plain, run)
+        measured.judge(self.judges, plain, run, chunk.titles)
+        measured.pictures.append(run.images[:kept])
+
+    def finish(self) -> Comparison:
+        """The rows, once all batches are through."""
+        result, plain = self.result, self.measured[PLAIN]
+        result.plain_seconds = median(plain.seconds)
+        result.pictures[PLAIN] = torch.cat(plain.pictures)
+        if plain.peak_bytes is not None:
+            result.plain_more["peak_bytes"] = plain.peak_bytes
+        judged = {name: values for name, values in plain.judged.items() if name != LPIPS}
+        if judged:
+            result.plain_more["scores"] = {
+                name: bootstrap(mean, values) for name, values in judged.items()
+            }
+        for method in self.contenders:
+            measured = self.measured[method.label]
+            result.rows.append(measured.row(method, plain))
+            result.pictures[method.label] = torch.cat(measured.pictures)
+            if measured.errors:
+                result.curves[method.label] = torch.cat(measured.errors).mean(0).tolist()
+            for reason, count in measured.fallbacks.items():
+                result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
+        return result
+
+    def worst(self, row: Row) -> Worst:
+        """The pictures are made again, since nobody knew before the end which ones to keep."""
+        result, each = self.result, self.each
+        hardest = sorted(range(len(row["psnr"])), key=row["psnr"].__getitem__)
+        prompts = list(dict.fromkeys(picture // each for picture in hardest))[:WORST]
+        chunk = Chunk.of(result.prompts, result.settings, prompts, result.seed, each)
+        peer = best_peer(result.rows, wanted(row))
+        shown = [row, *([peer] if peer else [])]
+        pictures = [each * prompt + n for prompt in prompts for n in range(each)]
+        decibels = {r["label"]: [r["psnr"][picture] for picture in pictures] for r in shown}
+        made = {label: self.run(label, chunk, MetricsRow()).images for label in (PLAIN, *decibels)}
+        return Worst(row["label"], chunk.titles, decibels, made)
