@@ -161,8 +161,8 @@ class LesaConfig:
             )
         if self.resolved_tap == "hidden" and self.forecaster.uses_latent:
             raise LesaError(
-                f"tap is 'hidden', where no latent is cached, and the forecaster "
-                f"{self.forecaster.name} needs it: use tap='output', or one made without the latent."
+                f"tap is 'hidden', where no latent is cached, but the forecaster "
+                f"{self.forecaster.name} needs it: use 'output', or one made without the latent."
             )
 
 
