@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import wraps
 from os import PathLike
 from typing import Any, Literal
@@ -17,15 +16,14 @@ from lesa.core.schedule import Schedule
 from lesa.engine.config import LesaConfig
 from lesa.engine.controller import CacheController
 from lesa.engine.doubts import doubts
+from lesa.engine.fit_to_model import check_model, controller_of, left_out, with_tap_of
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
 from lesa.forecasters.named import named
-from lesa.hooks.attach import attach, attached, detach, refuse_other_cache
-from lesa.hooks.denoiser import Denoiser, core_of
-from lesa.hooks.model_specs import model_spec
+from lesa.hooks.attach import attach, attached, detach
+from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.pipeline import component_name, find_denoiser, find_denoisers
 from lesa.hooks.step_clock import StepClock
-from lesa.ops import backend
 
 __all__ = [
     "accelerate",
@@ -70,14 +68,14 @@ def enable(
         options = {"forecaster": _at_revision(forecaster, revision)}
     config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
     found = find_denoisers(pipe)
-    left_out = _left_out(pipe, found, config)
-    models = [model for model in found if model not in left_out]
+    others = left_out(found, config)
+    models = [model for model in found if model not in others]
     for model in models:
-        _check_model(model, config)
-    config = _with_tap_of(models[0], config)
-    reasons = {component_name(pipe, model): reason for model, reason in left_out.items()}
+        check_model(model, config)
+    config = with_tap_of(models[0], config)
+    reasons = {component_name(pipe, model): reason for model, reason in others.items()}
     _warn(models, config, getattr(pipe, "scheduler", None), reasons)
-    for model in left_out:
+    for model in others:
         detach(model)
     for group in [models] if config.resolved_tap == "output" else [[model] for model in models]:
         _install(group, config, pipe, reasons)
@@ -97,7 +95,7 @@ def stats(pipe: Any) -> Stats:
     """
     models = find_denoisers(pipe)
     accelerated = [model for model in models if attached(model)] or models[:1]
-    controllers = dict.fromkeys(_controller(model) for model in accelerated)
+    controllers = dict.fromkeys(controller_of(model) for model in accelerated)
     return Stats.joined([controller.stats() for controller in controllers])
 
 
@@ -124,8 +122,8 @@ def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
     """
     if not isinstance(config, LesaConfig):
         raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
-    _check_model(model, config)
-    config = _with_tap_of(model, config)
+    check_model(model, config)
+    config = with_tap_of(model, config)
     _warn([model], config, config.scheduler)
     _install([model], config)
 
@@ -164,23 +162,6 @@ def _at_revision(source: Any, revision: str) -> Forecaster:
     return named(source, revision)
 
 
-def _left_out(pipe: Any, models: Sequence[nn.Module], config: LesaConfig) -> dict[nn.Module, str]:
-    """The denoisers of a pipeline that the configuration does not serve, and why; none where it
-    serves none of them, which is an error that `_check_model` and `_with_tap_of` tell."""
-    reasons = {model: reason for model in models if (reason := _unserved(model, config))}
-    return reasons if len(reasons) < len(models) else {}
-
-
-def _unserved(model: nn.Module, config: LesaConfig) -> str | None:
-    spec, asked = model_spec(core_of(model)), config.tap or config.forecaster.tap
-    trained = getattr(config.forecaster, "metadata", {}).get("model_class", spec.name)
-    if trained != spec.name:
-        return f"the forecaster was trained for {trained}, this is a {spec.name}"
-    if asked is not None and asked not in spec.taps:
-        return f"{spec.name} has no {asked} tap"
-    return None
-
-
 def _install(
     models: Sequence[nn.Module],
     config: LesaConfig,
@@ -202,37 +183,11 @@ def _install(
         attach(model, controller, clock=clock, config=config)
 
 
-def _with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
-    """The configuration with a tap that the model has; LesaError if another one is asked for."""
-    spec = model_spec(core_of(model))
-    if config.resolved_tap in spec.taps:
-        return config
-    if config.tap or config.forecaster.tap:
-        raise LesaError(
-            f"tap is {config.resolved_tap!r}, which {spec.name} does not have ({spec.notes}): "
-            f"use {' or '.join(map(repr, spec.taps))}."
-        )
-    return replace(config, tap=spec.taps[0])
-
-
 def _put_back(model: nn.Module, before: Denoiser | None) -> None:
     """The controller that a model had before, or none."""
     detach(model)
     if before is not None:
         attach(model, before.controller, clock=before.clock, config=_shown(before))
-
-
-def _check_model(model: nn.Module, config: LesaConfig) -> None:
-    """LesaError if this model cannot be accelerated, or not by this forecaster."""
-    backend.wanted()
-    core = core_of(model)
-    spec = model_spec(core)
-    if attached(model) is not None:
-        _controller(model)
-    refuse_other_cache(model)
-    forecaster: Any = config.forecaster
-    if hasattr(forecaster, "check_model"):
-        forecaster.check_model(spec.name, tap=config.resolved_tap)
 
 
 def _warn(
@@ -258,18 +213,6 @@ def _clock(config: LesaConfig) -> StepClock:
     return StepClock(
         scheduler=config.scheduler, num_steps=config.num_inference_steps, sigmas=config.sigmas
     )
-
-
-def _controller(model: nn.Module) -> CacheController:
-    denoiser = attached(model)
-    if denoiser is None:
-        raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first.")
-    if not isinstance(denoiser.controller, CacheController):
-        raise LesaError(
-            f"pipe: a {type(denoiser.controller).__name__} is at work on its denoiser; "
-            "wait for its end."
-        )
-    return denoiser.controller
 
 
 def _shown(denoiser: Denoiser) -> object:

@@ -1,0 +1,74 @@
+"""Whether a configuration serves a model: asked before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lesa.engine.config import LesaConfig
+from lesa.engine.controller import CacheController
+from lesa.errors import LesaError
+from lesa.hooks.attach import attached, refuse_other_cache
+from lesa.hooks.denoiser import core_of
+from lesa.hooks.model_specs import model_spec
+from lesa.ops import backend
+
+__all__ = ["check_model", "controller_of", "left_out", "with_tap_of"]
+
+
+def left_out(models: Sequence[nn.Module], config: LesaConfig) -> dict[nn.Module, str]:
+    """The denoisers of a pipeline that the configuration does not serve, and why; none where it
+    serves none of them, which is an error that `check_model` and `with_tap_of` tell."""
+    reasons = {model: reason for model in models if (reason := _unserved(model, config))}
+    return reasons if len(reasons) < len(models) else {}
+
+
+def _unserved(model: nn.Module, config: LesaConfig) -> str | None:
+    spec, asked = model_spec(core_of(model)), config.tap or config.forecaster.tap
+    trained = getattr(config.forecaster, "metadata", {}).get("model_class", spec.name)
+    if trained != spec.name:
+        return f"the forecaster was trained for {trained}, this is a {spec.name}"
+    if asked is not None and asked not in spec.taps:
+        return f"{spec.name} has no {asked} tap"
+    return None
+
+
+def with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
+    """The configuration with a tap that the model has; LesaError if another one is asked for."""
+    spec = model_spec(core_of(model))
+    if config.resolved_tap in spec.taps:
+        return config
+    if config.tap or config.forecaster.tap:
+        raise LesaError(
+            f"tap is {config.resolved_tap!r}, which {spec.name} does not have ({spec.notes}): "
+            f"use {' or '.join(map(repr, spec.taps))}."
+        )
+    return replace(config, tap=spec.taps[0])
+
+
+def check_model(model: nn.Module, config: LesaConfig) -> None:
+    """LesaError if this model cannot be accelerated, or not by this forecaster."""
+    backend.wanted()
+    core = core_of(model)
+    spec = model_spec(core)
+    if attached(model) is not None:
+        controller_of(model)
+    refuse_other_cache(model)
+    forecaster: Any = config.forecaster
+    if hasattr(forecaster, "check_model"):
+        forecaster.check_model(spec.name, tap=config.resolved_tap)
+
+
+def controller_of(model: nn.Module) -> CacheController:
+    denoiser = attached(model)
+    if denoiser is None:
+        raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first.")
+    if not isinstance(denoiser.controller, CacheController):
+        raise LesaError(
+            f"pipe: a {type(denoiser.controller).__name__} is at work on its denoiser; "
+            "wait for its end."
+        )
+    return denoiser.controller
