@@ -152,6 +152,24 @@ def test_the_wheel_has_the_command_and_the_extras(wheel):
     assert "Classifier: Private :: Do Not Upload" in metadata
 
 
+def test_the_first_picture_of_readme_in_an_installed_package(wheel, testbed_wheel, tmp_path):
+    """The call without training, run from what the two wheels install and nothing else."""
+    site = tmp_path / "site"
+    for archive in (wheel, testbed_wheel):
+        archive.extractall(site)
+    code = re.search(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_text())[1]
+    assert "lesa.enable(pipe)" in code and len(code.split("\n")) <= 7
+    code += "print(lesa.__file__, lesa.stats(pipe).skipped)"
+    environment = {**os.environ, "PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    place, skipped = done.stdout.split()[-2:]
+    assert Path(place).is_relative_to(site) and int(skipped) > 30
+    assert (tmp_path / "first.png").stat().st_size > 1000
+
+
 def test_constraints_pin_what_the_issue_asks_for():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert "torch==2.13.0" in lines
