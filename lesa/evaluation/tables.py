@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite
+from math import isinf
 from typing import Any
 
 from rich import box
@@ -87,7 +87,7 @@ def _shown(value: float | None, ends: Sequence[float | None], form: str) -> dict
 
 
 def _text(value: float | None, form: str) -> str:
-    return form.format(value) if isfinite(decibels(value)) else "identical"
+    return "identical" if isinf(decibels(value)) else form.format(value)
 
 
 def _groups(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isinf
+from math import inf, isinf
 from typing import Any
 
 from torch import Tensor
@@ -42,28 +42,32 @@ def sentence(comparison: Comparison) -> dict[str, str]:
 
     Pictures are called the same from 40 dB in the 10th percentile on, nearly the same from 30 dB.
     """
-    row = first_row(comparison.rows)
-    kind = "videos" if comparison.pictures[PLAIN].ndim == 5 else "pictures"
+    row, steps = first_row(comparison.rows), comparison.settings["num_inference_steps"]
     if row is None:
         best = max(comparison.rows, key=lambda row: decibels(row["psnr_mean"]))
-        return {"gain": f"{best['label']} is closest to the plain run", "numbers": _numbers(best)}
-    alike = next(
-        words
-        for least, words in ((_SAME, "The same"), (_NEARLY, "Nearly the same"), (0, "Similar"))
-        if decibels(row["psnr_p10"]) >= least
-    )
-    steps, count = comparison.settings["num_inference_steps"], row["full_steps"]
-    numbers = f"lesa with {count:.4g} of {steps} steps in full has a {_numbers(row)}"
+        gain = f"{printable(name(best))} is closest to the plain run"
+        return {"gain": gain, "numbers": f"{_numbers(best, steps)}, and is {_faster(best)}"}
+    kind = "videos" if comparison.pictures[PLAIN].ndim == 5 else "pictures"
+    levels = ((_SAME, "The same"), (_NEARLY, "Nearly the same"), (-inf, "Similar"))
+    fitting = (words for least, words in levels if decibels(row["psnr_p10"]) >= least)
+    alike = next(fitting, "Unusable")  # of pictures that hold no numbers
     peer = best_peer(comparison.rows, wanted(row), "own")
-    if peer is not None:
-        mean = _decibels(peer["psnr_mean"])
-        numbers += f", where the best peer, {printable(peer['label'])}, has {mean} in the mean"
-    return {"gain": f"{alike} {kind}, {_faster(row)}", "numbers": numbers}
+    beside = "" if peer is None else f", where the best peer, {_mean(peer)}"
+    gain = f"{alike} {kind}, {_faster(row)}"
+    return {"gain": gain, "numbers": _numbers(row, steps) + beside}
 
 
-def _numbers(row: Row) -> str:
+def _numbers(row: Row, steps: int) -> str:
     mean, tail, least = (_decibels(row[f"psnr_{key}"]) for key in ("mean", "p10", "min"))
-    return f"PSNR of {mean} in the mean, {tail} in the 10th percentile (p10) and {least} at least"
+    return (
+        f"{printable(name(row))} with {row['full_steps']:.4g} of {steps} steps in full has a PSNR"
+        f" of {mean} in the mean, {tail} in the 10th percentile (p10) and {least} at least"
+    )
+
+
+def _mean(row: Row) -> str:
+    found = _decibels(row["psnr_mean"])
+    return f"{printable(name(row))} with {row['full_steps']:.4g}, has {found} in the mean"
 
 
 def _faster(row: Row) -> str:

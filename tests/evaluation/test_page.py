@@ -158,7 +158,9 @@ def test_the_sentence_claims_what_was_measured(mean, video, gain):
     row = found.rows[0]
     for key in ("psnr_mean", "psnr_p10", "psnr_min"):
         assert f"{row[key]:.1f} dB" in told["numbers"]
-    assert "5 of 20 steps in full" in told["numbers"] and "fora @5, has 38.0 dB" in told["numbers"]
+    assert (
+        "5 of 20 steps in full" in told["numbers"] and "fora with 5, has 38.0 dB" in told["numbers"]
+    )
 
 
 def test_a_slower_run_is_not_called_faster_nor_peers_lesa():
@@ -166,7 +168,21 @@ def test_a_slower_run_is_not_called_faster_nor_peers_lesa():
     for row in found.rows:
         row["speedup"] = 0.9
     assert sentence(found)["gain"] == "The same pictures, no faster"
-    assert sentence(made_up(means={"fora": (38.0, 37.0)}))["gain"].startswith("fora @5 is closest")
+    peers = sentence(made_up(means={"fora": (38.0, 37.0)}))
+    assert peers["gain"] == "fora is closest to the plain run"
+    assert "5 of 20 steps in full" in peers["numbers"] and "4.0 times faster" in peers["numbers"]
+
+
+def test_pictures_that_hold_no_numbers_are_not_called_identical(tmp_path):
+    found = made_up()
+    for row in found.rows[:2]:
+        row["psnr"] = [float("nan")] * 4
+        row |= dict.fromkeys(("psnr_mean", "psnr_p10", "psnr_min"), float("nan"))
+        found.pictures[row["label"]][:] = float("nan")
+    found.rows[3]["psnr_mean"] = float("nan")
+    assert sentence(found)["gain"] == "Unusable pictures, 4.0 times faster"
+    page = write_report(found, tmp_path)["report.html"].read_text()
+    assert found.notes == [] and "identical" not in page
 
 
 def test_a_slider_lays_any_shown_row_over_the_plain_run(text):
