@@ -1,23 +1,25 @@
-"""Which generation is this? Which pipeline's loop calls, with which scheduler, over which steps."""
+"""Which generation is this? What stays the same in one run of a denoising loop."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from lesa.hooks.noise_levels import noise_levels
+from lesa.hooks.noise_levels import levels_problem, noise_levels, times_of
 from lesa.hooks.pipeline_state import (
     executed_steps,
     first_step,
+    frame_times,
     guidance_parts,
     order_of,
-    pipe_on_stack,
+    pictures_of,
 )
 from lesa.util.forks import renew_in_children
 
-__all__ = ["SHARED", "Generation", "Generations"]
+__all__ = ["SHARED", "Generation", "Generations", "Loop"]
 
 SHARED = (
     "two threads use one scheduler: give each thread a pipeline of its own, "
@@ -25,7 +27,7 @@ SHARED = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class _Use:
     """The use of one scheduler with one `timesteps` object, by the thread that began it."""
 
@@ -34,18 +36,45 @@ class _Use:
     shared: bool = False
 
 
+class Loop(NamedTuple):
+    """What is at hand where a generation begins.
+
+    Attributes:
+        pipe: the pipeline that tells the steps, if any.
+        scheduler: the scheduler in use, if any.
+        timesteps: the scheduler's.
+        calling: whether the pipeline's own loop is at work.
+        names: the local variables of its call, where they are known.
+        call: the named arguments of the first call.
+        given: how many steps the cache context tells, or None.
+    """
+
+    pipe: Any
+    scheduler: Any
+    timesteps: Any
+    calling: bool
+    names: Mapping[str, Any]
+    call: Mapping[str, Any]
+    given: Any
+
+
 @dataclass(slots=True)
 class Generation:
     """What stays the same in one run of the denoising loop, as one thread sees it.
 
     Attributes:
         timesteps: the scheduler's, by whose identity the generation is known.
-        pipe: the pipeline whose loop it is, held weakly.
+        pipe: the pipeline whose scheduler tells the steps, held weakly.
         first: where in `timesteps` it begins.
         num_steps: how many steps it has.
-        sigmas: their noise levels, one more than steps.
+        sigmas: their noise levels, one more than steps; empty where there are none.
+        levels_problem: why there are none, in a few words.
+        times: what tells its steps from those of another generation: its levels, or the
+            scheduler's times.
         parts: guidance parts in a call.
+        pictures: how many pictures the loop makes at once; 0 if unknown.
         counting: whether nothing but the number of calls tells the step.
+        by_frame: whether every frame has a time of its own.
         use: who uses the scheduler.
         problem: why its steps cannot be trusted, else None.
     """
@@ -55,93 +84,84 @@ class Generation:
     first: int = 0
     num_steps: int = 0
     sigmas: tuple[float, ...] = ()
+    levels_problem: str | None = None
+    times: tuple[float, ...] = ()
     parts: int = 1
+    pictures: int = 0
     counting: bool = True
+    by_frame: bool = False
     use: _Use | None = None
     problem: str | None = None
 
 
 class Generations:
-    """Begins generations, and knows where their steps come from.
+    """Begins generations, and knows which thread uses which scheduler.
 
     Args:
-        scheduler: the scheduler of one's own loop, without a pipeline.
         sigmas: the noise levels of one's own loop, without a scheduler; else empty.
     """
 
-    def __init__(self, scheduler: Any, sigmas: tuple[float, ...]) -> None:
-        self._pipes: list[weakref.ref[Any]] = []
-        self._scheduler, self._sigmas = scheduler, sigmas
-        self._uses: dict[int, _Use] = {}  # unfinished ones, by id of the scheduler
+    def __init__(self, sigmas: tuple[float, ...]) -> None:
+        self._sigmas = sigmas
+        # Unfinished ones by id of the scheduler: gone with the generations that they belong to.
+        self._uses: weakref.WeakValueDictionary[int, _Use] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
         renew_in_children(self)
 
     def renew(self) -> None:
         """In a forked process: no other thread uses a scheduler."""
-        me = threading.get_ident()
         self._lock = threading.Lock()
-        self._uses = {key: use for key, use in self._uses.items() if use.thread == me}
+        for key, use in list(self._uses.items()):
+            if use.thread != threading.get_ident():
+                del self._uses[key]
 
-    @property
-    def pipes(self) -> list[Any]:
-        """The pipelines that are still alive."""
-        return [pipe for known in self._pipes if (pipe := known()) is not None]
-
-    @property
-    def several(self) -> bool:
-        """Whether several pipelines share the model, so that any of them may be the caller."""
-        return len(self._pipes) > 1
-
-    def add_pipe(self, pipe: Any) -> None:
-        """Let one more pipeline, which shares the model, be a source of steps."""
-        if all(known is not pipe for known in self.pipes):
-            self._pipes.append(weakref.ref(pipe))
-
-    def find_pipe(self) -> Any:
-        """The pipeline whose loop the current call belongs to, if any."""
-        if self._sigmas or self._scheduler is not None:
-            return None
-        pipes = self.pipes
-        return pipe_on_stack(pipes) or (pipes[-1] if pipes else None)
-
-    def begin(self, pipe: Any, scheduler: Any, timesteps: Any, given: Any) -> Generation:
+    def begin(self, loop: Loop) -> Generation:
         """Read what stays the same: no device is read at later steps.
-
-        Args:
-            pipe: the pipeline whose loop it is, if any.
-            scheduler: the scheduler in use, if any.
-            timesteps: the scheduler's.
-            given: how many steps the cache context tells, or None.
 
         Raises:
             RunError: the scheduler has no known order.
         """
-        found = Generation(timesteps, None if pipe is None else weakref.ref(pipe))
-        found.parts = guidance_parts(pipe)
-        if scheduler is not None and timesteps is not None:
-            found.first = first_step(pipe, scheduler, timesteps)
-            found.num_steps = int(given or executed_steps(pipe, timesteps, found.first))
-            found.sigmas = noise_levels(scheduler, found.first, found.num_steps) or ()
-            found.counting = not hasattr(scheduler, "step_index")
-            order = order_of(scheduler)
-            if order > 1:
-                found.problem = f"scheduler of order {order}"
-            found.use = self._claim(scheduler, timesteps)
+        pipe = loop.pipe
+        found = Generation(loop.timesteps, None if pipe is None else weakref.ref(pipe))
+        found.pictures = pictures_of(loop.names)
+        found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
+        if loop.scheduler is not None and loop.timesteps is not None:
+            self._read(found, loop)
         elif self._sigmas:
-            found.sigmas = self._sigmas
+            found.sigmas = found.times = self._sigmas
             found.num_steps = len(found.sigmas) - 1
         else:
             found.problem = "no scheduler and no num_inference_steps"
-        if found.problem is None and not found.sigmas:
-            found.problem = "no decreasing noise levels in the scheduler"
         return found
 
     def end(self, generation: Generation | None) -> None:
         """Forget who used the scheduler of a generation that is over."""
-        with self._lock:
-            for key, use in list(self._uses.items()):
-                if generation is not None and use is generation.use:
-                    del self._uses[key]
+        use = None if generation is None else generation.use
+        if use is not None:
+            with self._lock:
+                for key, known in list(self._uses.items()):
+                    if known is use:
+                        del self._uses[key]
+
+    def _read(self, found: Generation, loop: Loop) -> None:
+        """What the scheduler tells, and the pipeline around it."""
+        pipe, scheduler, timesteps = loop.pipe, loop.scheduler, loop.timesteps
+        found.first = first = first_step(pipe, scheduler, timesteps)
+        steps = executed_steps(pipe, scheduler, timesteps, first, calling=loop.calling)
+        found.num_steps = int(loop.given or steps)
+        found.counting = not hasattr(scheduler, "step_index")
+        order = order_of(scheduler)
+        if order > 1:
+            found.problem = f"scheduler of order {order}"
+        found.by_frame = frame_times(pipe) is not None
+        if found.by_frame and steps != len(timesteps) - first:  # frames begin one after another
+            found.levels_problem = "the frames are at different noise levels"
+        else:
+            found.sigmas = noise_levels(scheduler, first, found.num_steps) or ()
+            if not found.sigmas:
+                found.levels_problem = levels_problem(scheduler, first, found.num_steps)
+        found.times = found.sigmas or times_of(scheduler, first, found.num_steps)
+        found.use = self._claim(scheduler, timesteps)
 
     def _claim(self, scheduler: Any, timesteps: Any) -> _Use:
         """The use of this scheduler, marked for all if another thread is in it."""
@@ -152,3 +172,9 @@ class Generations:
                 use = self._uses[id(scheduler)] = _Use(timesteps, me)
             use.shared |= use.thread != me
         return use
+
+
+def _rows(call: Mapping[str, Any]) -> int:
+    """Rows of the batch that a call gets, by its prompts."""
+    prompts = call.get("encoder_hidden_states")
+    return 0 if prompts is None or not hasattr(prompts, "shape") else len(prompts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,38 +12,92 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lesa.errors import LesaError
 
-__all__ = ["noise_levels", "own_noise_levels"]
+__all__ = ["levels_problem", "noise_levels", "own_noise_levels", "times_of"]
+
+
+_ROUNDING = 1e-6
 
 
 def noise_levels(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...] | None:
     """The `num_steps + 1` noise levels of a diffusers scheduler, from step `first` on.
 
-    Flow time is taken as it is; a variance-preserving or EDM sigma becomes `sigma / (1 + sigma)`.
-    None where the scheduler has no such levels or they do not strictly decrease.
+    Flow time is taken as it is, or its complement where the scheduler inverts it; the ratio of
+    noise to signal becomes `ratio / (1 + ratio)`, so that pure noise (zero terminal SNR) is 1. A
+    last level that repeats the one before, which no step is forecast at, becomes 0. None where the
+    scheduler has no levels or they do not strictly decrease: see `levels_problem`.
     """
-    sigmas = getattr(scheduler, "sigmas", None)
-    config = getattr(scheduler, "config", {})
-    flow = (
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("prediction_type") == "flow_prediction"
-        or config.get("use_flow_sigmas", False)
-    )
-    levels = _values(sigmas) if sigmas is not None else _levels_of_alphas(scheduler)
+    levels = _mapped(scheduler, first, num_steps)
+    return tuple(levels) if _problem(levels, num_steps) is None else None
+
+
+def levels_problem(scheduler: Any, first: int, num_steps: int) -> str | None:
+    """Why there are no `noise_levels`, in a few words; None where there are."""
+    problem = _problem(_mapped(scheduler, first, num_steps), num_steps)
+    return problem and f"the noise levels of {type(scheduler).__name__} {problem}"
+
+
+def times_of(scheduler: Any, first: int, num_steps: int) -> tuple[float, ...]:
+    """The scheduler's own times of the steps, which tell one run from another without levels."""
+    return tuple(_values(scheduler.timesteps)[first : first + num_steps])
+
+
+def _mapped(scheduler: Any, first: int, num_steps: int) -> list[float]:
+    """The levels of the run's steps and of its end, as they come; empty where there are none."""
+    sigmas, config = getattr(scheduler, "sigmas", None), getattr(scheduler, "config", {})
+    given = _ratios(scheduler) if sigmas is None else _values(sigmas)
+    if sigmas is not None and _is_flow(scheduler, given):
+        levels = [1.0 - sigma for sigma in given] if config.get("invert_sigmas") else given
+    else:
+        levels = [1.0 if math.isinf(ratio) else ratio / (1.0 + ratio) for ratio in given]
+    if not 0 <= len(levels) - len(scheduler.timesteps) <= 1:  # not those of this run
+        return []
     levels = levels[first : first + num_steps + 1]
     if len(levels) == num_steps:
         levels.append(0.0)
-    if not flow:
-        levels = [sigma / (1.0 + sigma) for sigma in levels]
-    decreasing = all(a > b for a, b in pairwise(levels))
-    return tuple(levels) if decreasing and len(levels) == num_steps + 1 > 1 else None
+    elif len(levels) == num_steps + 1 > 2 and levels[-1] == levels[-2]:
+        levels[-1] = 0.0
+    return levels
 
 
-def _levels_of_alphas(scheduler: Any) -> list[float]:
+def _problem(levels: Sequence[float], num_steps: int) -> str | None:
+    if len(levels) != num_steps + 1 or num_steps < 1:
+        return "are not known"
+    if not all(-_ROUNDING <= level <= 1.0 + _ROUNDING for level in levels):
+        return "leave the range from 0 to 1"
+    if all(a > b for a, b in pairwise(levels)):
+        return None
+    return "rise" if any(a < b for a, b in pairwise(levels)) else "repeat"
+
+
+def _is_flow(scheduler: Any, sigmas: Sequence[float]) -> bool:
+    """Whether a sigma is the share of noise in a straight mixture, not its ratio to the signal."""
+    config = getattr(scheduler, "config", {})
+    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False):
+        return True
+    ratio = hasattr(scheduler, "alphas_cumprod") or "sigma_data" in config
+    return "FlowMatch" in type(scheduler).__name__ or not (ratio or max(sigmas, default=2) > 1)
+
+
+def _ratios(scheduler: Any) -> list[float]:
+    """Noise to signal at each of the times of a scheduler without sigmas."""
+    times = _values(scheduler.timesteps)
     alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None:
-        return []
-    kept = alphas.cpu().double()[[int(time) for time in _values(scheduler.timesteps)]]
-    return ((1 - kept) / kept).sqrt().tolist()
+    if alphas is not None:
+        known = alphas.cpu().double()
+        if not all(0 <= time < len(known) for time in times):
+            return []
+        kept = known[[int(time) for time in times]]
+        return ((1 - kept) / kept).sqrt().tolist()
+    angle = _ANGLES.get(type(scheduler).__name__)
+    return [] if angle is None else [_tangent(angle * time) for time in times]
+
+
+# Of schedulers whose times are angles between signal and noise: radians in their unit.
+_ANGLES = {"SCMScheduler": 1.0, "IPNDMScheduler": math.pi / 2}
+
+
+def _tangent(angle: float) -> float:
+    return math.inf if angle > math.pi / 2 - 1e-4 else math.tan(angle)
 
 
 class _Read(NamedTuple):

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from lesa.errors import RunError
 
-__all__ = ["executed_steps", "first_step", "guidance_parts", "order_of", "pipe_on_stack"]
+__all__ = [
+    "control_scale",
+    "controls_of",
+    "executed_steps",
+    "first_step",
+    "frame_times",
+    "guidance_parts",
+    "is_pipe",
+    "order_of",
+    "pictures_of",
+]
+
+# What diffusers' loops call the latents that they denoise.
+_LATENTS = ("latents", "image", "images", "sample", "latent")
+# Schedulers whose last time is the end of the last step, where nothing is evaluated.
+_WITH_END = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+# What they call the scale that they give to a ControlNet at a step.
+_SCALES = ("cond_scale", "controlnet_conditioning_scale")
+
+
+def is_pipe(owner: Any) -> bool:
+    """Whether this looks like a pipeline: it has a scheduler, and is no module."""
+    scheduler = getattr(owner, "scheduler", None)
+    return not isinstance(owner, torch.nn.Module) and hasattr(scheduler, "timesteps")
 
 
 def order_of(scheduler: Any) -> int:
@@ -41,38 +64,61 @@ def _is_view(now: Any, timesteps: Any) -> bool:
     return tensors and now.untyped_storage().data_ptr() == timesteps.untyped_storage().data_ptr()
 
 
-def executed_steps(pipe: Any, timesteps: Any, first: int) -> int:
-    """Steps of this run: fewer than the scheduler's with img2img strength or `denoising_end`."""
-    count = len(timesteps) - first
-    told = getattr(pipe, "_num_timesteps", None)
+def frame_times(pipe: Any) -> torch.Tensor | None:
+    """The times of the frames at this step, where a pipeline has one for each (diffusion forcing),
+    one row of a matrix with a row for each step."""
     now = getattr(pipe, "_current_timestep", None)
-    # Another pipeline may share the scheduler; the caller holds a view of its timesteps.
-    is_caller = _is_view(now, timesteps) or not hasattr(pipe, "_current_timestep")
-    return told if told and is_caller and told <= count else count
+    return now if isinstance(now, torch.Tensor) and now.ndim == 1 else None
 
 
-def guidance_parts(pipe: Any) -> int:
+def executed_steps(
+    pipe: Any, scheduler: Any, timesteps: Any, first: int, *, calling: bool = True
+) -> int:
+    """Steps of this run: fewer than the scheduler's with img2img strength or `denoising_end`.
+
+    `calling` tells that the pipeline's own loop is at work, whose count is of this run then.
+    """
+    told = getattr(pipe, "_num_timesteps", None)
+    if told and frame_times(pipe) is not None:
+        return told
+    count = len(timesteps) - first - (type(scheduler).__name__ in _WITH_END)
+    return told if told and calling and told <= count else count
+
+
+def guidance_parts(pipe: Any, rows: int = 0, pictures: int = 0) -> int:
     """How many parts a call of the denoiser holds of every picture, where guidance is batched and
     their weighted sum is all that the sampler gets; else 1. Rescaled guidance gets more of them.
+
+    Where `rows` of the batch that comes and `pictures` of the loop's latents are known, they tell
+    of a part that the pipeline's flags leave out: InstructPix2Pix has three.
     """
     if getattr(pipe, "guidance_rescale", 0.0):
         return 1
     kinds = ("do_classifier_free_guidance", "do_perturbed_attention_guidance")
-    return 1 + sum(bool(getattr(pipe, kind, False)) for kind in kinds)
+    told = 1 + sum(bool(getattr(pipe, kind, False)) for kind in kinds)
+    real = rows // pictures if pictures and rows % pictures == 0 else 0
+    return real if 1 < told == real - 1 else told
 
 
-def pipe_on_stack(known: list[Any]) -> Any:
-    """The nearest pipeline whose `__call__` this thread is in: several may share the model."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name == "__call__":
-            owner = frame.f_locals.get("self")
-            if any(owner is pipe for pipe in known) or _is_pipe(owner):
-                return owner
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+def pictures_of(names: Mapping[str, Any]) -> int:
+    """How many pictures the loop with these local variables makes at once; 0 if it cannot say."""
+    for name in _LATENTS:
+        found = names.get(name)
+        if isinstance(found, torch.Tensor) and found.ndim > 2:
+            return len(found)
+    return 0
 
 
-def _is_pipe(owner: Any) -> bool:
-    scheduler = getattr(owner, "scheduler", None)
-    return not isinstance(owner, torch.nn.Module) and hasattr(scheduler, "timesteps")
+def controls_of(pipe: Any) -> Iterator[torch.nn.Module]:
+    """The ControlNets that a pipeline holds now, under whatever name, one or several."""
+    for name, part in vars(pipe).items() if hasattr(pipe, "__dict__") else ():
+        for module in part if isinstance(part, (list, tuple)) else (part,):
+            named = "controlnet" in name or "ControlNet" in type(module).__name__
+            if named and isinstance(module, torch.nn.Module):
+                yield module
+
+
+def control_scale(names: Mapping[str, Any]) -> Any:
+    """The scale of the step that a pipeline's call with these local variables is at, if it has
+    one."""
+    return next((names[name] for name in _SCALES if name in names), None)

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
-from lesa.hooks.generation import SHARED, Generation, Generations
+from lesa.hooks.branch_context import Branch, BranchContext
+from lesa.hooks.caller import Callers, Run
+from lesa.hooks.generation import SHARED, Generation, Generations, Loop
 from lesa.hooks.noise_levels import own_noise_levels
+from lesa.hooks.pipeline_state import frame_times
+from lesa.hooks.position import Position
 
 __all__ = ["Step", "StepClock"]
 
 # More calls than this under one name at one step: the scheduler is not the one of the loop.
 _MAX_ORDINAL = 4
+_OUTSIDE = "called from outside of the pipeline's loop"
+_WINDOW = "the denoiser sees a window of the frames"
 
 
 @dataclass(slots=True)  # frozen, it would take 1 us of each step, not .3
 class Step:
     """One call of the denoiser: step `index` of `num_steps`, in one guidance branch.
 
-    `sigmas` holds `num_steps + 1` noise levels in [0, 1], strictly decreasing. `fresh` is true on
-    the first call of a generation. `problem` says why the position cannot be trusted, else None.
-    `parts` is what `lesa.hooks.pipeline_state.guidance_parts` tells of the pipeline.
+    `sigmas` holds `num_steps + 1` noise levels in [0, 1], strictly decreasing, or nothing where the
+    scheduler has no such levels; `generation.levels_problem` says why. `fresh` is true on the first
+    call of a generation, and where a run goes on after another one on the same model. `problem`
+    says why the position cannot be trusted, else None. `parts` is what
+    `lesa.hooks.pipeline_state.guidance_parts` tells of the pipeline.
     """
 
     index: int
@@ -35,91 +40,19 @@ class Step:
     fresh: bool
     problem: str | None = None
     parts: int = 1
-
-
-class _Position:
-    """Which index: where in its generation a thread is, by what its calls tell."""
-
-    __slots__ = ("_calls", "_last_time", "index")
-
-    def __init__(self) -> None:
-        self.index = 0
-        self._calls: dict[str, int] = {}
-        self._last_time: float | None = None
-
-    def find(
-        self, generation: Generation, scheduler: Any, name: str, fields: Mapping[str, Any]
-    ) -> int:
-        """The index of a call in the branch `name`."""
-        told = fields.get("step_index")
-        if told is not None:
-            return int(told)
-        if generation.counting:  # a branch that comes round again is at the next step
-            return self.index + 1 if name in self._calls else self.index
-        position = scheduler.step_index
-        return 0 if position is None else int(position) - generation.first
-
-    def is_over(self, num_steps: int, index: int, kwargs: Mapping[str, Any] | None) -> bool:
-        """Whether a loop without a scheduler has begun anew: too many steps, or the time rose."""
-        time = (kwargs or {}).get("timestep")
-        if isinstance(time, torch.Tensor):
-            time = float(time.flatten()[0]) if time.device.type == "cpu" and time.numel() else None
-        rises = time is not None and self._last_time is not None and time > self._last_time
-        self._last_time = time
-        return rises or index >= num_steps
-
-    def count(self, index: int, name: str) -> int:
-        """Go to `index`; how many calls in the branch `name` there were at it before this one."""
-        if index != self.index:
-            self._calls.clear()
-            self.index = index
-        ordinal = self._calls.get(name, 0)
-        self._calls[name] = ordinal + 1
-        return ordinal
-
-
-class _Thread(threading.local):
-    name: str = ""
-    fields: Mapping[str, Any] = {}
-    generation: Generation | None = None
-    position: _Position
-
-
-class _Context:
-    """A class, since a generator costs twice the time and every step enters one."""
-
-    __slots__ = ("_before", "_inner", "_now", "_thread")
-
-    def __init__(
-        self,
-        thread: _Thread,
-        name: str,
-        fields: Mapping[str, Any],
-        inner: AbstractContextManager[Any] | None,
-    ) -> None:
-        self._thread, self._now, self._inner = thread, (name, fields), inner
-
-    def __enter__(self) -> None:
-        thread = self._thread
-        if self._inner is not None:
-            self._inner.__enter__()
-        self._before = thread.name, thread.fields
-        thread.name, thread.fields = self._now
-
-    def __exit__(self, *error: Any) -> None:
-        self._thread.name, self._thread.fields = self._before
-        if self._inner is not None:
-            self._inner.__exit__(*error)
+    generation: Generation = field(default_factory=Generation)
 
 
 class StepClock:
-    """Tells the step of every call, separately in every thread.
+    """Tells the step of every call, separately in every thread and every run of a loop.
 
-    Sources, in this order: `cache_context` fields (`step_index`, `num_inference_steps`); the step
-    index of the scheduler of the pipeline whose `__call__` this is (weakly held; the scheduler is
-    looked up at every call) or of `scheduler`; the number of calls since the generation began. A
-    generation begins when `scheduler.timesteps` is a new object, when the step goes backwards or,
-    without a scheduler, after `num_steps` steps or when a `timestep` that lies on the CPU rises.
+    Whose run it is, is told by the stack: the pipeline whose `__call__` this is, known or not.
+    Sources of the step, in this order: `cache_context` fields (`step_index`,
+    `num_inference_steps`); the step index of that pipeline's scheduler (looked up at every call) or
+    of `scheduler`; while that stands still, the time that the pipeline or the call tells; the
+    number of calls since the generation began. A generation begins with a run, when
+    `scheduler.timesteps` is a new object, when the step goes backwards or, without a scheduler,
+    after `num_steps` steps or when a `timestep` that lies on the CPU rises.
 
     Args:
         pipe: the pipeline whose loop calls the model, if that is no `__call__` of a pipeline.
@@ -140,27 +73,34 @@ class StepClock:
         sigmas: Sequence[float] | None = None,
     ) -> None:
         own = own_noise_levels(num_steps, sigmas)
-        self._scheduler = scheduler
-        self._generations = Generations(scheduler, own)
-        self._thread = _Thread()
-        self._several = False
+        self._scheduler, self._told = scheduler, bool(own) or scheduler is not None
+        self._callers, self._generations = Callers(), Generations(own)
+        self._branch = Branch()
         if pipe is not None:
             self.add_pipe(pipe)
 
     @property
     def pipes(self) -> list[Any]:
-        """The pipelines that are still alive."""
-        return self._generations.pipes
+        """The pipelines that were named and are still alive."""
+        return self._callers.pipes
 
     def add_pipe(self, pipe: Any) -> None:
         """Let one more pipeline, which shares the model, be a source of steps."""
-        self._generations.add_pipe(pipe)
-        self._several = self._generations.several
+        self._callers.add_pipe(pipe)
+
+    def caller(self) -> tuple[Any, Mapping[str, Any]]:
+        """The pipeline whose loop makes the current call, and the local variables of that call;
+        (None, {}) in a loop of one's own."""
+        run = self._callers.run
+        pipe = None if run is None or run.pipe is None else run.pipe()
+        return (None, {}) if pipe is None else (pipe, self._callers.names())
 
     def reset(self) -> None:
         """Forget this thread's generation: the next call begins a new one."""
-        generation, self._thread.generation = self._thread.generation, None
-        self._generations.end(generation)
+        run = self._callers.run
+        if run is not None:
+            generation, run.generation = run.generation, None
+            self._generations.end(generation)
 
     def context(
         self,
@@ -172,7 +112,7 @@ class StepClock:
 
         `inner` is entered and left along with it.
         """
-        return _Context(self._thread, name, fields, inner)
+        return BranchContext(self._branch, name, fields, inner)
 
     def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
         """Step of the call that is about to run; to be asked exactly once per call.
@@ -180,50 +120,99 @@ class StepClock:
         Raises:
             RunError: a generation begins with a scheduler of no known order.
         """
-        thread = self._thread
-        name, fields, generation = thread.name, thread.fields, thread.generation
-        if generation is None or self._several:
-            pipe = self._generations.find_pipe()
-        else:
-            pipe = None if generation.pipe is None else generation.pipe()
+        name, fields = self._branch.name, self._branch.fields
+        run, fresh, outside = self._callers.find()
+        generation, position = run.generation, run.position
+        pipe = self._source(run) if generation is None else generation.pipe and generation.pipe()
         scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
         timesteps = None if scheduler is None else getattr(scheduler, "timesteps", None)
-        fresh = generation is None or generation.timesteps is not timesteps
-        if generation is None or fresh:
-            generation = self._begin(pipe, scheduler, timesteps)
-        position = thread.position
-        index = position.find(generation, scheduler, name, fields)
-        if not fresh and (
+        if outside is not None and generation is not None:
+            if not position.at_first(generation, scheduler, name):
+                return _outside(generation, position.index)
+            run.add_site(outside)
+        begins = generation is None or generation.timesteps is not timesteps
+        if generation is None or begins:
+            generation = self._begin(run, pipe, scheduler, timesteps, kwargs)
+            position = run.position
+        index = position.find(generation, scheduler, name, fields, kwargs)
+        if not begins and (
             index < position.index
-            or (scheduler is None and position.is_over(generation.num_steps, index, kwargs))
+            or (position.standing and position.is_over(scheduler, generation, index, kwargs))
         ):
-            fresh = True
-            generation = self._begin(pipe, scheduler, timesteps)
-            position = thread.position
-            index = position.find(generation, scheduler, name, fields)
+            begins = True
+            generation = self._begin(run, pipe, scheduler, timesteps, kwargs)
+            position = run.position
+            index = position.find(generation, scheduler, name, fields, kwargs)
         ordinal = position.count(index, name)
+        if index == generation.num_steps - 1:
+            self._generations.end(generation)
         branch = name or "default"
         if ordinal:
             branch = f"{branch}#{ordinal}"
-        problem = _problem(generation, index, ordinal)
+        problem = _problem(generation, index, ordinal, pipe, kwargs)
         return Step(
-            index, generation.num_steps, generation.sigmas, branch, fresh, problem, generation.parts
+            index,
+            generation.num_steps,
+            generation.sigmas,
+            branch,
+            fresh or begins,
+            problem,
+            generation.parts,
+            generation,
         )
 
-    def _begin(self, pipe: Any, scheduler: Any, timesteps: Any) -> Generation:
-        """This thread's next generation, at its first step."""
-        thread = self._thread
-        given = thread.fields.get("num_inference_steps")
-        thread.generation, thread.position = None, _Position()
-        thread.generation = self._generations.begin(pipe, scheduler, timesteps, given)
-        return thread.generation
+    def _source(self, run: Run) -> Any:
+        """The pipeline that tells the steps of a run: its own, else the last one that was named."""
+        if self._told:
+            return None
+        if run.pipe is not None:
+            return run.pipe()
+        pipes = self.pipes
+        return pipes[-1] if pipes else None
+
+    def _begin(
+        self,
+        run: Run,
+        pipe: Any,
+        scheduler: Any,
+        timesteps: Any,
+        kwargs: Mapping[str, Any] | None,
+    ) -> Generation:
+        """A run's next generation, at its first step."""
+        run.generation, run.position = None, Position()
+        given = self._branch.fields.get("num_inference_steps")
+        calling = pipe is not None and run.pipe is not None
+        names = self._callers.names() if calling else {}
+        loop = Loop(pipe, scheduler, timesteps, calling, names, kwargs or {}, given)
+        run.generation = self._generations.begin(loop)
+        return run.generation
 
 
-def _problem(generation: Generation, index: int, ordinal: int) -> str | None:
+def _outside(generation: Generation, index: int) -> Step:
+    """A call that is no part of the loop, at the loop's step."""
+    steps, sigmas = generation.num_steps, generation.sigmas
+    return Step(index, steps, sigmas, "outside", False, _OUTSIDE, 1, generation)
+
+
+def _problem(
+    generation: Generation,
+    index: int,
+    ordinal: int,
+    pipe: Any,
+    kwargs: Mapping[str, Any] | None,
+) -> str | None:
     if generation.problem is not None:
         return generation.problem
     if generation.use is not None and generation.use.shared:
         return SHARED
     if not 0 <= index < generation.num_steps:
         return "step outside the run"
+    if generation.by_frame and _is_window(pipe, kwargs or {}):
+        return _WINDOW
     return "scheduler does not advance" if ordinal >= _MAX_ORDINAL else None
+
+
+def _is_window(pipe: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call is given fewer frames than the pipeline has times for."""
+    times, given = frame_times(pipe), kwargs.get("timestep")
+    return times is None or getattr(given, "shape", ())[-1:] != times.shape

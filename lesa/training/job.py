@@ -160,12 +160,13 @@ def call_arguments(pipe: Any, given: dict[str, Any]) -> tuple[dict[str, Any], di
 def followed(denoiser: Denoiser, kwargs: dict[str, Any]) -> Step:
     """The step of a training run's call; LesaError where the clock cannot be sure of it."""
     step = denoiser.clock.tick(kwargs)
-    if step.problem is not None:
+    problem = step.problem or step.generation.levels_problem
+    if problem is not None:
         pipe = next(iter(denoiser.clock.pipes), None)
         remedy = advice(pipe) or "train with the pipeline's own loop, one thread at a time"
         raise LesaError(
             f"scheduler={type(getattr(pipe, 'scheduler', None)).__name__}: step {step.index} "
-            f"cannot be followed ({step.problem}); {remedy}"
+            f"cannot be followed ({problem}); {remedy}"
         )
     return step
 

@@ -226,10 +226,23 @@ def test_variance_preserving_sigmas_are_mapped():
     assert noise_levels(ddim, 0, 5) == pytest.approx(noise_levels(euler, 0, 5), abs=2e-3)
 
 
-def test_inverted_sigmas_are_a_problem():
-    scheduler = FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
-    scheduler.set_timesteps(4)
-    assert "decreasing" in StepClock(scheduler=scheduler).tick().problem
+def test_levels_that_do_not_fall_leave_a_clock_in_steps():
+    """Custom ones, of which two are equal."""
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.7, 0.2])
+    clock, steps = StepClock(scheduler=scheduler), []
+    for _ in range(4):
+        steps.append(clock.tick())
+        advance(scheduler)
+    assert [(step.index, step.num_steps, step.problem) for step in steps] == [
+        (index, 4, None) for index in range(4)
+    ]
+    assert {step.sigmas for step in steps} == {()}
+    generation = steps[0].generation
+    assert generation.levels_problem == (
+        "the noise levels of FlowMatchEulerDiscreteScheduler repeat"
+    )
+    assert generation.times == pytest.approx((1000.0, 700.0, 700.0, 200.0))
 
 
 @pytest.mark.parametrize(

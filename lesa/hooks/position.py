@@ -1,0 +1,99 @@
+"""Which index? Where in its generation a run is, by what its calls tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from lesa.hooks.generation import Generation
+
+__all__ = ["Position"]
+
+
+class Position:
+    """The step that a run is at, and how many calls it has made there.
+
+    Attributes:
+        index: the step.
+        standing: whether the scheduler has not moved since the run began: that is so at its first
+            step, and where copies of the scheduler are stepped in its place.
+    """
+
+    __slots__ = ("_calls", "_last_time", "_mark", "index", "standing")
+
+    def __init__(self) -> None:
+        self.index = 0
+        self.standing = True
+        self._calls: dict[str, int] = {}
+        self._last_time: float | None = None
+        self._mark: Any = None
+
+    def find(
+        self,
+        generation: Generation,
+        scheduler: Any,
+        name: str,
+        fields: Mapping[str, Any],
+        kwargs: Mapping[str, Any] | None,
+    ) -> int:
+        """The index of a call in the branch `name`."""
+        told = fields.get("step_index")
+        if told is not None:
+            return int(told)
+        if generation.counting:  # a branch that comes round again is at the next step
+            return self.index + 1 if name in self._calls else self.index
+        position = scheduler.step_index
+        if position is not None:
+            self.standing = False
+            return int(position) - generation.first
+        return self._by_time(generation, name, kwargs) if self.standing else 0
+
+    def at_first(self, generation: Generation, scheduler: Any, name: str) -> bool:
+        """Whether the first step goes on, for all that is known before a call."""
+        if self.index or generation.counting:
+            return not self.index and name not in self._calls
+        position = scheduler.step_index
+        return position is None or int(position) == generation.first
+
+    def _by_time(self, generation: Generation, name: str, kwargs: Mapping[str, Any] | None) -> int:
+        """The index by the time of the pipeline or of the call, which no device is read for: a
+        branch that comes round again at another time is at the next step."""
+        pipe = None if generation.pipe is None else generation.pipe()
+        mark = getattr(pipe, "_current_timestep", None)
+        if mark is None:
+            mark = _time_of(kwargs)
+        last, self._mark = self._mark, mark
+        same = mark is last or (isinstance(mark, float) and mark == last)
+        moved = not same and mark is not None and last is not None and bool(self._calls)
+        return self.index + 1 if moved else self.index
+
+    def is_over(
+        self, scheduler: Any, generation: Generation, index: int, kwargs: Mapping[str, Any] | None
+    ) -> bool:
+        """Whether a loop that no scheduler follows has begun anew: too many steps, or the time
+        rose."""
+        if scheduler is not None:
+            return not generation.counting and index >= generation.num_steps
+        time = _time_of(kwargs)
+        rises = time is not None and self._last_time is not None and time > self._last_time
+        self._last_time = time
+        return rises or index >= generation.num_steps
+
+    def count(self, index: int, name: str) -> int:
+        """Go to `index`; how many calls in the branch `name` there were at it before this one."""
+        if index != self.index:
+            self._calls.clear()
+            self.index = index
+        ordinal = self._calls.get(name, 0)
+        self._calls[name] = ordinal + 1
+        return ordinal
+
+
+def _time_of(kwargs: Mapping[str, Any] | None) -> float | None:
+    """The time that a call is given, where it lies on the host."""
+    time = (kwargs or {}).get("timestep")
+    if isinstance(time, torch.Tensor):
+        return float(time.flatten()[0]) if time.device.type == "cpu" and time.numel() else None
+    return time
