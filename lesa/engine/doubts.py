@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lesa.engine.config import LesaConfig
+from lesa.engine.step_table import needs_levels
 from lesa.forecasters.calibration import untrained
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.scheduler_advice import first_order, unfollowed
@@ -23,7 +24,7 @@ def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = Non
     found = [
         *_of_weights(models, config.forecaster),
         *_of_count(config),
-        *_of_scheduler(scheduler),
+        *_of_scheduler(config, scheduler),
     ]
     return list(dict.fromkeys(found))
 
@@ -54,8 +55,9 @@ def _of_count(config: LesaConfig) -> Iterator[str]:
     )
 
 
-def _of_scheduler(scheduler: Any) -> Iterator[str]:
-    reason = None if scheduler is None else unfollowed(scheduler)
+def _of_scheduler(config: LesaConfig, scheduler: Any) -> Iterator[str]:
+    by_levels = scheduler is not None and needs_levels(config.forecaster)
+    reason = None if scheduler is None else unfollowed(scheduler, by_levels)
     if reason is not None:
         yield (
             f"scheduler={type(scheduler).__name__}: {reason}, so that every step is computed in "

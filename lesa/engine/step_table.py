@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule
 from lesa.core.table import GatedRows, Table
 from lesa.engine.config import LesaConfig
 from lesa.errors import LesaError
 from lesa.hooks.step_clock import Step
 
-__all__ = ["DeviceTable", "Row", "StepTable", "StepTables", "gates_by_step"]
+__all__ = ["DeviceTable", "Row", "StepTable", "StepTables", "gates_by_step", "needs_levels"]
 
 _MAX_TABLES = 64
 
@@ -123,6 +124,15 @@ def gates_by_step(gated: GatedRows) -> list[tuple[Any, ...]]:
     ]
 
 
+def needs_levels(forecaster: Forecaster) -> bool:
+    """Whether a forecaster goes by noise levels: it has no table without them."""
+    try:
+        forecaster.table(Schedule.explicit([0], 2), ())
+    except Exception:
+        return True
+    return False
+
+
 class StepTables:
     """Asks the forecaster for tables and remembers them."""
 
@@ -134,24 +144,53 @@ class StepTables:
         """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
         return self._config.bound_schedule(step.num_steps, step.sigmas)
 
-    def of(self, step: Step) -> StepTable | str:
-        """The table of the steps from `step` on, as a run of their own, or why there is none."""
-        key = (step.num_steps, step.sigmas, step.branch, step.index, step.parts)
+    def of(self, step: Step, rows: int) -> StepTable | str:
+        """The table of the steps from `step` on, as a run of their own, or why there is none.
+
+        `rows` of the batch tell whether it really holds the guidance parts of the pipeline.
+        """
+        parts = _parts(step, rows)
+        levels = step.sigmas or step.generation.levels_problem
+        key = (step.num_steps, levels, step.branch, step.index, parts)
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
-            found = self._tables[key] = self._make(step)
+            found = self._tables[key] = self._make(step, parts)
         return found
 
-    def _make(self, step: Step) -> StepTable | str:
+    def _make(self, step: Step, parts: int) -> StepTable | str:
         start = step.index
         try:
             schedule = self.schedule(step)
             if start:
                 later = [s - start for s in schedule.full_steps if s > start]
                 schedule = Schedule.explicit([0, *later], step.num_steps - start)
-            table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
         except LesaError as error:
             return f"no table: {error}"
-        return StepTable(table, step.parts)
+        try:
+            table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
+        except Exception as error:
+            if not step.sigmas:
+                return _without_levels(self._config.forecaster, step)
+            if isinstance(error, LesaError):
+                return f"no table: {error}"
+            raise
+        return StepTable(table, parts)
+
+
+def _parts(step: Step, rows: int) -> int:
+    """The guidance parts of a batch of this many rows: 1 where it does not hold as many pictures of
+    each as the pipeline makes."""
+    pictures = step.generation.pictures
+    if step.parts > 1 and pictures:
+        return step.parts if rows == step.parts * pictures else 1
+    return step.parts if rows % step.parts == 0 else 1
+
+
+def _without_levels(forecaster: Forecaster, step: Step) -> str:
+    """Why a forecaster has no table where there are no noise levels."""
+    return (
+        f"no table: {forecaster.name} goes by noise levels, and {step.generation.levels_problem}; "
+        "use another scheduler, or a forecaster that goes by steps, as lesa.Taylor()"
+    )

@@ -175,7 +175,7 @@ class PreparedTail:
 
 
 def _key(step: Step, time: Tensor) -> tuple[Any, ...]:
-    return step.sigmas, len(time), time.dtype, time.device
+    return step.generation.times, len(time), time.dtype, time.device
 
 
 def _repeated(value: Any, steps: int, batch: int) -> Any:

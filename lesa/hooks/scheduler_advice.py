@@ -17,14 +17,17 @@ _SATURATED = 1 - 1e-4  # a flow level above which a dynamic shift leaves nothing
 _PROBE = 8  # steps for which a copy of a scheduler is asked for its levels
 
 
-def unfollowed(scheduler: Any) -> str | None:
+def unfollowed(scheduler: Any, by_levels: bool = True) -> str | None:
     """Why no run of a scheduler can be followed, as far as it tells that before any; else None.
 
-    A copy is asked, so that the scheduler stays as it is.
+    `by_levels` tells that noise levels are needed, and not its steps alone. A copy is asked, so
+    that the scheduler stays as it is.
     """
     try:
         if (order := order_of(scheduler)) > 1:
             return f"it evaluates the denoiser {order} times in a step"
+        if not by_levels or scheduler.config.get("num_train_timesteps", _PROBE) < _PROBE:
+            return None
         probe = copy.deepcopy(scheduler)
         probe.set_timesteps(_PROBE)
         steps = len(probe.timesteps)
