@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lesa.hooks.denoiser import Call
@@ -13,10 +15,18 @@ from lesa.hooks.denoiser import Call
 __all__ = ["Conditioning"]
 
 _NUMBERS = (int, float, str)
+# Arguments that are made anew at every step: their tensors tell nothing by being other ones.
+_MOVING = re.compile(
+    r"residual|control|block_samples|time|latent|noise|sample|cache|_tokens"
+    r"|(?<!encoder)(?:_|^)hidden_states"
+)
 
 
 class Conditioning:
     """What the features of one trajectory come from besides time, held weakly.
+
+    Watched are the arguments that the model's row names, and tensors and numbers inside of dicts,
+    and of lists and tuples with tensors in them, nested or not, whatever the argument.
 
     Args:
         call: the first call of the trajectory.
@@ -31,7 +41,14 @@ class Conditioning:
         self._return_dict = call.argument("return_dict")
         self._states = {call.denoiser: call.denoiser.state}
         self._kinds = _kinds(call)
-        self._known = [_Known(self._held(value), _version(value)) for _, value in _parts(call)]
+        self._single: list[tuple[str, _Known]] = []
+        self._nested: list[tuple[str | int, list[_Known]]] = []
+        for place in _watched(call):
+            value = _value(call, place)
+            if isinstance(value, (dict, list, tuple)):
+                self._nested.append((place, [self._known(leaf) for _, leaf in _leaves("", value)]))
+            else:
+                self._single.append((str(place), self._known(value)))
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
         self._places = [weakref.ref(place) for place in _places(call)]
         self._watched: list[weakref.ref[Tensor]] = []
@@ -40,7 +57,9 @@ class Conditioning:
         """What is not as at the first call, if anything."""
         if call.step.num_steps != self._num_steps:
             return "number of steps changed"
-        if _layout(call.argument(call.denoiser.spec.latent)) != self._latent:
+        latent = call.argument(call.denoiser.spec.latent)
+        layout = _layout(latent)
+        if layout != self._latent and not self._is_cast(latent, layout):
             return "latent changed in shape, dtype or device"
         if call.argument("return_dict") is not self._return_dict:
             return "return_dict changed"
@@ -49,15 +68,36 @@ class Conditioning:
             return "adapters, attention processors or the ControlNet's scale changed"
         if _kinds(call) != self._kinds:
             return "an argument appeared or vanished"
-        for (name, value), known in zip(_parts(call), self._known, strict=False):
-            if not known.is_still(value):
+        for name, known in self._single:
+            if not known.is_still(call.argument(name)):
                 return f"{name} changed"
+        for place, knowns in self._nested:
+            leaves = _leaves(_label(place), _value(call, place))
+            for (label, leaf), known in zip(leaves, knowns, strict=False):
+                if not known.is_still(leaf):
+                    return f"{label} changed"
+            if len(leaves) != len(knowns):
+                return f"{_label(place)} changed in length"
         if self._places:
             self._watch_places(call)
         return None
 
-    def _held(self, value: Any) -> Any:
-        return weakref.ref(value, self._ended) if isinstance(value, Tensor) else value
+    def _known(self, value: Any) -> _Known:
+        held = weakref.ref(value, self._ended) if isinstance(value, Tensor) else value
+        return _Known(held, _version(value))
+
+    def _is_cast(self, latent: Any, layout: tuple[Any, ...]) -> bool:
+        """Whether the latent changed in its dtype alone, by autocast, and so did the scheduler's
+        next one; from now on it is the one to expect."""
+        first = next(iter(_leaves("", latent)), ("", None))[1]
+        cast = (
+            isinstance(first, Tensor)
+            and torch.is_autocast_enabled(first.device.type)
+            and _without_dtypes(layout) == _without_dtypes(self._latent)
+        )
+        if cast:
+            self._latent = layout
+        return cast
 
     def _watch_places(self, call: Call) -> None:
         """At the second call: position tensors that both got live as long as the loop does."""
@@ -72,6 +112,14 @@ def _layout(latent: Any) -> tuple[Any, ...]:
     return tuple(_layout(part) for part in latent or ())
 
 
+def _without_dtypes(layout: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        _without_dtypes(part) if type(part) is tuple else part
+        for part in layout
+        if not isinstance(part, torch.dtype)
+    )
+
+
 def _kinds(call: Call) -> tuple[type, ...]:
     """Tells which arguments there are: None has a type of its own."""
     return tuple(map(type, call.kwargs.values()))
@@ -82,15 +130,43 @@ def _places(call: Call) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _parts(call: Call) -> list[tuple[str, Any]]:
-    """The arguments that stay the same at every step, and the parts of those that are dicts."""
-    parts = [(name, call.argument(name)) for name in call.denoiser.spec.conditioning]
-    for name, value in call.kwargs.items():
-        if value.__class__ is dict:  # image embeddings, time ids, LoRA scales
-            for key, part in value.items():
-                for item in part if part.__class__ is list else (part,):
-                    parts.append((f"{name}[{key!r}]", item))
-    return parts
+def _watched(call: Call) -> Iterator[str | int]:
+    """The arguments that stay the same at every step, by name or position: those of the row, and
+    all that hold others."""
+    spec = call.denoiser.spec
+    yield from spec.conditioning
+    told = [call.argument(name) for name in (spec.latent, *spec.conditioning)]
+    given: list[tuple[str | int, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+    for place, value in given:
+        if any(value is other for other in told) or _MOVING.search(_label(place)):
+            continue
+        if isinstance(value, dict) or (
+            isinstance(value, (list, tuple))
+            and any(isinstance(leaf, Tensor) for _, leaf in _leaves("", value))
+        ):
+            yield place
+
+
+def _label(place: str | int) -> str:
+    return place if isinstance(place, str) else f"argument {place}"
+
+
+def _value(call: Call, place: str | int) -> Any:
+    if isinstance(place, str):
+        return call.argument(place)
+    return call.args[place] if place < len(call.args) else None
+
+
+def _leaves(label: str, value: Any) -> list[tuple[str, Any]]:
+    """What a value holds in dicts, lists and tuples, nested or not, each with the name of its
+    place."""
+    if isinstance(value, dict):  # image embeddings, time ids, LoRA scales
+        parts = [(f"{label}[{key!r}]", part) for key, part in value.items()]
+    elif isinstance(value, (list, tuple)):
+        parts = [(label, part) for part in value]
+    else:
+        return [(label, value)]
+    return [leaf for part in parts for leaf in _leaves(*part)]
 
 
 def _version(value: Any) -> int:

@@ -119,9 +119,9 @@ class CacheController:
         self._own.trajectories.pop(step.branch, None)
         if step.index == 0:
             self.config.check_run(step.num_steps, step.branch)
-        table = self._tables.of(step)
+        table = self._tables.of(step, _rows(call))
         if isinstance(table, str):
-            return _Decision(None, reason=reason or table)
+            return _Decision(None, reason=table)  # no other reason would change that
         trajectory = self._own.trajectories[step.branch] = Trajectory(table, call, self.tap)
         return _Decision(trajectory, reason=reason)
 
@@ -180,6 +180,9 @@ class CacheController:
         """A generation begins: its schedule, and nothing of the one before."""
         step = call.step
         self.reset()
+        pipe, names = call.denoiser.clock.caller()
+        if pipe is not None:  # perhaps another one than was enabled, or with other parts since
+            call.denoiser.watch(pipe, names)
         if step.index == 0:
             _check_caches(call)
         self.counters.add_generation()
@@ -199,6 +202,12 @@ def _tap(config: LesaConfig) -> FeatureTap:
         return OutputTap()
     wanted = config.graph == "auto" and torch.cuda.is_available()
     return HiddenTap(StepGraphs() if wanted else None)
+
+
+def _rows(call: Call) -> int:
+    """Rows of the batch that a call gets."""
+    latent = call.argument(call.denoiser.spec.latent)
+    return len(latent) if isinstance(latent, (torch.Tensor, list, tuple)) else 0
 
 
 def _check_caches(call: Call) -> None:

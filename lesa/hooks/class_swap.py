@@ -152,12 +152,14 @@ class ControlListener:
     """Pre-hook of a ControlNet: the scale that it was last called with in this thread.
 
     Its residuals are new tensors at every step, also where they are multiplied by 0 from
-    `control_guidance_end` on: only the scale tells that the features have changed.
+    `control_guidance_end` on: only the scale tells that the features have changed. `scale` is what
+    is known of a call before it listens.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, scale: Any = None) -> None:
         self._module = weakref.ref(module)
         self._local = threading.local()
+        self._local.scale = scale
         self._handle = module.register_forward_pre_hook(self, with_kwargs=True)
 
     def is_on(self, module: nn.Module) -> bool:

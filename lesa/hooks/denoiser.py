@@ -6,7 +6,7 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from torch import nn
 from lesa.errors import LesaError
 from lesa.hooks.class_swap import ControlListener, Slot, Swapped
 from lesa.hooks.model_specs import ModelSpec
+from lesa.hooks.pipeline_state import control_scale, controls_of
 from lesa.hooks.step_clock import Step, StepClock
 from lesa.util.forks import renew_in_children
 
@@ -125,13 +126,18 @@ class Denoiser:
         """What the model's features depend on besides its arguments; compared by value."""
         if self._merged_at != self.revision:
             self._merged_at, self._merged = self.revision, _merged_adapters(self.model)
-        return (self.revision, len(self._merged), *[control.scale for control in self._controls])
+        scales = [control.scale for control in self._controls] if self._controls else ()
+        return (self.revision, len(self._merged), *[s for s in scales if s is not None])
 
-    def watch(self, pipe: Any) -> None:
-        """Take note of the scale of the pipeline's ControlNet, if it has one."""
-        control = getattr(pipe, "controlnet", None)
-        if isinstance(control, nn.Module) and not any(c.is_on(control) for c in self._controls):
-            self._controls.append(ControlListener(control))
+    def watch(self, pipe: Any, names: Mapping[str, Any] | None = None) -> None:
+        """Take note of the scales of the pipeline's ControlNets, if it has any.
+
+        `names` are the local variables of its call where that is at work: they tell the scale of a
+        step at which the ControlNet has run already.
+        """
+        for control in controls_of(pipe):
+            if not any(known.is_on(control) for known in self._controls):
+                self._controls.append(ControlListener(control, control_scale(names or {})))
 
     def unwatch(self) -> None:
         """Undo `watch`."""
