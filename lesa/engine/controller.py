@@ -169,7 +169,10 @@ class CacheController:
         if call is None or trajectory is None:
             return run.output
         try:
-            if trajectory.keep(call, run):
+            feature = trajectory.keep(call, run)
+            if feature is not None:
+                self.counters.watch(feature)
+            if feature is not None and trajectory.ring and trajectory.ring.pushed == 1:
                 rings = [each.ring for each in self._own.trajectories.values()]
                 self.counters.set_ring_bytes(sum(ring.nbytes for ring in rings if ring))
         except Exception as error:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from lesa.util.forks import renew_in_children
 
 __all__ = ["Counters", "Stats"]
+
+logger = logging.getLogger("lesa")
+NOT_FINITE = "full steps with NaN or inf in their feature"
 
 
 @dataclass
@@ -22,6 +30,7 @@ class Stats:
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
     `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
     and refused with the reason). `left_out` names denoisers of the pipeline that run as before.
+    `not_finite` counts full steps that left NaN or inf in the cache.
     """
 
     forecaster: str = ""
@@ -37,6 +46,7 @@ class Stats:
     seconds_skipped: float = 0.0
     graphs: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    not_finite: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -49,7 +59,8 @@ class Stats:
         All take part in one generation, so their number is the largest.
         """
         total = replace(parts[0], generations=max(part.generations for part in parts))
-        for name in ("full", "skipped", "ring_bytes", "seconds_full", "seconds_skipped"):
+        sums = "full", "skipped", "ring_bytes", "seconds_full", "seconds_skipped", "not_finite"
+        for name in sums:
             setattr(total, name, sum(getattr(part, name) for part in parts))
         for name in ("fallbacks", "graphs"):
             counts: Counter[str] = Counter()
@@ -70,6 +81,8 @@ class Stats:
         ]
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
         lines += [f"  graph    {count:6d}  {what}" for what, count in self.graphs.items()]
+        if self.not_finite:
+            lines.append(f"  {NOT_FINITE}: {self.not_finite}")
         lines += [f"  left out {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
@@ -79,6 +92,7 @@ class Counters:
 
     def __init__(self, forecaster: str, tap: str) -> None:
         self._stats = Stats(forecaster, tap)
+        self._peaks: list[Tensor] = []  # of features, on their device
         self.renew()
         renew_in_children(self)
 
@@ -109,6 +123,25 @@ class Counters:
         """A generation began."""
         with self._lock:
             self._stats.generations += 1
+            self._read_peaks()
+
+    def watch(self, feature: Tensor) -> None:
+        """Look for NaN and inf in a feature of a full step.
+
+        One pass over it, and no wait for its device: what it found is read when the next generation
+        begins or somebody asks.
+        """
+        peak = torch.linalg.vector_norm(feature.detach(), ord=float("inf"))
+        with self._lock:
+            self._peaks.append(peak)
+
+    def _read_peaks(self) -> None:
+        """Count the peaks so far that are not finite, and warn of the first ones."""
+        peaks, self._peaks = self._peaks, []
+        found = sum(not isfinite(peak) for peak in peaks)
+        if found and not self._stats.not_finite:
+            logger.warning("%s: %d", NOT_FINITE, found)
+        self._stats.not_finite += found
 
     def set_schedule(self, full_steps: tuple[int, ...], num_steps: int) -> None:
         """The schedule of the newest generation."""
@@ -128,6 +161,7 @@ class Counters:
     def snapshot(self) -> Stats:
         """A copy that does not change any more."""
         with self._lock:
+            self._read_peaks()
             return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
 
 

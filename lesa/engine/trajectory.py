@@ -178,27 +178,26 @@ class Trajectory:
             self.release()
         return output
 
-    def keep(self, call: Call, run: Run) -> bool:
+    def keep(self, call: Call, run: Run) -> Tensor | None:
         """Take the feature of a full step into the ring if a later step needs it.
 
         Returns:
-            Whether a ring was made for it.
+            The feature that has entered the ring, if any.
 
         Raises:
             Refusal: the model gave no such feature, or one that does not fit the ring.
         """
         feature, forecast = self._tap.take(call, run), self._forecast
         if not self._table.pushes[call.step.index - self.origin]:
-            return False
+            return None
         if feature is None:
             raise Refusal(f"no single tensor at the {self._tap.name} tap")
-        made = forecast is None
         if forecast is None:
             forecast = self._forecast = self._tap.forecast(call, run, feature, self._table)
         elif not forecast.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
         forecast.ring.push(feature)
-        return made
+        return feature
 
 
 def _releaser(trajectory: Trajectory) -> Callable[[Any], None]:

@@ -543,3 +543,32 @@ def test_a_deepcopy_of_an_enabled_pipeline_is_plain(tiny_flux, inputs, execution
     counts = executions(clone.transformer)
     assert torch.equal(clone(**inputs()).images, plain)
     assert set(counts.values()) == {12}
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_full_step_that_is_not_finite_is_counted(tiny_flux, inputs, caplog, tap, value):
+    """In the middle of a run: the feature of step 4 is spoilt, of four full steps."""
+    lesa.enable(tiny_flux, Reuse(), schedule=FULL, tap=tap)
+    tiny_flux(**inputs())
+    assert lesa.stats(tiny_flux).not_finite == 0
+    calls = []
+
+    def spoil(module, given, output):
+        calls.append(1)
+        if len(calls) != 2:
+            return None
+        whole = output if isinstance(output, torch.Tensor) else output[-1]
+        whole.view(-1)[-1] = value
+        return output
+
+    model = tiny_flux.transformer
+    spoilt = model.proj_out if tap == "output" else model.single_transformer_blocks[-1]
+    hook = spoilt.register_forward_hook(spoil)
+    with caplog.at_level("WARNING", "lesa"):
+        tiny_flux(**inputs())
+        found = lesa.stats(tiny_flux)
+    hook.remove()
+    # what follows from it is not finite either
+    assert found.not_finite >= 1 and "NaN or inf" in str(found)
+    assert sum("NaN or inf" in line for line in caplog.messages) == 1
