@@ -62,7 +62,7 @@ def of_a_model(name: str) -> str:
 
 def bit_identical(name: str) -> str:
     """a call without blocks, on the feature of the same inputs, equals the full call bit for bit;
-    a run with every step in full equals the plain one; after it no trace is left on the model."""
+    a run with every step in full equals the plain one; afterwards no trace is left on the model."""
     pipe, call = build(name)
     args, kwargs = first_call(pipe, call(num_inference_steps=2))
     check_reuse_is_exact(find_denoiser(pipe), args, kwargs)
@@ -105,7 +105,7 @@ def img2img(name: str) -> str:
         folder = Path(inspect.getfile(type(build(name)[0]))).parent
         if any("strength: float" in file.read_text() for file in folder.glob("*.py")):
             raise NotRun(
-                "what takes a strength is another kind of pipeline, which is not built here"
+                "the pipeline that takes a strength is of another kind, which is not built here"
             )
         raise NotApplicable("diffusers has no pipeline with a strength for it")
     pipe, call = build_img2img(name)
@@ -186,7 +186,7 @@ def lora(name: str) -> str:
 
 
 def context_parallel(name: str) -> str:
-    """two gloo processes with `ulysses_degree=2` give what one gives, to 1e-4, with no fallback."""
+    """two gloo processes with `ulysses_degree=2` agree with one to 1e-4, without a fallback."""
     if getattr(find_denoiser(build(name)[0]), "_cp_plan", None) is None:
         raise NotApplicable("the class has no _cp_plan")
     with tempfile.TemporaryDirectory() as folder:
@@ -256,7 +256,7 @@ def outcomes(name: str) -> dict[str, Any]:
     if name in tiny_models.ROWS:
         exact = cell(of_a_model, name)
         cells = [exact, "hidden" if exact == "yes" else "no"]
-        rest = "not run: there is no tiny pipeline of it here"
+        rest = "not run: the tests have no tiny pipeline of this class"
         return {"title": name, "cells": cells + [rest] * (len(COLUMNS) - len(cells))}
     pipe = build(name)[0]
     title = f"{type(pipe).__name__}, {type(find_denoiser(pipe)).__name__}"
@@ -279,7 +279,7 @@ def table() -> str:
         cells = [_noted(text, reasons) for text in row["cells"]]
         lines.append(f"| {row['title']} | {' | '.join(cells)} |")
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1))]
-    lines += ["", "What each cell was filled by:", ""]
+    lines += ["", "What the columns say:", ""]
     lines += [
         f"- **{name}**: {' '.join((run.__doc__ or '').split())}" for name, run in COLUMNS.items()
     ]

@@ -96,3 +96,9 @@ def test_the_pages_of_results_are_what_the_committed_numbers_make():
     assert {path.relative_to(ROOT).as_posix() for path in folder.glob("*")} == written
     index = pages["docs/results.md"]
     assert all(f"({path.removeprefix('docs/')})" in index for path in written)
+
+
+def test_the_table_of_models_is_what_its_checks_found():
+    """After new checks: python benchmarks/make_models_table.py --out docs/models.md."""
+    made = runpy.run_path(str(ROOT / "benchmarks" / "make_models_table.py"))["table"]()
+    assert made.strip() in (ROOT / "docs" / "models.md").read_text()
