@@ -129,7 +129,8 @@ def compare(request: CompareRequest) -> None:
 
     Example: lesa compare testbed --prompts p.txt --forecaster my-lesa --report r
     """
-    from lesa.cli.run_compare import run_compare, run_flops
+    from lesa.cli.run_compare import run_compare
+    from lesa.cli.run_flops import run_flops
 
     check_json(request.json)
     run = run_flops if request.flops_only else run_compare

@@ -1,13 +1,10 @@
-"""Arguments of `pipe(...)`: read from options, checked by its class, and by the pipeline itself."""
+"""Arguments of `pipe(...)`: read from options, and checked by the class of the pipeline."""
 
 from __future__ import annotations
 
 import ast
 import inspect
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lesa.cli.names import did_you_mean
@@ -16,7 +13,7 @@ from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.testbed import PIPELINES
 
-__all__ = ["call_settings", "full_steps_of", "further_arguments", "rehearse"]
+__all__ = ["call_settings", "check_multiple", "full_steps_of", "further_arguments"]
 
 _OPTIONS = {  # arguments that lesa gives itself, and the option for each
     "prompt": "--prompt or --prompts",
@@ -29,10 +26,9 @@ _OPTIONS = {  # arguments that lesa gives itself, and the option for each
     "generator": "--seed",
 }
 _FIXED = ("output_type", "return_dict", "callback_on_step_end", "callback")
-_NAMES = {"num_frames": "frames", "num_inference_steps": "num-inference-steps"}
+NAMES = {"num_frames": "frames", "num_inference_steps": "num-inference-steps"}
 # Pixels that a token of an embedded pipeline covers, or that its frames are rounded to.
 _MULTIPLES = {name: 8 for name in PIPELINES} | {"hunyuan": 16}
-_SIZES = re.compile(r"divisible by\D*(\d+)", re.I)
 
 
 def further_arguments(pairs: Sequence[str]) -> dict[str, Any]:
@@ -78,7 +74,7 @@ def call_settings(saved: Saved, given: Mapping[str, Any], forecaster: Any = None
     check_steps(settings["num_inference_steps"], saved.scheduler)
     if saved.embedded is not None:
         for name in ("height", "width"):
-            _check_multiple(name, settings[name], _MULTIPLES[saved.embedded], saved.embedded)
+            check_multiple(name, settings[name], _MULTIPLES[saved.embedded], saved.embedded)
     return settings
 
 
@@ -134,105 +130,14 @@ def arguments_of(kind: type) -> tuple[str, ...]:
     return tuple(name for name in named if name not in hidden)
 
 
-def rehearse(
-    pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any], scheduler: str | None = None
-) -> None:
-    """Call the pipeline up to its first step: it looks at its arguments before any work is done.
-
-    scheduler: the name of the sampler that it was given, if any.
-
-    Raises: LesaError for what the pipeline refuses, or would round in silence.
-    """
-    import torch
-
-    from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
-    from lesa.hooks.timed_run import generators, loop_bar
-
-    def begun() -> None:
-        raise _Begun
-
-    own, kind = prompt_arguments(prompts, settings, [0]), type(pipe)
-    if "prompt" in own and "prompt" not in inspect.signature(kind.__call__).parameters:
-        raise LesaError(
-            f"prompts={prompts[0]!r}: {kind.__name__} takes no prompt; give a pipeline that draws"
-            " from text, or use lesa.enable with a call of your own"
-        )
-    arguments = {**own, "output_type": "latent", "return_dict": False}
-    arguments["generator"] = generators(range(pictures_per_prompt(settings)))
-    try:
-        with _advice() as said, torch.no_grad(), loop_bar(pipe, begun):
-            pipe(**arguments)
-    except _Begun:
-        for text in said:
-            if divisor := _SIZES.search(text):
-                raise _wrong_size(pipe, settings, int(divisor[1]), text) from None
-    except (ValueError, TypeError, AssertionError) as error:
-        if isinstance(error, LesaError):
-            raise
-        raise _refusal(pipe, settings, error, scheduler) from error
-
-
-class _Begun(Exception):
-    """Ends a rehearsal where the first step would begin."""
-
-
-def _refusal(
-    pipe: Any, settings: Mapping[str, Any], error: Exception, scheduler: str | None
-) -> LesaError:
-    text = " ".join(str(error).split()) or type(error).__name__
-    if divisor := _SIZES.search(text):
-        return _wrong_size(pipe, settings, int(divisor[1]), text)
-    shown = re.sub(r"<class '[\w.]*?(\w+)'>('s)?", r"\1\2", text)[:200].rstrip(" .:")
-    kind = type(pipe).__name__
-    if scheduler is not None and (isinstance(error, AssertionError) or "scheduler" in text):
-        return LesaError(
-            f"scheduler={scheduler!r}: {kind} cannot run with it ({shown});"
-            " choose another or leave it out"
-        )
-    named = [name for name in settings if re.search(rf"\b{name}\b", text)] or list(settings)
-    listed = ", ".join(f"{_NAMES.get(name, name)}={settings[name]!r}" for name in named)
-    return LesaError(f"{listed}: {kind} refuses it ({shown}); give what it takes")
-
-
-def _wrong_size(pipe: Any, settings: Mapping[str, Any], divisor: int, text: str) -> LesaError:
-    """Which of the sizes is no multiple of the divisor that a pipeline tells."""
-    kind = type(pipe).__name__
-    try:
-        if "frames" in text:  # a first frame, and then groups of them
-            _check_multiple("num_frames", settings.get("num_frames"), divisor, kind, 1)
-        else:
-            for name in ("height", "width"):
-                _check_multiple(name, settings.get(name), divisor, kind)
-    except LesaError as error:
-        return error
-    return LesaError(f"height, width: {kind} refuses them ({text}); give others")
-
-
-def _check_multiple(name: str, value: Any, divisor: int, kind: str, more: int = 0) -> None:
+def check_multiple(name: str, value: Any, divisor: int, kind: str, more: int = 0) -> None:
     """LesaError for a size that is no multiple, plus `more`, with the two next to it."""
     if not isinstance(value, int) or (value - more) % divisor == 0:
         return
     below = (value - more) // divisor * divisor + more
     near = " or ".join(str(size) for size in (below, below + divisor) if size > 0)
     what = f"multiples of {divisor}{f' plus {more}' if more else ''}"
-    raise LesaError(f"{_NAMES.get(name, name)}={value}: {kind} takes {what}; give {near}")
-
-
-@contextmanager
-def _advice() -> Iterator[list[str]]:
-    """The warnings of diffusers while it lasts, whatever is shown of them."""
-    said: list[str] = []
-    logger = logging.getLogger("diffusers")
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    level, handlers, passes = logger.level, logger.handlers, logger.propagate
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.WARNING)
-    try:
-        yield said
-    finally:
-        logger.handlers, logger.propagate = handlers, passes
-        logger.setLevel(level)
+    raise LesaError(f"{NAMES.get(name, name)}={value}: {kind} takes {what}; give {near}")
 
 
 def _literal(text: str) -> Any:

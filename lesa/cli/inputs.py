@@ -192,10 +192,15 @@ def _devices() -> str:
     return ", ".join(["cpu", *found, *["mps"] * torch.backends.mps.is_available()])
 
 
+def check_dtype(name: str) -> str:
+    """The name of a dtype as torch has it: "bf16" -> "bfloat16"; LesaError for an unknown one."""
+    return DTYPES[choose(name.removeprefix("torch."), DTYPES, "dtype")]
+
+
 def _dtype(name: str) -> Any:
     import torch
 
-    return getattr(torch, DTYPES[choose(name.removeprefix("torch."), DTYPES, "dtype")])
+    return getattr(torch, check_dtype(name))
 
 
 def first_line(error: BaseException) -> str:

@@ -23,13 +23,14 @@ STDOUT = Path("-")
 class JsonCommand(TyperCommand):
     """A command whose `--json` may stand alone (then "-", standard output) or name a file.
 
-    Where the command takes an argument too, only a name that ends in .json is taken for the file.
+    Where an argument may follow too, only a name that ends in .json is taken for the file.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the missing "-" after a lone `--json`; LesaError for a value that is empty."""
         refuse_empty(args)
-        positional = any(parameter.param_type_name == "argument" for parameter in self.params)
+        named = any(arg.partition("=")[0] == "--pipeline" for arg in args)
+        positional = any(p.param_type_name == "argument" for p in self.params) and not named
         completed = []
         for at, arg in enumerate(args):
             completed.append(arg)

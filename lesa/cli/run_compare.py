@@ -1,4 +1,4 @@
-"""`lesa compare`: what is compared with what, measured on a pipeline or counted on a model."""
+"""`lesa compare`: what is compared with what, measured on a pipeline."""
 
 from __future__ import annotations
 
@@ -123,31 +123,6 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
         say(console, note)
     if files:
         say(console, f"report: {files['report.html']}")
-
-
-def run_flops(request: CompareRequest, console: Console) -> list[dict[str, Any]]:
-    """Count the operations of a published model, print the table and return its rows.
-
-    Steps, size and frames that are not given are as in the paper.
-    """
-    from lesa.cli.inputs import parse_counts, quieten
-    from lesa.evaluation.flops import flops_rows, published
-    from lesa.evaluation.flops_table import flops_table
-
-    assert request.model is not None  # of a request for --flops-only
-    counts = None if request.full_steps is None else parse_counts(request.full_steps)
-    quieten()
-    rows = flops_rows(
-        request.model,
-        full_steps=counts,
-        num_steps=request.num_inference_steps,
-        height=request.height,
-        width=request.width,
-        frames=request.frames,
-    )
-    console.print(flops_table(rows))
-    console.print(published(request.model).note, soft_wrap=True)
-    return rows
 
 
 def check_methods(methods: str, bench: Bench) -> None:

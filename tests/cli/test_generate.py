@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 
 from lesa import Schedule, testbed
 from lesa.cli import app
-from lesa.cli.calls import call_settings, full_steps_of, further_arguments, rehearse
+from lesa.cli.calls import call_settings, full_steps_of, further_arguments
 from lesa.cli.pictures import NO_VIDEO, file_name
+from lesa.cli.rehearsal import rehearse
 from lesa.cli.saved import look_at
 from lesa.errors import LesaError
 

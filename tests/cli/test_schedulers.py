@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from lesa import testbed
 from lesa.cli import app
-from lesa.cli.calls import rehearse
+from lesa.cli.rehearsal import rehearse
 from lesa.cli.schedulers import CLASSES, set_scheduler
 from lesa.errors import LesaError
 from lesa.hooks.noise_levels import noise_levels
 from lesa.hooks.timed_run import generate
 
-STEPS = 12
+STEPS = 8
 
 
 def picture(embedded: str, name: str | None) -> torch.Tensor:
@@ -37,7 +37,7 @@ def picture(embedded: str, name: str | None) -> torch.Tensor:
     ],
 )
 def test_every_sampler_draws_the_same_picture(embedded, names):
-    """To the error of 12 steps: a wrong shift or parametrisation leaves noise, under 15 dB."""
+    """To the error of 8 steps: a wrong shift or parametrisation leaves noise, under 15 dB."""
     own = picture(embedded, None)
     for name in names:
         error = float((picture(embedded, name) - own).square().mean())

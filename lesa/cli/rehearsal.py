@@ -1,0 +1,108 @@
+"""A pipeline is called up to its first step, so that it refuses arguments before any work."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from lesa.cli.calls import NAMES, check_multiple
+from lesa.errors import LesaError
+
+__all__ = ["rehearse"]
+
+_SIZES = re.compile(r"divisible by\D*(\d+)", re.I)
+
+
+def rehearse(
+    pipe: Any, prompts: Sequence[str], settings: Mapping[str, Any], scheduler: str | None = None
+) -> None:
+    """Call the pipeline up to its first step: it looks at its arguments before any work is done.
+
+    scheduler: the name of the sampler that it was given, if any.
+
+    Raises: LesaError for what the pipeline refuses, or would round in silence.
+    """
+    import torch
+
+    from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
+    from lesa.hooks.timed_run import generators, loop_bar
+
+    def begun() -> None:
+        raise _Begun
+
+    own, kind = prompt_arguments(prompts, settings, [0]), type(pipe)
+    if "prompt" in own and "prompt" not in inspect.signature(kind.__call__).parameters:
+        raise LesaError(
+            f"prompts={prompts[0]!r}: {kind.__name__} takes no prompt; give a pipeline that draws"
+            " from text, or use lesa.enable with a call of your own"
+        )
+    arguments = {**own, "output_type": "latent", "return_dict": False}
+    arguments["generator"] = generators(range(pictures_per_prompt(settings)))
+    try:
+        with _advice() as said, torch.no_grad(), loop_bar(pipe, begun):
+            pipe(**arguments)
+    except _Begun:
+        for text in said:
+            if divisor := _SIZES.search(text):
+                raise _wrong_size(pipe, settings, int(divisor[1]), text) from None
+    except (ValueError, TypeError, AssertionError) as error:
+        if isinstance(error, LesaError):
+            raise
+        raise _refusal(pipe, settings, error, scheduler) from error
+
+
+class _Begun(Exception):
+    """Ends a rehearsal where the first step would begin."""
+
+
+def _refusal(
+    pipe: Any, settings: Mapping[str, Any], error: Exception, scheduler: str | None
+) -> LesaError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if divisor := _SIZES.search(text):
+        return _wrong_size(pipe, settings, int(divisor[1]), text)
+    shown = re.sub(r"<class '[\w.]*?(\w+)'>('s)?", r"\1\2", text)[:200].rstrip(" .:")
+    kind = type(pipe).__name__
+    if scheduler is not None and (isinstance(error, AssertionError) or "scheduler" in text):
+        return LesaError(
+            f"scheduler={scheduler!r}: {kind} cannot run with it ({shown});"
+            " choose another or leave it out"
+        )
+    named = [name for name in settings if re.search(rf"\b{name}\b", text)] or list(settings)
+    listed = ", ".join(f"{NAMES.get(name, name)}={settings[name]!r}" for name in named)
+    return LesaError(f"{listed}: {kind} refuses it ({shown}); give what it takes")
+
+
+def _wrong_size(pipe: Any, settings: Mapping[str, Any], divisor: int, text: str) -> LesaError:
+    """Which of the sizes is no multiple of the divisor that a pipeline tells."""
+    kind = type(pipe).__name__
+    try:
+        if "frames" in text:  # a first frame, and then groups of them
+            check_multiple("num_frames", settings.get("num_frames"), divisor, kind, 1)
+        else:
+            for name in ("height", "width"):
+                check_multiple(name, settings.get(name), divisor, kind)
+    except LesaError as error:
+        return error
+    return LesaError(f"height, width: {kind} refuses them ({text}); give others")
+
+
+@contextmanager
+def _advice() -> Iterator[list[str]]:
+    """The warnings of diffusers while it lasts, whatever is shown of them."""
+    said: list[str] = []
+    logger = logging.getLogger("diffusers")
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    level, handlers, passes = logger.level, logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield said
+    finally:
+        logger.handlers, logger.propagate = handlers, passes
+        logger.setLevel(level)
