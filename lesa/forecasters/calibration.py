@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -159,13 +160,23 @@ def untrained(calibrations: Sequence[Calibration], full_steps: int) -> str | Non
 
 def grown(schedule: Schedule, full_steps: int, sigmas: Sequence[float] | None = None) -> Schedule:
     """A bound schedule with further full steps, each in the middle of the gap that is the widest
-    in noise level, or in steps where the S + 1 levels are not known."""
+    in noise level, or in steps where the S + 1 levels are not known.
+
+    A gap keeps a skipped step as long as another one has two, and the last gap longest: fitted
+    forecasts also correct what went wrong before them. On embedded flux with 5 of 20 steps trained
+    (35.7 dB), a 6th and 7th step give 39.0 dB so, but 35.9 where the 7th is the run's last step.
+    """
     levels = sigmas or [-float(step) for step in range(schedule.steps + 1)]
     full = list(schedule.full_steps)
     while len(full) < full_steps:
-        ends = zip(full, [*full[1:], schedule.steps], strict=True)
-        wide = [(levels[low] - levels[high], low, high) for low, high in ends if high - low > 1]
-        _, low, high = max(wide)
+        gaps = [gap for gap in pairwise([*full, schedule.steps]) if gap[1] - gap[0] > 1]
+
+        def rank(gap: tuple[int, int]) -> tuple[bool, bool, float]:
+            low, high = gap
+            keeps = high - low > 2
+            return keeps, keeps or high < schedule.steps, levels[low] - levels[high]
+
+        low, high = max(gaps, key=rank)
         middle = (levels[low] + levels[high]) / 2
         added = min(range(low + 1, high), key=lambda step: abs(levels[step] - middle))
         full = sorted([*full, added])

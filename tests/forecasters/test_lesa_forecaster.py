@@ -14,6 +14,7 @@ from torch import nn
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import Forecaster, LesaForecaster
+from lesa.forecasters.calibration import grown
 from lesa.forecasters.continuous import extrapolation, fold, time_inputs
 from lesa.forecasters.kan import KAN, MLP, RidgeSpline
 from lesa.forecasters.named import named
@@ -223,6 +224,14 @@ def test_schedule_for_more_counts_keeps_the_next_smaller_list():
     assert not set(forecaster.schedule_for(17, 50).full_steps) > set(ten.full_steps)
     resampled = forecaster.schedule_for(10, 28, levels(28))
     assert set(forecaster.schedule_for(11, 28, levels(28)).full_steps) > set(resampled.full_steps)
+
+
+def test_added_steps_leave_each_gap_a_forecast_while_they_can():
+    schedule = Schedule.explicit((0, 2, 5, 8), 10)  # gaps of 1, 2, 2 and 1 skipped steps
+    found = [grown(schedule, count).full_steps for count in range(5, 11)]
+    assert set(found[1]) in ({0, 2, 3, 5, 6, 8}, {0, 2, 3, 5, 7, 8}, {0, 2, 4, 5, 6, 8})
+    assert all(set(a) < set(b) for a, b in zip(found, found[1:], strict=False))
+    assert [9 in full for full in found] == [False] * 5 + [True]
 
 
 @pytest.mark.parametrize(("count", "steps"), [(4, 8), (2, 3), (1, 2), (1, 1), (8, 8), (9, 9)])
