@@ -2,8 +2,8 @@
 
 The embedded SDXL at 5 of 50 full steps: plain, by lesa, by the best other method in
 benchmarks/results/compare/sdxl.json, and with 5 plain steps, on the first 8 unseen prompts of that
-file. The numbers beside the pictures are that file's, over all of its prompts; every picture made
-here must have the PSNR that the file has for it.
+file. The numbers next to the pictures are that file's, over all of its prompts; every picture made
+here must have the PSNR that the file has for it. The PNG file holds the same words as text.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from _environment import ROOT
 from _result_tables import best, read, title
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import lesa
@@ -92,6 +93,19 @@ def captions(rows: list[Row], measured: dict[str, Any]) -> dict[str, list[str]]:
     return found
 
 
+def save(page: Image.Image, labels: dict[str, list[str]], path: Path) -> None:
+    """As PNG, with the words on it as text, from which a test tells a picture of older numbers."""
+    words = PngInfo()
+    words.add_text("Description", as_text(labels))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    page.save(path, optimize=True, pnginfo=words)
+
+
+def as_text(labels: dict[str, list[str]]) -> str:
+    """A line per row."""
+    return "\n".join(", ".join(lines) for lines in labels.values())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--forecaster", help="folder of a trained one, instead of training")
@@ -106,9 +120,9 @@ def main() -> None:
         steps = call["num_inference_steps"]
         forecaster = lesa.train(load(PIPELINE), seen, steps, FULL_STEPS, call=call)
     rows = chosen(measured)
+    labels = captions(rows, measured)
     result = run(forecaster, rows, measured, SHOWN)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draw(result.pictures, captions(rows, measured)).save(options.out, optimize=True)
+    save(draw(result.pictures, labels), labels, options.out)
     print(f"{options.out}: {options.out.stat().st_size} bytes")
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -96,6 +97,17 @@ def test_the_pages_of_results_are_what_the_committed_numbers_make():
     assert {path.relative_to(ROOT).as_posix() for path in folder.glob("*")} == written
     index = pages["docs/results.md"]
     assert all(f"({path.removeprefix('docs/')})" in index for path in written)
+
+
+def test_the_picture_of_readme_shows_the_committed_numbers(monkeypatch):
+    """After a new comparison of sdxl: python benchmarks/make_picture.py."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    made = runpy.run_path(str(ROOT / "benchmarks" / "make_picture.py"))
+    measured = made["read"](made["MEASURED"])
+    labels = made["captions"](made["chosen"](measured), measured)
+    with Image.open(made["OUT"]) as picture:
+        assert picture.text["Description"] == made["as_text"](labels)
+        assert picture.height % len(labels) == 0
 
 
 def test_the_table_of_models_is_what_its_checks_found():
