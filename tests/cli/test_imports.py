@@ -41,3 +41,20 @@ def test_train_and_generate_load_nothing_of_evaluation(tmp_path):
         assert "lesa.engine.controller" in made and len(list(pictures.iterdir())) == 1
         trained |= made
     assert not [name for name in trained if name.startswith("lesa.evaluation")]
+
+
+def test_help_and_version_load_no_torch():
+    """Of what a user waits for before he has decided anything."""
+    program = (
+        "import sys\n"
+        "from lesa.cli import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'diffusers', 'numpy') if name in sys.modules])"
+    )
+    for words in (["--help"], ["--version"], ["generate", "--help"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words],
+            capture_output=True, text=True, cwd=Path(__file__).parents[2],
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[-1] == "[]"

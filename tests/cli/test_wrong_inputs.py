@@ -227,3 +227,24 @@ def test_a_saved_pipeline_is_looked_at_before_it_is_loaded(tmp_path, places):
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     told = refused(line + "--scheduler euler", places)
     check(told, ("a CogVideoXDDIMScheduler cannot be replaced by another sampler; leave",))
+
+
+def test_a_pipeline_of_the_hub_is_looked_at_too(tmp_path, places, monkeypatch):
+    """Its two small files; one without a scheduler, as a pipeline of another kind."""
+    from huggingface_hub.errors import EntryNotFoundError
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
+
+    def download(repo: str, file: str) -> str:
+        assert repo == "owner/name"
+        if not (tmp_path / file).exists():
+            raise EntryNotFoundError(f"404: {file}")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    line = "generate owner/name --prompts {p} --out {out} "
+    check(refused(line + "--frames 3", places), ("FluxPipeline makes no video; leave it out",))
+    (tmp_path / "model_index.json").unlink()
+    check(
+        refused(line.strip(), places), ("not to be had from the hub (404: model_index.json); give",)
+    )
