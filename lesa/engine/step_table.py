@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -14,6 +15,8 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import GatedRows, Table
 from lesa.engine.config import LesaConfig
 from lesa.errors import LesaError
+from lesa.forecasters.lesa import LesaForecaster
+from lesa.hooks.scheduler_advice import other_size
 from lesa.hooks.step_clock import Step
 
 __all__ = ["DeviceTable", "Row", "StepTable", "StepTables", "gates_by_step", "needs_levels"]
@@ -139,6 +142,7 @@ class StepTables:
     def __init__(self, config: LesaConfig) -> None:
         self._config = config
         self._tables: dict[tuple[Any, ...], StepTable | str] = {}
+        self._told: set[str] = set()
 
     def schedule(self, step: Step) -> Schedule:
         """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
@@ -151,7 +155,8 @@ class StepTables:
         """
         parts = _parts(step, rows)
         levels = step.sigmas or step.generation.levels_problem
-        key = (step.num_steps, levels, step.branch, step.index, parts)
+        noise = step.generation.noise
+        key = (step.num_steps, levels, step.branch, step.index, parts, noise)
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) >= _MAX_TABLES:
@@ -169,7 +174,9 @@ class StepTables:
         except LesaError as error:
             return f"no table: {error}"
         try:
-            table = self._config.forecaster.table(schedule, step.sigmas[start:], step.branch)
+            options = self._away(step, schedule)
+            forecaster = self._config.forecaster
+            table = forecaster.table(schedule, step.sigmas[start:], step.branch, **options)
         except Exception as error:
             if not step.sigmas:
                 return _without_levels(self._config.forecaster, step)
@@ -177,6 +184,22 @@ class StepTables:
                 return f"no table: {error}"
             raise
         return StepTable(table, parts)
+
+    def _away(self, step: Step, schedule: Schedule) -> dict[str, bool]:
+        """What a trained forecaster is told of a run that it was not trained for; the user is told
+        once of each kind."""
+        forecaster, sampler = self._config.forecaster, step.generation.sampler
+        if not isinstance(forecaster, LesaForecaster) or not step.sigmas:
+            return {}
+        levels, noise = step.sigmas[step.index :], step.generation.noise
+        found = forecaster.mismatch(schedule, levels, sampler, noise)
+        own_list = found is not None and found.kind == "list" and self._config.schedule is None
+        if found is None or own_list or step.index:
+            return {"noise": found is not None and found.kind == "noise"}
+        if found.kind not in self._told:
+            self._told.add(found.kind)
+            warnings.warn(found.told, stacklevel=2)
+        return {"noise": found.kind == "noise"}
 
 
 def _parts(step: Step, rows: int) -> int:
@@ -189,8 +212,11 @@ def _parts(step: Step, rows: int) -> int:
 
 
 def _without_levels(forecaster: Forecaster, step: Step) -> str:
-    """Why a forecaster has no table where there are no noise levels."""
+    """Why a forecaster has no table where there are no noise levels, and the remedy that fits."""
+    pipe = None if step.generation.pipe is None else step.generation.pipe()
     return (
         f"no table: {forecaster.name} goes by noise levels, and {step.generation.levels_problem}; "
-        "use another scheduler, or a forecaster that goes by steps, as lesa.Taylor()"
+    ) + (
+        other_size(pipe)
+        or "use another scheduler, or a forecaster that goes by steps, as lesa.Taylor()"
     )

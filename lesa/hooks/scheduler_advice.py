@@ -11,7 +11,7 @@ from typing import Any
 from lesa.hooks.noise_levels import noise_levels
 from lesa.hooks.pipeline_state import order_of
 
-__all__ = ["advice", "first_order", "unfollowed"]
+__all__ = ["advice", "first_order", "other_size", "unfollowed"]
 
 _SATURATED = 1 - 1e-4  # a flow level above which a dynamic shift leaves nothing between the steps
 _PROBE = 8  # steps for which a copy of a scheduler is asked for its levels
@@ -46,21 +46,40 @@ def advice(pipe: Any) -> str | None:
         return f"use {first_order(scheduler)}"
     if noise_levels(scheduler, 0, len(scheduler.timesteps)) is not None:
         return None
-    sigmas = getattr(scheduler, "sigmas", None)
-    levels = [] if sigmas is None else [float(sigma) for sigma in sigmas]
-    stays = [at for at, (above, below) in enumerate(pairwise(levels)) if not above > below]
+    levels, stays = _levels(scheduler)
     if not stays:
         return f"use {first_order(scheduler)}"
-    told = f"its levels are {_shortened(levels)}"
-    shifted = getattr(scheduler, "config", {}).get("use_dynamic_shifting")
-    if shifted and levels[stays[0]] > _SATURATED:
-        return f"{told}: the shift of this size drives them to 1; {_other_size(pipe)}"
+    if (size := other_size(pipe)) is not None:
+        return size
     own = type(scheduler).__name__ in (_NOISE[1], _FLOW[1])
     other = "" if own else f", or use {first_order(scheduler)}"
     return (
-        f"{told}: they do not fall from step {stays[0]} to step {stays[0] + 1}; pass other sigmas= "
-        f"or timesteps={other}"
+        f"its levels are {_shortened(levels)}: they do not fall from step {stays[0]} to step "
+        f"{stays[0] + 1}; pass other sigmas= or timesteps={other}"
     )
+
+
+def other_size(pipe: Any) -> str | None:
+    """The levels and the size to call a pipeline with, where the dynamic shift of the size that it
+    was called with has driven its levels to 1; else None."""
+    scheduler = getattr(pipe, "scheduler", None)
+    levels, stays = _levels(scheduler)
+    config = getattr(scheduler, "config", {})
+    if not (stays and config.get("use_dynamic_shifting") and levels[stays[0]] > _SATURATED):
+        return None
+    told = f"its levels are {_shortened(levels)}: the shift of this size drives them to 1"
+    tokens, factor = config.get("max_image_seq_len"), getattr(pipe, "vae_scale_factor", None)
+    if not isinstance(tokens, int) or not isinstance(factor, int):
+        return f"{told}; pass a smaller height and width"
+    side = 2 * factor * isqrt(tokens)  # a token is two by two latent pixels
+    return f"{told}; pass height={side}, width={side}, which it was made for, or near to it"
+
+
+def _levels(scheduler: Any) -> tuple[list[float], list[int]]:
+    """The scheduler's own levels, as they are, and the steps after which they do not fall."""
+    sigmas = getattr(scheduler, "sigmas", None)
+    levels = [] if sigmas is None else [float(sigma) for sigma in sigmas]
+    return levels, [at for at, (above, below) in enumerate(pairwise(levels)) if not above > below]
 
 
 def first_order(scheduler: Any) -> str:
@@ -82,16 +101,6 @@ def _is_flow(scheduler: Any) -> bool:
         or config.get("prediction_type") == "flow_prediction"
         or config.get("use_flow_sigmas", False)
     )
-
-
-def _other_size(pipe: Any) -> str:
-    """The size that the dynamic shift of a pipeline's scheduler was made for, where it tells."""
-    tokens = pipe.scheduler.config.get("max_image_seq_len")
-    factor = getattr(pipe, "vae_scale_factor", None)
-    if not isinstance(tokens, int) or not isinstance(factor, int):
-        return "pass a smaller height and width"
-    side = 2 * factor * isqrt(tokens)  # a token is two by two latent pixels
-    return f"pass height={side}, width={side}, which it was made for, or near to it"
 
 
 def _shortened(levels: Sequence[float]) -> str:

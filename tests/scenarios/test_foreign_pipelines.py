@@ -145,4 +145,11 @@ def test_a_copy_of_flux_called_at_its_default_size(tmp_path, prompts):
     assert "1, 1, 1, 1, 1, 1, 0: the shift of this size" in told or "1, 1, 1, ..., 1, 0" in told
     height, width = re.findall(r"(?:height|width)=(\d+)", told)
     assert "first-order" not in told and "--scheduler" not in told
-    run(*train, "--height", height, "--width", width, "--out", tmp_path / "forecaster")
+    size = ("--height", height, "--width", width)
+    run(*train, *size, "--out", tmp_path / "forecaster")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    lesa.enable(pipe, tmp_path / "forecaster")  # called at the size it was not trained for
+    pipe("a circle", num_inference_steps=2, max_sequence_length=20, output_type="latent")
+    (reason,) = lesa.stats(pipe).fallbacks
+    assert f"pass height={height}, width={width}" in reason and "scheduler" not in reason[-40:]
