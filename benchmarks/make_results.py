@@ -57,11 +57,6 @@ Measured on the embedded pipelines: small, truly trained ones of the real diffus
 """
 
 
-def make(results: Path = RESULTS) -> str:
-    """The index."""
-    return pages(results)["docs/results.md"]
-
-
 def pages(results: Path = RESULTS) -> dict[str, str]:
     """Path in the repository -> text of every page."""
     compared = {path.stem: read(path) for path in sorted((results / "compare").glob("*.json"))}

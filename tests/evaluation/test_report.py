@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import runpy
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -311,13 +309,6 @@ def test_peak_memory_is_what_cuda_allocated_on_top(monkeypatch):
     with _peak_memory(types.SimpleNamespace(_execution_device="cpu"), cpu := MetricsRow()):
         pass
     assert cpu.peak_bytes is None
-
-
-def test_the_page_of_results_is_what_the_committed_numbers_make():
-    """After new measurements: python benchmarks/make_results.py."""
-    root = Path(__file__).parents[2]
-    made = runpy.run_path(str(root / "benchmarks" / "make_results.py"))["make"]()
-    assert (root / "docs" / "results.md").read_text(encoding="utf-8") == made
 
 
 def test_report_json_is_strict(comparison, tmp_path):
