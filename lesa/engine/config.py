@@ -38,9 +38,9 @@ class LesaConfig:
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
             graph where the model and the device allow it (see `lesa.engine.graphs.tail_graph`).
-        num_inference_steps: steps of one's own loop around a bare model.
+        num_inference_steps: steps of a custom loop around a bare model.
         sigmas: its `num_inference_steps + 1` noise levels in [0, 1].
-        scheduler: the diffusers scheduler of one's own loop, instead of the two above.
+        scheduler: the diffusers scheduler of a custom loop, instead of the two above.
 
     Raises:
         LesaError: a field is invalid or two contradict each other.
@@ -135,7 +135,7 @@ class LesaConfig:
             ) from None
 
     def _check_loop(self) -> None:
-        """The steps and the noise levels of one's own loop, as far as they are given."""
+        """The steps and the noise levels of a custom loop, as far as they are given."""
         steps = self.num_inference_steps
         if steps is not None:
             steps = whole("num_inference_steps", steps, 1, MOST_STEPS)
