@@ -40,6 +40,7 @@ app = typer.Typer(
     name="lesa",
     cls=Commands,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -68,7 +69,9 @@ def demo(
     pipeline: Annotated[
         str | None,
         typer.Argument(
-            help="An embedded pipeline, flux by default.", autocompletion=completion.pipelines
+            metavar="PIPELINE",
+            help="An embedded pipeline, flux by default.",
+            autocompletion=completion.pipelines,
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.", rich_help_panel=OUTPUT)] = Path(
@@ -140,7 +143,9 @@ def compare(request: CompareRequest) -> None:
 @app.command(cls=JsonCommand)
 @guarded
 def inspect(
-    folder: Annotated[str, typer.Argument(help="Folder or hub id of a trained forecaster.")],
+    folder: Annotated[
+        str, typer.Argument(metavar="FOLDER", help="Folder or hub id of a trained forecaster.")
+    ],
     picture: Annotated[
         Path | None, typer.Option(help="Also draw the tables into this folder as PNG.")
     ] = None,

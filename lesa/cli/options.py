@@ -22,6 +22,7 @@ ALIAS = "pipeline_option"  # the parameter behind `--pipeline`
 Pipeline = Annotated[
     str | None,
     typer.Argument(
+        metavar="PIPELINE",
         help="A folder, a hub id, or an embedded one: testbed, testbed:qwen.",
         show_default=False,
         autocompletion=completion.pipelines,

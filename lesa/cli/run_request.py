@@ -100,6 +100,7 @@ class RunRequest:
             **further_arguments(self.set or ()),
             **more,
         }
+        saved.check_forecaster(forecaster)
         settings = call_settings(saved, given, forecaster)
         if self.scheduler is not None:
             from lesa.cli.schedulers import check_scheduler

@@ -20,13 +20,20 @@ _GIVE = f"give a folder saved with save_pretrained, a hub id, or {TESTBED}"
 
 @dataclass(frozen=True)
 class Saved:
-    """A pipeline that is there: its diffusers class and the config of its scheduler, None where
-    they cannot be told beforehand; `embedded` is its name among the embedded ones."""
+    """A pipeline that is there: its diffusers class, the class of its denoiser by name and the
+    config of its scheduler, None where they cannot be told beforehand; `embedded` is its name among
+    the embedded ones."""
 
     name: str
     embedded: str | None = None
     kind: type | None = None
+    denoiser: str | None = None
     scheduler: dict[str, Any] | None = None
+
+    def check_forecaster(self, forecaster: Any) -> None:
+        """LesaError if it was trained for another class of denoisers than this pipeline has."""
+        if self.denoiser is not None and hasattr(forecaster, "check_model"):
+            forecaster.check_model(self.denoiser)
 
 
 def look_at(name: str) -> Saved:
@@ -44,7 +51,8 @@ def look_at(name: str) -> Saved:
         found = _local(name)
     else:
         found = _hub(name)
-    return Saved(name, embedded, _class(found[_INDEX]), found[_SCHEDULER])
+    index = found[_INDEX] or {}
+    return Saved(name, embedded, _class(index), _denoiser(index), found[_SCHEDULER])
 
 
 def _local(name: str) -> dict[str, Any]:
@@ -94,10 +102,19 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _class(index: dict[str, Any] | None) -> type | None:
+def _class(index: dict[str, Any]) -> type | None:
     """The class of diffusers that the index names."""
     import diffusers
 
-    name = (index or {}).get("_class_name")
+    name = index.get("_class_name")
     kind = getattr(diffusers, name, None) if isinstance(name, str) else None
     return kind if isinstance(kind, type) else None
+
+
+def _denoiser(index: dict[str, Any]) -> str | None:
+    """The name of the first denoiser's class, as the index has it: a library and a class."""
+    for part in ("transformer", "unet"):
+        match index.get(part):
+            case [_, str(name)]:
+                return name
+    return None

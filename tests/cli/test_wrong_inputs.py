@@ -71,6 +71,7 @@ WRONG = [
     (GENERATE + " --forecaster fora --interval 0", "interval=0"),
     (GENERATE + " --forecaster fora --full-steps 51", "full-steps=51: 51 of 50 steps is not"),
     (GENERATE + " --forecaster {trained} --num-inference-steps 3", "either --full-steps or"),
+    ("generate sdxl --out {out} --prompts {p} --forecaster {trained}", "trained for model_class="),
     (COMPARE + " --methods fora,tayler-1", "'tayler-1': unknown, did you mean taylor-1", "fora, "),
     (COMPARE + " --methods ,", "methods=',': none given; choose"),
     (COMPARE + " --methods lesa", "methods='lesa': it needs a trained forecaster; give"),
@@ -150,6 +151,7 @@ def places(tmp_path_factory) -> dict[str, str]:
     """Files and folders that the cases name."""
     root = tmp_path_factory.mktemp("wrong")
     forecaster = LesaForecaster("table", uses_latent=False)
+    forecaster.metadata = {"model_class": "FluxTransformer2DModel"}
     schedule = Schedule.explicit((0, 2, 4, 5), 6)
     forecaster.recommend(schedule, tuple(1 - i / 6 for i in range(7)))
     forecaster.save_pretrained(root / "trained")
