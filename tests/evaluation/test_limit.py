@@ -8,6 +8,7 @@ from training_jobs import STEPS, make
 import lesa
 from lesa.evaluation import Bench, build, compare
 from lesa.evaluation.limit import add_limits
+from lesa.util.progress import Progress
 
 
 @pytest.mark.parametrize(("name", "tap"), [("qwen", "output"), ("sdxl", "hidden")])
@@ -19,9 +20,10 @@ def test_a_table_of_ones_own_is_nearer_than_one_for_others(name, tap):
     bench = Bench(STEPS, pipe, call, forecaster=trained)
     methods = [build("fora", 3, bench), build("lesa", 3, bench)]
     result = compare(pipe, ["c", "d"], methods, call, seed=7)
-    told = []
-    add_limits(pipe, result, methods, told.append)
+    progress = Progress(quiet=True)
+    add_limits(pipe, result, methods, progress)
     reuse, ours = result.rows
-    assert "limit" not in reuse and len(told) == len(ours["limit_psnr"]) == 2
+    assert "limit" not in reuse and len(ours["limit_psnr"]) == 2
+    assert [line.split(":")[0] for line in progress.lines] == ["limit"]
     assert ours["limit"] > ours["psnr_mean"] > reuse["psnr_mean"]
     assert ours["limit"] == pytest.approx(sum(ours["limit_psnr"]) / 2)
