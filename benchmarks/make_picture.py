@@ -29,7 +29,7 @@ from lesa.testbed import load, prompts, settings
 PIPELINE, FULL_STEPS, FEWER, SHOWN = "sdxl", 5, "fewer-steps", 8
 MEASURED = ROOT / "benchmarks" / "results" / "compare" / f"{PIPELINE}.json"
 OUT = ROOT / "docs" / "images" / "sdxl-5-of-50.png"
-SCALE, MARGIN, INK = 2, 180, (32, 32, 32)
+SCALE, MARGIN, INK = 2, 236, (32, 32, 32)
 AGREE = 0.1  # dB between a picture made here and the measured one
 
 
@@ -74,8 +74,8 @@ def draw(pictures: dict[str, Tensor], labels: dict[str, list[str]]) -> Image.Ima
     pen, height = ImageDraw.Draw(page), tiles.height // len(labels)
     for row, lines in enumerate(labels.values()):
         for line, text in enumerate(lines):
-            font = ImageFont.load_default(18 if line == 0 else 14)
-            pen.text((8, row * height + 26 + 26 * line), text, INK, font)
+            font = ImageFont.load_default(24 if line == 0 else 18)
+            pen.text((8, row * height + 20 + 30 * line), text, INK, font)
     return page
 
 

@@ -110,8 +110,8 @@ def readme(compared: dict[str, dict[str, Any]], loops: Sequence[dict[str, Any]])
     text = (ROOT / "README.md").read_text()
     part = compared["flux"]
     rows, steps = part["rows"], part["settings"]["num_inference_steps"]
-    head = (f"full steps of {steps}", "lesa", "best other method", "gain")
-    speeds = ("faster, embedded FLUX, one CPU core", "faster, FLUX.1-dev, one H200")
+    head = (f"full steps of {steps}", "lesa, dB", "best other method, dB", "gain, dB")
+    speeds = ("faster: embedded FLUX, CPU core", "faster: FLUX.1-dev, H200")
     lines = [*table((*head, *speeds), (_readme_line(rows, row, loops) for row in ours(rows)))]
     lines += ["", *weaker(compared)]
     made = "".join(f"{line}\n" for line in lines)
@@ -150,9 +150,9 @@ def _readme_line(rows: Sequence[Row], row: Row, loops: Sequence[dict[str, Any]])
         raise ValueError(f"{row['label']}: no peer in the file of flux")
     return [
         f"{wanted(row)}",
-        f"{shown(row['psnr_mean'])} dB",
-        f"{shown(peer['psnr_mean'])} dB ({title(peer)})",
-        f"{ahead(row, peer, 'psnr_mean'):+.1f} dB",
+        shown(row["psnr_mean"]),
+        f"{shown(peer['psnr_mean'])} ({title(peer)})",
+        f"{ahead(row, peer, 'psnr_mean'):+.1f}",
         f"{row['speedup']:.1f}x",
         next((f"{speed:.2f}x" for speed in _on_a_gpu(loops, wanted(row))), "not timed"),
     ]
