@@ -263,6 +263,7 @@ def test_all_doubts_make_one_warning(tiny_flux, inputs):
     config = LesaConfig(forecaster, full_steps=4, scheduler=tiny_flux.scheduler)
     for call in (
         lambda: lesa.enable(tiny_flux, forecaster, full_steps=4),
+        lambda: lesa.accelerate(tiny_flux, forecaster, full_steps=4).__enter__(),
         lambda: lesa.apply_lesa_cache(tiny_flux.transformer, config),
     ):
         with pytest.warns(UserWarning) as told:
