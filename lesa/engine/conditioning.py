@@ -42,13 +42,13 @@ class Conditioning:
         self._states = {call.denoiser: call.denoiser.state}
         self._kinds = _kinds(call)
         self._single: list[tuple[str, _Known]] = []
-        self._nested: list[tuple[str | int, list[_Known]]] = []
-        for place in _watched(call):
-            value = _value(call, place)
+        self._nested: list[tuple[str, list[_Known]]] = []
+        for name in _watched(call):
+            value = call.argument(name)
             if isinstance(value, (dict, list, tuple)):
-                self._nested.append((place, [self._known(leaf) for _, leaf in _leaves("", value)]))
+                self._nested.append((name, [self._known(leaf) for _, leaf in _leaves("", value)]))
             else:
-                self._single.append((str(place), self._known(value)))
+                self._single.append((name, self._known(value)))
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
         self._places = [weakref.ref(place) for place in _places(call)]
         self._watched: list[weakref.ref[Tensor]] = []
@@ -71,13 +71,13 @@ class Conditioning:
         for name, known in self._single:
             if not known.is_still(call.argument(name)):
                 return f"{name} changed"
-        for place, knowns in self._nested:
-            leaves = _leaves(_label(place), _value(call, place))
+        for name, knowns in self._nested:
+            leaves = _leaves(name, call.argument(name))
             for (label, leaf), known in zip(leaves, knowns, strict=False):
                 if not known.is_still(leaf):
                     return f"{label} changed"
             if len(leaves) != len(knowns):
-                return f"{_label(place)} changed in length"
+                return f"{name} changed in length"
         if self._places:
             self._watch_places(call)
         return None
@@ -130,31 +130,20 @@ def _places(call: Call) -> list[Tensor]:
     return [value for value in values if isinstance(value, Tensor)]
 
 
-def _watched(call: Call) -> Iterator[str | int]:
-    """The arguments that stay the same at every step, by name or position: those of the row, and
-    all that hold others."""
+def _watched(call: Call) -> Iterator[str]:
+    """The arguments that stay the same at every step: those of the row, and all that hold
+    others."""
     spec = call.denoiser.spec
     yield from spec.conditioning
-    told = [call.argument(name) for name in (spec.latent, *spec.conditioning)]
-    given: list[tuple[str | int, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-    for place, value in given:
-        if any(value is other for other in told) or _MOVING.search(_label(place)):
+    given = [*zip(call.denoiser.names, call.args, strict=False), *call.kwargs.items()]
+    for name, value in given:
+        if name in (spec.latent, *spec.conditioning) or _MOVING.search(name):
             continue
         if isinstance(value, dict) or (
             isinstance(value, (list, tuple))
             and any(isinstance(leaf, Tensor) for _, leaf in _leaves("", value))
         ):
-            yield place
-
-
-def _label(place: str | int) -> str:
-    return place if isinstance(place, str) else f"argument {place}"
-
-
-def _value(call: Call, place: str | int) -> Any:
-    if isinstance(place, str):
-        return call.argument(place)
-    return call.args[place] if place < len(call.args) else None
+            yield name
 
 
 def _leaves(label: str, value: Any) -> list[tuple[str, Any]]:

@@ -120,6 +120,7 @@ class _OutputForecast:
             latent = call.argument(call.denoiser.spec.latent)
             if not isinstance(latent, Tensor) or latent.shape != like.shape:
                 raise Refusal("latent and output differ in shape")
+            latent = latent.to(like.dtype)  # under autocast the first ones may be wider
         feature = self._mixer(index, torch.empty_like(like), latent)
         if table.pushes[index]:
             self.ring.push(feature)

@@ -86,6 +86,7 @@ class Denoiser:
         turn: lock that is held while the model or a watched part of it runs.
         revision: counts what was done to the model's adapters and attention processors.
         original_class: the class of the model before `attach`.
+        names: the arguments of the model's forward, in order.
     """
 
     def __init__(
@@ -104,8 +105,8 @@ class Denoiser:
         # The slot is one per model: two threads that share it take turns, also in parts of it.
         self.turn = threading.RLock()
         renew_in_children(self)
-        names = list(inspect.signature(type(core_of(model)).forward).parameters)[1:]
-        self._position = {name: position for position, name in enumerate(names)}
+        self.names = tuple(inspect.signature(type(core_of(model)).forward).parameters)[1:]
+        self._position = {name: position for position, name in enumerate(self.names)}
         self._controls: list[ControlListener] = []
 
     def renew(self) -> None:

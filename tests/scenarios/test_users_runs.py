@@ -339,4 +339,5 @@ def test_a_run_leaves_nothing_of_lesas_behind(enabled):
     with pytest.raises(Stop):
         run(pipe, call(callback_on_step_end=at_step(1, stop)))
     gc.collect()
-    assert not any(isinstance(each, Run) and each.pipe is not None for each in gc.get_objects())
+    runs = [each for each in gc.get_objects() if isinstance(each, Run) and each.pipe is not None]
+    assert not [each for each in runs if each.pipe() is pipe]
