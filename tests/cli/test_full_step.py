@@ -244,7 +244,9 @@ def test_a_device_that_is_too_small(error, options, prompts, tmp_path, monkeypat
     given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS, "--device", "cpu", *options)
     line = refused("generate", "testbed", *given)
     assert line.startswith("lesa: device='cpu': it has too little memory (")
-    assert "lower --batch-size, --height, --width or give --dtype bfloat16 or take a larger" in line
+    assert (
+        "lower --batch-size, --height, --width, --frames or give --dtype bfloat16 or take" in line
+    )
     assert list((tmp_path / "out").iterdir()) == []
 
 
