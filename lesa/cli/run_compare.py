@@ -188,7 +188,7 @@ def one_line(missing: Mapping[str, str]) -> list[str]:
         return []
     reasons: dict[str, list[str]] = {}
     for name, why in missing.items():
-        reasons.setdefault(why, []).append(name)
+        reasons.setdefault(why.removesuffix("; leave it out"), []).append(name)
     listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     count = f"{len(missing)} method{'s do' if len(missing) > 1 else ' does'}"
     return [f"{count} not apply: {listed}"]

@@ -226,7 +226,7 @@ def test_compare_all_tells_what_it_leaves_out(curious, prompts):
 
 
 def test_what_is_left_out_shares_a_line():
-    reasons = {"a": "needs a U-Net", "b": "needs scipy", "c": "needs a U-Net"}
+    reasons = {"a": "needs a U-Net", "b": "needs scipy", "c": "needs a U-Net; leave it out"}
     (line,) = one_line(reasons)
     assert line == "3 methods do not apply: a, c (needs a U-Net); b (needs scipy)"
     assert one_line({}) == []
