@@ -143,4 +143,5 @@ class Calibrator:
 
     def _rows(self, rollouts: Sequence[Rollout]) -> int:
         """Rows of the denoiser that `_run` computes for these."""
-        return self.job.rows(steps_computed(rollouts, self._steps)) if rollouts else 0
+        base = 0 if self.job.kept_base(self._steps) else self._steps
+        return self.job.rows(steps_computed(rollouts, base)) if rollouts else 0

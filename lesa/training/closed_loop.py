@@ -21,6 +21,7 @@ from torch import Tensor
 from lesa.core.schedule import Schedule
 from lesa.hooks.denoiser import Denoiser, make_output, read_sample
 from lesa.hooks.step_clock import Step
+from lesa.training.base_run import BaseRun
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.rollout import Rollout, RolloutState, Visit
 from lesa.training.row_fit import Tail
@@ -43,12 +44,14 @@ class LockStep:
         rollouts: Sequence[Rollout],
         prior: Prior | None,
         statistics: Statistics | None,
-        prompts: int,
+        prompts: Sequence[int],
+        base: BaseRun | None,
         with_base: bool,
     ) -> None:
         self.job, self.rollouts, self.prior, self.with_base = job, rollouts, prior, with_base
-        self.statistics = statistics
-        self.pictures = prompts * job.pictures
+        self.statistics, self.base = statistics, base
+        self.which = job.pictures_of(prompts)
+        self.pictures = len(self.which)
         self.last: dict[tuple[str, int], tuple[type, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -63,6 +66,7 @@ class LockStep:
             part.unflatten(0, places.shape) for part in (output, feature, latent)
         )
         at = self._visit(step, steers=latent.shape == output.shape)
+        base_latent, base_output = self._base(step, latents, outputs)
         for copy, rollout in enumerate(self.rollouts, 1):
             if full[copy]:
                 rollout.push(step.branch, features[:, source[copy]])
@@ -72,10 +76,21 @@ class LockStep:
                 self._start(rollout, step, parts=len(places))
                 tail = self._tail(batch, places[:, copy])
                 outputs[:, copy] = rollout.forecast(
-                    at, latents[:, copy], latents[:, 0], outputs[:, 0], tail
+                    at, latents[:, copy], base_latent, base_output, tail
                 )
         outputs[:, 0] = outputs[:, source[0]]
         return make_output(kind, output)
+
+    def _base(self, step: Step, latents: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent ``[1 or parts, pictures, ...]`` and output ``[parts, pictures, ...]`` of the base
+        run, which is at work or has been kept; of rollouts that fit nothing nobody asks for them.
+        """
+        if self.with_base or self.base is None:
+            if self.base is not None:
+                self.base.put(step.index, step.branch, self.which, latents[0, 0], outputs[:, 0])
+            return latents[:, 0], outputs[:, 0]
+        latent, output = self.base.at(step.index, step.branch, self.which, latents.device)
+        return latent[None], output
 
     def _places(self, rows: int) -> Tensor:
         """The rows of a call, ``[parts, copies, pictures]``."""
@@ -221,7 +236,8 @@ def run_rollouts(
     With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
     10 log10 of the base latent's mean square over the mean squared error of the rollout's final
     latent, in dB. Returns the base run's final latents, ``[pictures, elements]``; with them as
-    ``base`` rollouts that fit nothing run without it. ``prompts`` are the rows of those that run.
+    ``base`` rollouts that fit nothing run without it. The base run itself is kept, and run once.
+    ``prompts`` are the rows of those that run.
 
     Final latents, and with them errors and scores, lie on the host in float64, wherever the
     pipeline is: they are copied once per run.
@@ -229,11 +245,20 @@ def run_rollouts(
     rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(rollouts)
     for rollout in rollouts:
         rollout.begin()
-    step = LockStep(job, rollouts, prior, statistics, len(rows), with_base=base is None)
+    kept, known = job.kept_base(num_inference_steps), base is not None
+    if kept is None and not known and prompts is None:
+        kept = job.new_base(num_inference_steps)
+    with_base = not known and (kept is None or kept.final is None)
+    step = LockStep(job, rollouts, prior, statistics, rows, kept, with_base)
     with job.controlled(step):
         final = job.run(rows * copies, num_inference_steps)
     ends = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
-    base = ends[0] if base is None else base
+    if kept is not None and with_base:
+        kept.final = ends[0]
+    if base is None and kept is not None and kept.final is not None:
+        base = kept.final[job.pictures_of(rows)]
+    elif base is None:
+        base = ends[0]
     for rollout, end in zip(rollouts, ends[1:], strict=True):
         rollout.state = RolloutState()
         error = (end - base) / base.square().mean(1, keepdim=True).sqrt()

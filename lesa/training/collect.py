@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.training.base_run import BaseRun
 from lesa.training.job import Job, Work, followed, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, inner_products
@@ -22,10 +23,10 @@ class Collector:
     several rows of every picture.
     """
 
-    def __init__(self, tap: str, work: Work) -> None:
-        self.tap, self.work = tap, work
+    def __init__(self, tap: str, work: Work, base: BaseRun | None = None) -> None:
+        self.tap, self.work, self.base = tap, work, base
         self.sigmas: tuple[float, ...] = ()
-        self.pictures = 1
+        self.pictures, self.first = 1, 0
         self.peak_bytes = 0
         self._forget()
 
@@ -50,6 +51,12 @@ class Collector:
         begins = step.branch == next(iter(self.features))
         self.work.computed(len(feature), done=self.pictures * begins)
         latent = denoiser.latent(args, kwargs)
+        if self.base is not None and isinstance(latent, Tensor):
+            sample = read_sample(output)
+            assert sample is not None  # refused above
+            at = range(self.first, self.first + self.pictures)
+            parts = sample.unflatten(0, (rows, self.pictures))
+            self.base.put(step.index, step.branch, at, latent[: self.pictures], parts)
         alike = isinstance(latent, Tensor) and latent.shape == feature.shape
         if self.tap == "output" and alike and len(self.latents) < len(known):
             self.latents.append(latent[: self.pictures].detach().flatten(1).clone())
@@ -126,13 +133,16 @@ def _collect_rest(
     job: Job, num_inference_steps: int, found: Statistics | None, path: Path | None
 ) -> tuple[Statistics, int]:
     """The statistics with the prompts that they lack, and the most bytes of features held."""
-    collector, total = Collector(job.tap, job.work), len(job.prompts)
-    done = 0 if found is None else len(found.prompts)
+    total, done = len(job.prompts), 0 if found is None else len(found.prompts)
+    base = None if done else job.new_base(num_inference_steps)
+    collector, ends = Collector(job.tap, job.work, base), []
     with job.controlled(collector):
         while done < total:
             batch = range(done, min(done + job.batch_size, total))
             collector.pictures = len(batch) * job.pictures
+            collector.first = batch.start * job.pictures
             final = job.run(batch, num_inference_steps)
+            ends.append(final.cpu().double().flatten(1))
             rows, num_latents, joint = collector.reduce(final)
             if found is None:
                 found = Statistics(collector.sigmas, job.tap, num_latents, rows)
@@ -142,6 +152,8 @@ def _collect_rest(
                 found.save(path)
             done += len(batch)
     assert found is not None
+    if base is not None:
+        base.final = torch.cat(ends)
     return found, collector.peak_bytes
 
 

@@ -16,6 +16,7 @@ import torch
 
 from lesa.errors import LesaError
 from lesa.forecasters.checkpoint import is_hub_id
+from lesa.hooks.added_noise import adds_noise
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
 from lesa.hooks.pipeline import find_denoisers
@@ -24,6 +25,7 @@ from lesa.hooks.scheduler_advice import advice
 from lesa.hooks.step_clock import Step
 from lesa.hooks.timed_run import loop_bar
 from lesa.hooks.weights_hash import weights_hash
+from lesa.training.base_run import BaseRun
 from lesa.util.progress import Bar, Progress
 
 
@@ -36,12 +38,14 @@ class Work:
         width: rows that a step of one picture is, over all guidance branches; 0 until known.
         plain: rows of one plain generation per prompt, at all step counts.
         bar: of the phase that goes on.
+        base: the plain run that has been kept, if any.
     """
 
     rows: int = 0
     width: int = 0
     plain: int = 0
     bar: Bar | None = None
+    base: BaseRun | None = None
 
     def computed(self, rows: int, done: float | None = None) -> None:
         """The denoiser has computed so many more rows; `done` is that in the bar's unit."""
@@ -90,6 +94,24 @@ class Job:
         with torch.no_grad(), loop_bar(self.pipe):  # in place of the pipeline's own bar
             return self.pipe(generator=noise, **arguments)[0]
 
+    def kept_base(self, num_inference_steps: int) -> BaseRun | None:
+        """The plain run at this number of steps, where all of it has been kept."""
+        kept = self.work.base
+        if kept is None or kept.final is None or kept.steps != num_inference_steps:
+            return None
+        return kept
+
+    def new_base(self, num_inference_steps: int) -> BaseRun:
+        """An empty plain run at this number of steps, in the place of one that was kept."""
+        self.work.base = None  # before there is memory for another one
+        total = len(self.prompts) * self.pictures
+        self.work.base = BaseRun(num_inference_steps, total, self.folder)
+        return self.work.base
+
+    def pictures_of(self, prompts: Sequence[int]) -> list[int]:
+        """The numbers of the pictures of some prompts."""
+        return [i * self.pictures + n for i in prompts for n in range(self.pictures)]
+
     def rows(self, steps: int, prompts: int | None = None) -> int:
         """Rows of the denoiser that so many steps of each prompt are; of all prompts by default."""
         count = len(self.prompts) if prompts is None else prompts
@@ -127,6 +149,7 @@ class Job:
             "model_id": model_id(self.pipe),
             "model_hash": self._weights(),
             "scheduler": type(self.pipe.scheduler).__name__,
+            "noise": adds_noise(self.pipe.scheduler, self.call),
             "prompts": len(self.prompts),
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "seed": self.seed,

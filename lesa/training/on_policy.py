@@ -66,7 +66,8 @@ def visited_gram(
     base = _Recorder(RolloutSpec(every, net.history))
     fast = _Recorder(RolloutSpec(schedule, net.history), biased=rows)
     prompts = range(min(PROMPTS, len(job.prompts)))
-    work = job.rows(steps_computed([base, fast], schedule.steps), len(prompts))
+    extra = 0 if job.kept_base(schedule.steps) else schedule.steps
+    work = job.rows(steps_computed([base, fast], extra), len(prompts))
     with job.phase("run with own forecasts", work):
         run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
     found = {}

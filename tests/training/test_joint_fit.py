@@ -116,7 +116,7 @@ def test_a_rollout_follows_the_first_one_until_it_leaves(name, monkeypatch):
         rows.clear()
         run_rollouts(job, [first, late], None, STEPS, base=known)
         torch.testing.assert_close(late.result.error, wanted, rtol=1e-5, atol=1e-6)
-        full = 3 + 1 + (STEPS if known is None else 0)  # the first rollout, the late one, the base
+        full = 3 + 1  # of the first rollout, of the late one: the base run has been kept
         assert sum(rows) == full * len(job.prompts) * 2  # guidance doubles every picture
 
 
