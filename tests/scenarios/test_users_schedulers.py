@@ -130,3 +130,50 @@ def test_modulations_belong_to_the_times_of_their_run():
     assert torch.equal(run(pipe, call(**runs[1])), other)
     assert not torch.equal(one, other)
     assert lesa.stats(pipe).fallbacks == {}
+
+
+def skyreels(**more):
+    """SkyReels-V2 with diffusion forcing: every frame has a copy of the scheduler."""
+    torch.manual_seed(0)
+    transformer = diffusers.SkyReelsV2Transformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=16,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+    wan, call = build("wan")
+    pipe = diffusers.SkyReelsV2DiffusionForcingPipeline(
+        None, None, transformer, wan.vae, OTHERS["SkyReels-V2"].make()
+    )
+    pipe.set_progress_bar_config(disable=True)
+    own = {"base_num_frames": 9, "num_frames": 9, "ar_step": 0, "prompt": None}
+    return pipe, lambda: call(output_type="latent") | own | more
+
+
+FORCED = {  # steps of a generation, full and skipped calls of two runs
+    "all frames at once": ({}, (6, 8, 16)),
+    "frames one after another": ({"ar_step": 2, "causal_block_size": 1}, (10, 16, 24)),
+    "a long video": ({"num_frames": 17, "overlap_history": 5}, (6, 24, 48)),
+}
+
+
+@pytest.mark.parametrize("name", FORCED)
+def test_a_pipeline_that_steps_copies_of_its_scheduler(name):
+    more, counts = FORCED[name]
+    pipe, arguments = skyreels(**more)
+    found = check(pipe, arguments)
+    assert (found.num_steps, found.full, found.skipped) == counts
+
+
+def test_frames_at_different_levels_have_none_together():
+    pipe, arguments = skyreels(ar_step=2, causal_block_size=1)
+    expected = run(pipe, arguments())
+    lesa.enable(pipe, LesaForecaster(branches=("cond", "uncond")), schedule=THIRD)
+    assert torch.equal(run(pipe, arguments()), expected)
+    (reason,) = lesa.stats(pipe).fallbacks
+    assert "the frames are at different noise levels" in reason

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import diffusers
 import pytest
@@ -118,6 +119,51 @@ def test_the_remedy_for_two_threads_works():
     alone = run(pipe, call())
     found = in_threads(lambda: run(pipe, call()), lambda: run(second, call()))
     assert all(torch.equal(image, alone) for image in found)
+    assert lesa.stats(pipe).fallbacks == {}
+
+
+@torch.no_grad()
+def own_loop(model, call, scheduler, end=None):
+    """A loop of one's own over the times that the scheduler has already."""
+    scheduler.set_begin_index(0)
+    scheduler._step_index = None
+    latent = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(7))
+    for time in scheduler.timesteps[:end]:
+        noise = model(
+            hidden_states=latent,
+            timestep=time.expand(1) / 1000,
+            guidance=torch.ones(1),
+            encoder_hidden_states=call["prompt_embeds"],
+            pooled_projections=call["pooled_prompt_embeds"],
+            img_ids=torch.zeros(64, 3),
+            txt_ids=torch.zeros(6, 3),
+            return_dict=False,
+        )[0]
+        latent = scheduler.step(noise, time, latent, return_dict=False)[0]
+    return latent
+
+
+@pytest.mark.parametrize("end", [None, 3], ids=["finished", "broken off"])
+def test_a_loop_of_ones_own_in_one_thread_per_request(end):
+    """All requests use the times that were set once; the threads of some live on."""
+    pipe, call = build("flux")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(6)
+    config = lesa.LesaConfig(Taylor(1), schedule=THIRD, scheduler=scheduler)
+    lesa.apply_lesa_cache(pipe.transformer, config)
+    alone = own_loop(pipe.transformer, call(), scheduler)
+    for _ in range(2):
+        in_threads(lambda: own_loop(pipe.transformer, call(), scheduler, end))
+        (found,) = in_threads(lambda: own_loop(pipe.transformer, call(), scheduler))
+        assert torch.equal(found, alone)
+    assert lesa.stats(pipe).fallbacks == {}
+    with ThreadPoolExecutor(2) as pool:  # whose threads do not end
+        meeting = threading.Barrier(2, timeout=60)
+        for _ in range(2):  # both threads have had a finished run when one begins another
+            runs = pool.submit(lambda: own_loop(pipe.transformer, call(), scheduler))
+            assert torch.equal(runs.result(), alone)
+            for each in [pool.submit(meeting.wait) for _ in range(2)]:
+                each.result()
     assert lesa.stats(pipe).fallbacks == {}
 
 
@@ -257,9 +303,10 @@ def test_a_refusal_of_the_second_transformer_leaves_the_first_alone():
     assert torch.equal(run(pipe, call()), expected)
 
 
-def modular_flux():
+def modular_flux(transformer=None):
     """The denoising of a modular pipeline: it sets no context and tells nobody when it ends."""
     classic, call = build("flux")
+    classic.transformer = transformer or classic.transformer
     blocks = diffusers.modular_pipelines.FluxAutoBlocks().sub_blocks["denoise"]
     pipe = blocks.init_pipeline()
     pipe.update_components(transformer=classic.transformer, scheduler=classic.scheduler)
@@ -305,5 +352,29 @@ def test_a_modular_pipeline_that_broke_off(monkeypatch):
         patch.setattr(pipe.scheduler, "step", stop)
         with pytest.raises(KeyboardInterrupt):
             image()
+    assert torch.equal(image(), first)
+    assert lesa.stats(pipe).fallbacks == {}
+
+
+def test_another_modular_pipeline_after_one_that_broke_off(monkeypatch):
+    """The second was never enabled, and has a scheduler of its own."""
+    pipe, image = modular_flux()
+    lesa.enable(pipe, Taylor(1), schedule=THIRD)
+    first = image()
+    other, other_image = modular_flux(pipe.transformer)
+    assert other.scheduler is not pipe.scheduler
+    step, calls = pipe.scheduler.step, []
+
+    def stop(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipe.scheduler, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            image()
+    assert torch.equal(other_image(), first)
     assert torch.equal(image(), first)
     assert lesa.stats(pipe).fallbacks == {}
