@@ -31,7 +31,9 @@ class LesaConfig:
             folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
         full_steps: how many steps are computed in full. Exclusive with `schedule`. A forecaster
             that its authors publish with a rule follows it, at the setting with the fewest full
-            steps that are not below. With neither, the count of a trained forecaster's first
+            steps that are not below. A trained one that does not know the count adds steps to the
+            next smaller list that it knows, or spreads the nearest one anew where that would grow
+            by more than half, and `enable` warns. With neither, the count of a trained forecaster's first
             calibrated schedule, or its share of the steps in a run too short to skip any; else
             `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
