@@ -33,9 +33,9 @@ class LesaConfig:
             that its authors publish with a rule follows it, at the setting with the fewest full
             steps that are not below. A trained one that does not know the count adds steps to the
             next smaller list that it knows, or spreads the nearest one anew where that would grow
-            by more than half, and `enable` warns. With neither, the count of a trained forecaster's first
-            calibrated schedule, or its share of the steps in a run too short to skip any; else
-            `Schedule.every(5)`.
+            by more than half, and `enable` warns. With neither, the count of a trained forecaster's
+            first calibrated schedule, or its share of the steps in a run too short to skip any;
+            else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
