@@ -23,6 +23,7 @@ from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 from lesa.hooks.scheduler_advice import advice
 from lesa.hooks.step_clock import Step
+from lesa.hooks.text_encoders import encode_once
 from lesa.hooks.timed_run import loop_bar
 from lesa.hooks.weights_hash import weights_hash
 from lesa.training.base_run import BaseRun
@@ -91,7 +92,8 @@ class Job:
         arguments |= fixed | {"num_inference_steps": num_inference_steps}
         seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
         noise = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with torch.no_grad(), loop_bar(self.pipe):  # in place of the pipeline's own bar
+        # without the pipeline's own bar
+        with torch.no_grad(), loop_bar(self.pipe), encode_once(self.pipe, self.batch_size):
             return self.pipe(generator=noise, **arguments)[0]
 
     def kept_base(self, num_inference_steps: int) -> BaseRun | None:

@@ -100,7 +100,11 @@ def in_peft(model):
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]))
 
 
-@pytest.mark.parametrize("wrap", [nn.DataParallel, in_peft, lambda m: in_peft(torch.compile(m, backend="eager"))])
+def in_both(model):
+    return in_peft(torch.compile(model, backend="eager"))
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, in_peft, in_both])
 def test_wrappers_are_looked_through(wrap):
     pipe, _ = build("flux")
     model = pipe.transformer
