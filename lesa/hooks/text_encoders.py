@@ -21,7 +21,7 @@ def encode_once(pipe: Any, rows: int) -> Iterator[None]:
     with ExitStack() as stack:
         for module in _encoders(pipe):
             own = module.__dict__.get("forward")  # of accelerate, which offloads it
-            module.forward = _once(module.forward, rows)  # type: ignore[method-assign]
+            module.forward = _once(module.forward, rows)
             stack.callback(_restore, module, own)
         yield
 
