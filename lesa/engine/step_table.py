@@ -186,17 +186,17 @@ class StepTables:
         return StepTable(table, parts)
 
     def _away(self, step: Step, schedule: Schedule) -> dict[str, bool]:
-        """What a trained forecaster is told of a run that it was not trained for; the user is told
-        once of each kind."""
-        forecaster, sampler = self._config.forecaster, step.generation.sampler
+        """What a trained forecaster is told of a run that it was not trained for; the user is
+        warned once of each kind, but not of a list that a count made: `enable` has told of it."""
+        forecaster, run = self._config.forecaster, step.generation
         if not isinstance(forecaster, LesaForecaster) or not step.sigmas:
             return {}
-        levels, noise = step.sigmas[step.index :], step.generation.noise
-        found = forecaster.mismatch(schedule, levels, sampler, noise)
-        own_list = found is not None and found.kind == "list" and self._config.schedule is None
-        if found is None or own_list or step.index:
-            return {"noise": found is not None and found.kind == "noise"}
-        if found.kind not in self._told:
+        levels = step.sigmas[step.index :]
+        found = forecaster.mismatch(schedule, levels, run.sampler, run.noise)
+        if found is None:
+            return {}
+        counted = found.kind == "list" and self._config.schedule is None
+        if not (counted or step.index or found.kind in self._told):
             self._told.add(found.kind)
             warnings.warn(found.told, stacklevel=2)
         return {"noise": found.kind == "noise"}

@@ -130,7 +130,8 @@ def schedule_for(
     thins = not base <= full_steps <= GROWTH * base
     if thins and full_steps <= schedule.steps:  # before it is resampled: the run may be too short
         schedule = thinned(schedule, full_steps)
-    if schedule.steps != num_steps:
+    elsewhere = sigmas is not None and nearest.distance(sigmas) > SIGMA_TOLERANCE
+    if schedule.steps != num_steps or elsewhere:
         schedule = nearest.resampled(schedule, num_steps, sigmas)
     if len(schedule.full_steps) == full_steps:
         return schedule

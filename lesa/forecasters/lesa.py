@@ -16,7 +16,10 @@ from lesa.errors import LesaError
 from lesa.forecasters import checkpoint
 from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
+from lesa.forecasters.damping import Rows, carried, damped, reuse
 from lesa.forecasters.kan import FullPrecision
+from lesa.forecasters.mismatch import Mismatch, mismatch
+from lesa.forecasters.moments import Moments
 from lesa.forecasters.paper import PaperForm
 from lesa.forecasters.settings import Settings
 
@@ -34,8 +37,8 @@ class LesaForecaster(FullPrecision):
     continuous: extrapolation in sigma + a KAN of continuous time, for any steps (untrained: the
     extrapolation). paper: eqs. 4-7, for one step count. table: only the calibrated rows, elsewhere
     the extrapolation. For a calibrated (schedule, sigmas), `table` returns the calibrated rows.
-    `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `metadata` says what it
-    was trained for. Raises LesaError for a wrong field.
+    `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `moments` what training
+    saw, `metadata` says what it was trained for. Raises LesaError for a wrong field.
     """
 
     net: TableForm | PaperForm
@@ -47,6 +50,7 @@ class LesaForecaster(FullPrecision):
         self.settings = Settings(form=form, **fields)
         self.metadata = dict(metadata or {})
         self.calibrations: list[Calibration] = []
+        self.moments = Moments()
         # parameters that can be fitted, whatever mode they are made in
         with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
@@ -101,27 +105,76 @@ class LesaForecaster(FullPrecision):
             raise LesaError("form='paper' has no coefficients of continuous time; use net.rows")
         return self.net.coefficients(target_sigma, cached_sigmas, valid, self.branch(branch))
 
-    def table(self, schedule: Schedule, sigmas: Sequence[float], branch: str = "cond") -> Table:
+    def table(
+        self,
+        schedule: Schedule,
+        sigmas: Sequence[float],
+        branch: str = "cond",
+        *,
+        noise: bool = False,
+    ) -> Table:
         """The table to run: the calibrated rows of this very (schedule, sigmas), or of the list
-        that it adds full steps to; else the form's.
+        that it adds full steps to. A calibrated forecaster carries its rows over to other runs and
+        damps them (`lesa.forecasters.damping`); one without calibration has the form's rows.
 
+        With `noise`, from a sampler that adds noise where that of the training did not, it reuses.
         Raises LesaError for an unbound schedule, wrong sigmas, an unknown branch or, in the paper
         form, another step count.
         """
         levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
+        if isinstance(self.net, PaperForm):
+            return self._paper_table(self.net, schedule, levels, branch)
+        if noise:
+            return Table(schedule, reuse(schedule, self._width), self.uses_latent)
+        found = self._fitted(schedule, levels, branch)
+        if found is None and any(branch in entry.rows for entry in self.calibrations):
+            found = self._away(schedule, levels, branch)
+        if found is None:
+            with torch.no_grad():
+                found = Rows(self.net.rows(schedule, levels, branch)[0])
+        return Table(schedule, found.shared, self.uses_latent, split=found.split)
+
+    def _paper_table(
+        self, net: PaperForm, schedule: Schedule, levels: tuple[float, ...], branch: str
+    ) -> Table:
+        with torch.no_grad():
+            rows, bias = net.rows(schedule, levels, branch)
+        gated = net.gated(schedule, levels, branch)
+        return Table(schedule, rows, False, bias, net.autoregressive, gated=gated)
+
+    def _fitted(self, schedule: Schedule, levels: tuple[float, ...], branch: str) -> Rows | None:
+        """Rows that were fitted to this run, full steps added or not."""
         entry = self.calibration(schedule, levels)
         if entry is not None and branch in entry.rows:
-            split = entry.split.get(branch)
-            return Table(schedule, entry.rows[branch], self.uses_latent, split=split)
-        fitted = extended(self.calibrations, schedule, levels, branch, self.net.history)
-        if fitted is not None:
-            return Table(schedule, fitted[0], self.uses_latent, split=fitted[1])
-        with torch.no_grad():
-            rows, bias = self.net.rows(schedule, levels, branch)
-        gated = None
-        if isinstance(self.net, PaperForm):
-            gated = self.net.gated(schedule, levels, branch)
-        return Table(schedule, rows, self.uses_latent, bias, self.net.autoregressive, gated=gated)
+            return Rows(entry.rows[branch], entry.split.get(branch))
+        added = extended(self.calibrations, schedule, levels, branch, self.net.history)
+        return None if added is None else Rows(*added)
+
+    def _away(self, schedule: Schedule, levels: tuple[float, ...], branch: str) -> Rows:
+        """Rows for a run that no calibration matches."""
+        history, latent = self.net.history, self.uses_latent
+        gram = self.moments.at(branch, levels[:-1], latent)
+        if gram is None:
+            base = reuse(schedule, self._width)
+        else:
+            base = damped(schedule, gram, history, latent)
+        return carried(base, self.calibrations, schedule, levels, branch, history)
+
+    @property
+    def _width(self) -> int:
+        return self.net.history + self.uses_latent
+
+    def mismatch(
+        self, schedule: Schedule, sigmas: Sequence[float], sampler: str = "", noise: bool = False
+    ) -> Mismatch | None:
+        """How a run differs from what was calibrated, with the remedy; None where it does not.
+
+        `sampler` is the class of its scheduler, `noise` whether that one adds noise.
+        """
+        trained = str(self.metadata.get("scheduler", ""))
+        noise = noise and not self.metadata.get("noise", sampler == trained)
+        known = [] if self.form == "paper" else self.calibrations
+        return mismatch(known, trained, schedule, sigmas, sampler, noise)
 
     def correct(
         self,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from lesa.hooks.added_noise import adds_noise
 from lesa.hooks.noise_levels import levels_problem, noise_levels, times_of
 from lesa.hooks.pipeline_state import (
     executed_steps,
@@ -74,6 +75,8 @@ class Generation:
         parts: guidance parts in a call.
         pictures: how many pictures the loop makes at once; 0 if unknown.
         counting: whether nothing but the number of calls tells the step.
+        sampler: the class of its scheduler, "" without one.
+        noise: whether that one adds noise.
         by_frame: whether every frame has a time of its own.
         use: who uses the scheduler.
         problem: why its steps cannot be trusted, else None.
@@ -89,6 +92,8 @@ class Generation:
     parts: int = 1
     pictures: int = 0
     counting: bool = True
+    sampler: str = ""
+    noise: bool = False
     by_frame: bool = False
     use: _Use | None = None
     problem: str | None = None
@@ -153,6 +158,8 @@ class Generations:
         order = order_of(scheduler)
         if order > 1:
             found.problem = f"scheduler of order {order}"
+        found.sampler = type(scheduler).__name__
+        found.noise = adds_noise(scheduler, loop.names)
         found.by_frame = frame_times(pipe) is not None
         if found.by_frame and steps != len(timesteps) - first:  # frames begin one after another
             found.levels_problem = "the frames are at different noise levels"

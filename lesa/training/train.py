@@ -89,6 +89,7 @@ def train(
     _check_tap(job)
     collected = [collect(job, count) for count in counts]
     forecaster = _untrained(job, collected[0], form, fields)
+    _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
     if form == "paper":
         _train_paper(job, forecaster, collected[0], schedule, wanted)
     elif form == "continuous":
@@ -102,6 +103,13 @@ def train(
         calibrator.store(calibrator.joint_fit(rollouts, polish))
     _tell_cost(job)
     return forecaster
+
+
+def _keep_moments(forecaster: LesaForecaster, statistics: Statistics) -> None:
+    """Let it know how alike the outputs of plain runs are: it damps by that what was not fitted."""
+    if forecaster.form != "paper":
+        grams = {branch: statistics.mean(branch) for branch in statistics.branches}
+        forecaster.moments.keep(statistics.sigmas, grams, statistics.has_latent)
 
 
 def _tell_cost(job: Job) -> None:

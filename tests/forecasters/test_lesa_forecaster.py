@@ -146,19 +146,17 @@ def test_correct_makes_table_return_exactly_the_rows(form):
     assert forecaster.calibrated == [PLAN]
 
 
-def test_rows_serve_only_their_own_list_sigmas_and_branch():
+def test_rows_are_exact_only_for_their_own_list_sigmas_and_branch():
     forecaster = shaken(branches=("cond", "uncond"))
     plain = copy.deepcopy(forecaster)
-    forecaster.correct(PLAN, SIGMAS, "cond", random_rows(forecaster))
-    asked = [
-        (Schedule.every(10, 50), SIGMAS, "cond"),
-        (PLAN, levels(50, shift=3.1), "cond"),
-        (PLAN, SIGMAS, "uncond"),
-    ]
-    for question in asked:
-        same = plain.table(*question).coefficients
-        assert torch.equal(forecaster.table(*question).coefficients, same)
-        assert not forecaster.correction(*question).any()
+    rows = random_rows(forecaster)
+    forecaster.correct(PLAN, SIGMAS, "cond", rows)
+    for elsewhere in ((Schedule.every(10, 50), SIGMAS), (PLAN, levels(50, shift=3.1))):
+        assert not torch.equal(forecaster.table(*elsewhere, "cond").coefficients, rows)
+        assert not forecaster.correction(*elsewhere, "cond").any()
+    same = plain.table(PLAN, SIGMAS, "uncond").coefficients
+    assert torch.equal(forecaster.table(PLAN, SIGMAS, "uncond").coefficients, same)
+    assert not forecaster.correction(PLAN, SIGMAS, "uncond").any()
 
 
 def test_correct_again_replaces_and_recommend_keeps():

@@ -1,0 +1,178 @@
+"""Rows for a run that no calibration matches: carried over where a gap is alike, else damped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp, inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lesa.core.schedule import Schedule
+from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.moments import interpolation
+
+REACH = 0.2  # distance of gaps, in their widths, at which fitted rows count 1 / e
+NOISE = 30.0  # energy of a cached feature's error over that of the forecasts before it
+FLOOR = 1e-5  # the least relative error of a regressor
+
+
+class Rows(NamedTuple):
+    """Coefficients [S, K + uses_latent], and for P guidance parts [S, K + uses_latent, P]."""
+
+    shared: Tensor
+    split: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """The skipped steps between two full ones: what their coefficients depend on.
+
+    held: noise levels of the cached features, newest first. end: that of the next full step, or of
+    the run's end. places: where its skipped steps lie, from 0 at held[0] to 1 at the end.
+    """
+
+    first: int
+    held: tuple[float, ...]
+    end: float
+    places: tuple[float, ...]
+
+    @property
+    def steps(self) -> slice:
+        return slice(self.first, self.first + len(self.places))
+
+    def distance(self, other: _Gap) -> float:
+        """How far apart two gaps are: the larger of the difference of their noise levels, in widths
+        of the narrower one, and of the shares that the full step itself covers."""
+        if len(self.held) != len(other.held):
+            return inf
+        pairs = zip((*self.held, self.end), (*other.held, other.end), strict=True)
+        width = min(self.held[0] - self.end, other.held[0] - other.end)
+        apart = max(abs(a - b) for a, b in pairs) / width
+        return max(apart, abs(self.places[0] - other.places[0]))
+
+
+def gaps(schedule: Schedule, levels: Sequence[float], history: int) -> Iterator[_Gap]:
+    """The gaps of a run in which steps are skipped."""
+    for full, after in pairwise((*schedule.full_steps, schedule.steps)):
+        if after - full > 1:
+            held = [levels[s] for s in schedule.cached_before(full + 1, history)]
+            width = levels[full] - levels[after]
+            places = [(levels[full] - level) / width for level in levels[full + 1 : after]]
+            yield _Gap(full + 1, tuple(held), levels[after], tuple(places))
+
+
+def carried(
+    base: Tensor,
+    calibrations: Iterable[Calibration],
+    schedule: Schedule,
+    levels: Sequence[float],
+    branch: str,
+    history: int,
+) -> Rows:
+    """In each gap w times the rows of the most similar calibrated one, and 1 - w times `base`.
+
+    w = exp(-(d / REACH)^2), d the distance of the gaps; rows are taken at the same place of the gap
+    (straight lines between them). What closes a loop over own errors is in the fitted rows, and
+    does not follow from any statistics of plain runs.
+    """
+    known = [
+        (gap, entry)
+        for entry in calibrations
+        if branch in entry.rows
+        for gap in gaps(entry.schedule, entry.sigmas, history)
+    ]
+    shared, split = base.clone(), None
+    for gap in gaps(schedule, levels, history):
+        apart, near, entry = min(
+            ((gap.distance(other), other, entry) for other, entry in known),
+            key=lambda found: found[0],
+            default=(inf, gap, None),
+        )
+        share = exp(-((apart / REACH) ** 2))
+        if entry is None or share < 1e-3:
+            continue
+        along = interpolation([-place for place in near.places], [-place for place in gap.places])
+        fitted = along @ entry.rows[branch][near.steps]
+        shared[gap.steps] += share * (fitted - base[gap.steps])
+        parts = entry.split.get(branch)
+        if parts is not None and (split is None or split.shape[2] == parts.shape[2]):
+            split = base[..., None].repeat(1, 1, parts.shape[2]) if split is None else split
+            found = torch.einsum("ts,sfp->tfp", along, parts[near.steps])
+            split[gap.steps] += share * (found - base[gap.steps][..., None])
+    return Rows(shared, split)
+
+
+def reuse(schedule: Schedule, width: int) -> Tensor:
+    """Weight 1 on the newest feature at every skipped step: float64 [S, width]."""
+    rows = torch.zeros(schedule.steps, width, dtype=torch.float64, device="cpu")
+    rows[list(schedule.skipped_steps), 0] = 1
+    return rows
+
+
+def damped(schedule: Schedule, gram: Tensor, history: int, latent: bool) -> Tensor:
+    """Least squares on plain runs' inner products, damped towards reuse: float64 [S, K + latent].
+
+        c_s = e + (G + N)^-1 (g_s - G e),   e = reuse, N = diag(noise_k G_kk)
+
+    G are the inner products of the regressors of step s (K cached features and perhaps the latent),
+    g_s those with v_s. An accelerated run finds its features with errors, which differences of them
+    magnify at every full step; plain runs know nothing of it, and least squares on them alone falls
+    ten dB below reuse where gaps are wide. So a feature of a full step counts as known up to
+
+        noise = NOISE r rho^2 (m - 1) / m
+
+    after a gap of m steps, whose forecasts have the mean relative squared error r; rho is the share
+    of reuse's error that least squares without damping leaves. Wide gaps, which nobody can
+    forecast, become reuse by themselves. The latent has the largest noise of a row. NOISE is such
+    that on embedded flux and sdxl no list of 5 to 13 full steps of 12 to 50 was below reuse.
+    `gram` is [S, S], or [2 S, 2 S] with the latents behind.
+    """
+    rows, noise = reuse(schedule, history + latent), {0: 0.0}
+    for full, after in pairwise((*schedule.full_steps, schedule.steps)):
+        errors = []
+        for step in range(full + 1, after):
+            cached = schedule.cached_before(step, history)
+            doubts = [noise[s] for s in cached]
+            doubts += [max(doubts)] if latent else []
+            at = [*cached, *([schedule.steps + step] if latent else [])]
+            columns = [*range(len(cached)), *([history] if latent else [])]
+            system = _System(gram, at, step)
+            rows[step, columns] = row = system.solve(doubts)
+            errors.append([system.error(x) for x in (row, system.solve([0.0] * len(at)), None)])
+        noise[after] = _noise(errors)
+    return rows
+
+
+class _System:
+    """The least squares of one step: regressors `at` of a Gram matrix, the first of them reused."""
+
+    def __init__(self, gram: Tensor, at: Sequence[int], step: int) -> None:
+        self._moments, self._onto = gram[at][:, at], gram[at, step]
+        self._energy = float(gram[step, step])
+        self._start = torch.zeros(len(at), dtype=torch.float64, device="cpu")
+        self._start[0] = 1
+
+    def solve(self, doubts: Sequence[float]) -> Tensor:
+        """The row, with regressors known up to errors of these relative energies."""
+        errors = torch.tensor(doubts, dtype=torch.float64, device="cpu") + FLOOR
+        pulled = self._moments + torch.diag(errors * self._moments.diagonal())
+        return self._start + torch.linalg.solve(pulled, self._onto - self._moments @ self._start)
+
+    def error(self, row: Tensor | None) -> float:
+        """Relative squared error of a row's forecasts of plain runs; None is reuse."""
+        row = self._start if row is None else row
+        energy = row @ self._moments @ row - 2 * row @ self._onto + self._energy
+        return max(float(energy), 0.0) / self._energy
+
+
+def _noise(errors: Sequence[Sequence[float]]) -> float:
+    """`damped`'s noise after a gap, from each step's errors: of its row, undamped, of reuse."""
+    if not errors:
+        return 0.0
+    own, undamped, reused = (sum(column) / len(errors) for column in zip(*errors, strict=True))
+    left = undamped / reused if reused > 0 else 1.0
+    return NOISE * own * left**2 * len(errors) / (len(errors) + 1)
