@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from math import pi, sin
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ SIGMA_TOLERANCE = 1e-4
 # list is spread anew. On embedded flux with 10 of 50 calibrated (54.5 dB) that is 54.8 against 49.5
 # dB at 11 full steps and 54.9 against 53.3 at 13, but 55.6 against 56.0 at 16.
 GROWTH = 1.5
+BEND = 0.3  # by how much a gap at either end of a list that is spread anew is below the mean
 MAX_HISTORY = 8  # features that the kernels mix
 
 
@@ -109,10 +111,10 @@ def schedule_for(
 ) -> Schedule:
     """The calibrated schedule with this many full steps, resampled when the step count differs.
 
-    Resampling goes by noise level when the run's S + 1 `sigmas` are given, else by the fraction of
-    the steps. A count that was not calibrated gets the next smaller calibrated list with steps
-    added in its widest gaps, up to GROWTH times as many; else the nearest list, its full steps
-    spread anew with the same density. Raises LesaError when nothing is calibrated.
+    Resampling goes by noise level when the run's S + 1 `sigmas` are given, also where only these
+    differ, else by the fraction of the steps. A count that was not calibrated gets the next smaller
+    calibrated list with steps added in its widest gaps, up to GROWTH times as many; else steps
+    spread anew over the nearest one's run. Raises LesaError when nothing is calibrated.
     """
     if not 1 <= full_steps <= num_steps:
         raise LesaError(f"full_steps={full_steps} is not in 1..num_steps={num_steps}; choose less")
@@ -129,14 +131,14 @@ def schedule_for(
     schedule = nearest.schedule
     thins = not base <= full_steps <= GROWTH * base
     if thins and full_steps <= schedule.steps:  # before it is resampled: the run may be too short
-        schedule = thinned(schedule, full_steps)
+        schedule = spread_anew(full_steps, schedule.steps)
     elsewhere = sigmas is not None and nearest.distance(sigmas) > SIGMA_TOLERANCE
     if schedule.steps != num_steps or elsewhere:
         schedule = nearest.resampled(schedule, num_steps, sigmas)
     if len(schedule.full_steps) == full_steps:
         return schedule
     if thins:
-        return thinned(schedule, full_steps)
+        return spread_anew(full_steps, num_steps)
     known = nearest.sigmas if nearest.schedule.steps == num_steps else None
     return grown(schedule, full_steps, sigmas or known)
 
@@ -182,6 +184,19 @@ def grown(schedule: Schedule, full_steps: int, sigmas: Sequence[float] | None = 
         added = min(range(low + 1, high), key=lambda step: abs(levels[step] - middle))
         full = sorted([*full, added])
     return Schedule.explicit(full, schedule.steps)
+
+
+def spread_anew(full_steps: int, num_steps: int) -> Schedule:
+    """Nearly even steps, a little denser at both ends: where no rows were fitted to a list, one
+    that was searched for such rows is no better.
+
+    With 10 of 50 trained and damped rows, 5 of 12 steps give 38.5 dB on embedded flux and 33.0 on
+    sdxl so, 31.7 and 32.0 with the density of the trained list; 6 of 20 give 39.9 and 34.7 against
+    39.7 and 32.8, 8 of 50 on flux 43.3 against 41.6.
+    """
+    places = [index / full_steps for index in range(full_steps)]
+    bent = [place - BEND * sin(2 * pi * place) / (2 * pi) for place in places]
+    return Schedule.explicit(spread([num_steps * place for place in bent], num_steps), num_steps)
 
 
 def thinned(schedule: Schedule, full_steps: int) -> Schedule:

@@ -186,6 +186,16 @@ def test_schedule_for():
         assert abs(levels(100, shift=1.0)[there] - SIGMAS[here]) <= 0.011
 
 
+def test_schedule_for_other_levels_of_as_many_steps_goes_by_level():
+    forecaster, plan = LesaForecaster(), Schedule.explicit(range(0, 50, 7), 50)
+    forecaster.recommend(plan, SIGMAS)
+    other = levels(50, shift=1.0)
+    found = forecaster.schedule_for(len(plan.full_steps), 50, other)
+    assert found != plan
+    for ours, trained in zip(found.full_steps, plan.full_steps, strict=True):
+        assert abs(other[ours] - SIGMAS[trained]) <= 0.5 / 50 + 1e-6
+
+
 def test_schedule_for_prefers_the_nearest_sigmas():
     forecaster = LesaForecaster()
     lists = [Schedule.every(7, 50), Schedule.taylorseer(6, 50)]
@@ -195,12 +205,12 @@ def test_schedule_for_prefers_the_nearest_sigmas():
     assert forecaster.schedule_for(10, 50, levels(50, 2.9)) == lists[1]
 
 
-def test_schedule_for_fewer_counts_keeps_the_density():
+def test_schedule_for_fewer_counts_spreads_anew():
     forecaster = LesaForecaster()
     with pytest.raises(LesaError, match="full_steps=10 has no schedule to follow"):
         forecaster.schedule_for(10, 50)
     forecaster.recommend(Schedule.explicit((0, 10, 20, 30, 35, 40, 45), 50), SIGMAS)
-    assert forecaster.schedule_for(6, 50).full_steps == (0, 12, 23, 32, 38, 44)
+    assert forecaster.schedule_for(6, 50).full_steps == (0, 6, 15, 25, 35, 44)
     for count in (1, 9, 50):
         assert len(forecaster.schedule_for(count, 50).full_steps) == count
     assert len(forecaster.schedule_for(5, 28).full_steps) == 5

@@ -1,0 +1,282 @@
+import warnings
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lesa
+from lesa.core.schedule import Schedule
+from lesa.errors import LesaError
+from lesa.forecasters import LesaForecaster
+from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.damping import carried, damped, reuse
+from lesa.forecasters.mismatch import mismatch
+from lesa.forecasters.moments import Moments, interpolation
+from lesa.testbed import load, prompts, settings
+
+PLAN = Schedule.explicit([0, 3, 8, 14], 20)
+
+
+def levels(steps, shift=3.0):
+    times = [1 - s / steps for s in range(steps + 1)]
+    return tuple(shift * t / (1 + (shift - 1) * t) for t in times)
+
+
+SIGMAS = levels(20)
+
+
+def gram_of(features):
+    """Mean inner products of features [S, D]."""
+    return features @ features.T / features.shape[1]
+
+
+def line(sigmas=SIGMAS):
+    """Features that are straight lines in the noise level."""
+    draw = torch.Generator().manual_seed(0)
+    start, slope = torch.randn(2, 64, generator=draw, dtype=torch.float64)
+    return start + torch.tensor(sigmas[:-1], dtype=torch.float64)[:, None] * slope
+
+
+def walk(steps, elements=4000):
+    """Features that move by chance: nothing but the newest one tells of the next."""
+    draw = torch.Generator().manual_seed(1)
+    return torch.randn(steps, elements, generator=draw, dtype=torch.float64).cumsum(0)
+
+
+def test_interpolation_is_exact_on_lines_and_stays_at_the_ends():
+    nodes = [0.9, 0.6, 0.5, 0.1]
+    weights = interpolation(nodes, [1.0, 0.9, 0.7, 0.5, 0.2, 0.1, 0.0])
+    values = weights @ torch.tensor([3 * x + 1 for x in nodes], dtype=torch.float64)
+    expected = [3 * x + 1 for x in (0.9, 0.9, 0.7, 0.5, 0.2, 0.1, 0.1)]
+    assert values.tolist() == pytest.approx(expected, abs=1e-12)
+    assert interpolation([0.3], [0.9, 0.1]).tolist() == [[1.0], [1.0]]
+
+
+def test_moments_at_their_own_and_at_other_levels():
+    features, latents = line(), 2 * line() + 1
+    moments = Moments()
+    moments.keep(SIGMAS, {"cond": gram_of(torch.cat([features, latents]))}, latent=True)
+    own = moments.at("cond", SIGMAS[:-1], latent=True)
+    torch.testing.assert_close(own, gram_of(torch.cat([features, latents])), rtol=1e-5, atol=1e-5)
+    other = levels(9, shift=2.0)[:-1]
+    inside = [max(level, SIGMAS[-2]) for level in other]
+    expected = gram_of(line([*inside, 0.0]))
+    torch.testing.assert_close(moments.at("cond", other, False), expected, rtol=1e-4, atol=1e-5)
+    assert moments.at("uncond", other, latent=False) is None
+    moments.keep(SIGMAS, {"cond": gram_of(features)}, latent=False)
+    assert moments.at("cond", other, latent=True) is None
+
+
+def test_damped_follows_a_line_where_plain_runs_are_lines():
+    rows = damped(PLAN, gram_of(line()), 2, latent=False)
+    ahead = [s for s in PLAN.skipped_steps if s > 3]
+    forecast = torch.stack([rows[s] @ line()[list(PLAN.cached_before(s, 2))] for s in ahead])
+    torch.testing.assert_close(forecast, line()[ahead], rtol=0, atol=0.1)
+    reused = (line()[[PLAN.cached_before(s, 1)[0] for s in ahead]] - line()[ahead]).square().mean()
+    assert (forecast - line()[ahead]).square().mean() < 0.02 * reused
+    assert not rows[list(PLAN.full_steps)].any()
+
+
+def test_damped_is_reuse_where_nothing_can_be_forecast():
+    rows = damped(PLAN, gram_of(walk(20)), 3, latent=False)
+    torch.testing.assert_close(rows, reuse(PLAN, 3), rtol=0, atol=0.05)
+
+
+def test_wide_gaps_are_damped_more_than_narrow_ones():
+    """Features that are smooth over a tenth of the run: lines within it, chance beyond."""
+    steps, width = 100, 10
+    kernel = torch.exp(-0.5 * ((torch.arange(41) - 20.0) / width).square()).double()
+    noise = torch.randn(400, steps + 40, generator=torch.Generator().manual_seed(2)).double()
+    features = torch.conv1d(noise[:, None], kernel[None, None])[:, 0].T + 3
+    strayed = []
+    for interval in (4, 8, 16):
+        plan = Schedule.fora(interval, steps)
+        rows = damped(plan, gram_of(features), 3, latent=False)
+        last = [s for s in plan.skipped_steps if s > 50 and s % interval == interval - 1]
+        strayed.append(float((rows[last] - reuse(plan, 3)[last]).abs().sum(1).mean()) / interval)
+    assert strayed[0] > 1.5 * strayed[1] > 3 * strayed[2]
+
+
+@pytest.mark.parametrize("parts", [0, 2])
+def test_rows_are_carried_exactly_to_their_own_gaps_and_not_far(parts):
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.rand(20, 4, generator=draw, dtype=torch.float64) * (reuse(PLAN, 1) != 0)
+    split = {"cond": torch.stack([rows + 1, rows - 1], -1)} if parts else {}
+    known = [Calibration(PLAN, SIGMAS, {"cond": rows}, split)]
+    found = carried(reuse(PLAN, 4), known, PLAN, SIGMAS, "cond", 3)
+    skipped = list(PLAN.skipped_steps)
+    torch.testing.assert_close(found.shared[skipped], rows[skipped], rtol=0, atol=1e-12)
+    assert (found.split is not None) == bool(parts)
+    if found.split is not None:
+        expected = split["cond"][skipped]
+        torch.testing.assert_close(found.split[skipped], expected, rtol=0, atol=1e-12)
+    far = Schedule.explicit([0, 10], 20)
+    base = reuse(far, 4)
+    assert torch.equal(carried(base, known, far, SIGMAS, "cond", 3).shared, base)
+    assert torch.equal(carried(base, known, far, SIGMAS, "uncond", 3).shared, base)
+
+
+def test_the_nearer_a_gap_the_more_of_its_rows():
+    rows = 5 * reuse(PLAN, 4)
+    known = [Calibration(PLAN, SIGMAS, {"cond": rows})]
+    base, shares = reuse(PLAN, 4), []
+    for shift in (3.0, 3.1, 3.5, 5.0):
+        found = carried(base, known, PLAN, levels(20, shift), "cond", 3).shared
+        shares.append(float((found - base)[9, 0]) / 4)
+    assert shares[0] == pytest.approx(1) and shares == sorted(shares, reverse=True)
+    assert shares[-1] < 0.5
+
+
+def trained():
+    forecaster = LesaForecaster(metadata={"scheduler": "FlowMatchEulerDiscreteScheduler"})
+    forecaster.correct(PLAN, SIGMAS, "cond", 2 * reuse(PLAN, 4))
+    gram = gram_of(torch.cat([line(), walk(20, 64)]))
+    forecaster.moments.keep(SIGMAS, {"cond": gram}, latent=True)
+    return forecaster
+
+
+def test_a_forecaster_off_its_calibration():
+    forecaster, plan = trained(), Schedule.fora(4, 12)
+    assert torch.equal(forecaster.table(PLAN, SIGMAS).coefficients, 2 * reuse(PLAN, 4))
+    gram = forecaster.moments.at("cond", levels(12)[:-1], latent=True)
+    base = damped(plan, gram, 3, latent=True)
+    expected = carried(base, forecaster.calibrations, plan, levels(12), "cond", 3).shared
+    found = forecaster.table(plan, levels(12)).coefficients
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert torch.equal(forecaster.table(PLAN, SIGMAS, noise=True).coefficients, reuse(PLAN, 4))
+    forecaster.moments = Moments()  # as saved by an earlier lesa
+    expected = carried(reuse(plan, 4), forecaster.calibrations, plan, levels(12), "cond", 3).shared
+    assert torch.equal(forecaster.table(plan, levels(12)).coefficients, expected)
+
+
+def test_moments_are_saved_with_the_forecaster(tmp_path):
+    forecaster, plan = trained(), Schedule.fora(4, 12)
+    forecaster.save_pretrained(tmp_path)
+    back = LesaForecaster.from_pretrained(tmp_path)
+    tables = (each.table(plan, levels(12)).coefficients for each in (forecaster, back))
+    assert torch.equal(*tables)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda levels, gram: (levels.flip(0), gram), "not a decreasing list"),
+        (lambda levels, gram: (levels[1:], gram), r"gram.cond is \[40, 40\] for 19"),
+        (lambda levels, gram: (levels, gram * float("nan")), "holds no inner products"),
+        (lambda levels, gram: (levels, -gram), "holds no inner products"),
+    ],
+)
+def test_damaged_moments_are_refused(tmp_path, change, told):
+    forecaster = trained()
+    moments = forecaster.moments
+    moments.levels, moments.grams["cond"] = change(moments.levels, moments.grams["cond"])
+    forecaster.save_pretrained(tmp_path)
+    with pytest.raises(LesaError, match=told):
+        LesaForecaster.from_pretrained(tmp_path)
+
+
+def test_a_file_without_moments_is_read(tmp_path):
+    LesaForecaster().save_pretrained(tmp_path)
+    assert not any("moments" in name for name in load_file(tmp_path / "model.safetensors"))
+    assert not LesaForecaster.from_pretrained(tmp_path).moments.grams
+
+
+def told(schedule, sigmas, sampler="EulerDiscreteScheduler", noise=False):
+    known = [Calibration(PLAN, SIGMAS)]
+    return mismatch(known, "EulerDiscreteScheduler", schedule, sigmas, sampler, noise)
+
+
+def test_each_kind_of_mismatch_names_its_values_and_the_remedy():
+    assert told(PLAN, SIGMAS) is None
+    assert mismatch([], "", PLAN, SIGMAS, "", True) is None
+    steps = told(Schedule.fora(4, 12), levels(12))
+    assert (
+        steps.kind == "steps"
+        and "num_inference_steps=12: the forecaster was trained for 20;" in (steps.told)
+    )
+    assert "lesa.train(pipe, prompts, num_inference_steps=12, full_steps=3)" in steps.told
+    moved = told(PLAN, levels(20, 3.5), "UniPCMultistepScheduler")
+    assert (
+        moved.kind == "levels"
+        and "UniPCMultistepScheduler: its noise levels are up to 0.03" in (moved.told)
+    )
+    other = told(Schedule.fora(5, 20), SIGMAS)
+    assert other.kind == "list" and "full_steps=[0, 5, 10, 15]" in other.told
+    assert "full_steps=4, schedule=...)" in other.told
+    noisy = told(PLAN, SIGMAS, "EulerAncestralDiscreteScheduler", noise=True)
+    assert noisy.kind == "noise" and "reuse the last full one" in noisy.told
+
+
+def test_noise_counts_only_where_training_had_none():
+    forecaster = trained()
+    assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True).kind == "noise"
+    forecaster.metadata["noise"] = True
+    assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True) is None
+    del forecaster.metadata["noise"]  # as saved by an earlier lesa
+    forecaster.metadata["scheduler"] = "LCMScheduler"
+    assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True) is None
+
+
+@pytest.fixture(scope="module")
+def flux():
+    pipe, call = load("flux"), settings("flux")
+    seen = prompts("flux", 4, split="train")
+    forecaster = lesa.train(pipe, seen, 16, 5, call=call, refine=0, polish=0, progress=False)
+    return pipe, call, forecaster
+
+
+def runs(flux, steps, *how, **more):
+    """Latents of two unseen prompts, and the full steps that were taken."""
+    pipe, call, _ = flux
+    lesa.disable(pipe)
+    if how:
+        lesa.enable(pipe, *how, **more)
+    noise = [torch.Generator().manual_seed(i) for i in range(3)]
+    texts = prompts("flux", 3, seed=5)
+    arguments = {**call, "num_inference_steps": steps, "output_type": "latent"}
+    with torch.no_grad():
+        found = pipe(texts, generator=noise, **arguments)[0]
+    full = lesa.stats(pipe).full_steps if how else ()
+    lesa.disable(pipe)
+    return found, full
+
+
+def decibels(found, plain):
+    error = (found - plain).square().flatten(1).mean(1)
+    return float(-10 * torch.log10(error / plain.square().flatten(1).mean(1)).mean())
+
+
+@pytest.mark.parametrize(("steps", "full_steps"), [(9, 4), (12, 4), (30, 6), (40, 8)])
+def test_no_other_step_count_is_below_reuse(flux, steps, full_steps):
+    plain, _ = runs(flux, steps)
+    with pytest.warns(UserWarning, match=f"num_inference_steps={steps}: .* trained for 20;"):
+        ours, full = runs(flux, steps, flux[2], full_steps=full_steps)
+    reused, _ = runs(flux, steps, lesa.Reuse(), schedule=Schedule.explicit(full, steps))
+    assert decibels(ours, plain) > decibels(reused, plain) - 0.5
+
+
+def test_the_warning_comes_once(flux):
+    pipe, call, forecaster = flux
+    arguments = {**call, "num_inference_steps": 12, "output_type": "latent"}
+    with lesa.accelerate(pipe, forecaster, full_steps=6):
+        with pytest.warns(UserWarning, match="num_inference_steps=12"):
+            pipe("a", **arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pipe("another", **arguments)
+            pipe("another", **{**arguments, "num_inference_steps": 20})
+
+
+def test_a_sampler_that_adds_noise_reuses(flux):
+    pipe, _, forecaster = flux
+    own = pipe.scheduler
+    pipe.scheduler = type(own).from_config(own.config, stochastic_sampling=True)
+    try:
+        torch.manual_seed(0)
+        with pytest.warns(UserWarning, match="adds noise.*reuse the last full one"):
+            ours, full = runs(flux, 20, forecaster, full_steps=6)
+        torch.manual_seed(0)
+        reused, _ = runs(flux, 20, lesa.Reuse(), schedule=Schedule.explicit(full, 20))
+    finally:
+        pipe.scheduler = own
+    assert torch.equal(ours, reused)
