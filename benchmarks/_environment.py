@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from lesa.ops import backend, native
-from lesa.util.files import to_json, write_atomically
+from lesa.util.files import write_atomically
+from lesa.util.strict_json import to_json
 from lesa.util.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -39,7 +39,8 @@ from tiny_pipelines import IMG2IMG, ROWS, build, build_img2img, run  # noqa: E40
 import lesa  # noqa: E402
 from lesa.api import find_denoiser  # noqa: E402
 from lesa.hooks.model_specs import model_spec  # noqa: E402
-from lesa.util.files import to_json, write_atomically  # noqa: E402
+from lesa.util.files import write_atomically  # noqa: E402
+from lesa.util.strict_json import to_json  # noqa: E402
 
 _PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "peft")
 RESULTS = ROOT / "benchmarks" / "results" / "models"  # one file per row

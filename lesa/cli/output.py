@@ -13,7 +13,8 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 from lesa.errors import LesaError, is_out_of_memory
-from lesa.util.files import require_writable_file, to_json, write_atomically
+from lesa.util.files import require_writable_file, write_atomically
+from lesa.util.strict_json import to_json
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BAD_INPUT, INTERRUPTED = 2, 130

@@ -13,7 +13,8 @@ from lesa.evaluation.plots import grid_png, require_matplotlib, sheet_png
 from lesa.evaluation.ranking import Row, duels
 from lesa.evaluation.tables import readable_bytes, rich_table
 from lesa.evaluation.views import COLUMNS, in_grid
-from lesa.util.files import require_writable, to_json, write_atomically
+from lesa.util.files import require_writable, write_atomically
+from lesa.util.strict_json import to_json
 from lesa.util.versions import versions
 
 __all__ = ["readable_bytes", "require_extra", "rich_table", "write_report"]

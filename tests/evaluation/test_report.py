@@ -22,7 +22,8 @@ from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.ranking import best_peer, duels, opponents
 from lesa.evaluation.report import _limit, readable_bytes, rich_table, write_report
 from lesa.evaluation.runs import generate, loop_bar, step_flops
-from lesa.util.files import to_json, write_atomically
+from lesa.util.files import write_atomically
+from lesa.util.strict_json import to_json
 
 STEPS = 8
 PROMPTS = testbed.captions(3, seed=5)
