@@ -7,12 +7,9 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
@@ -22,21 +19,28 @@ from lesa.core.forecaster import check_sigmas
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
-from lesa.forecasters.config_check import check_calibration, check_config
-from lesa.forecasters.settings import Settings
-from lesa.util.files import write_atomically
+from lesa.forecasters.config_check import (
+    DTYPES,
+    Tabled,
+    check_config,
+    check_tables,
+    check_tensors,
+)
+from lesa.forecasters.source import locate
+from lesa.util.files import as_path, named_path, read_file, write_atomically
+from lesa.util.strict_json import parse_json, to_json
+from lesa.util.tensor_file import read_tensors
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+MOST_CONFIG, MOST_WEIGHTS = 16 << 20, 256 << 20  # bytes; trained ones have under a megabyte
+_GIVE = "give the folder that save_pretrained wrote"
 
 
-class Storable(Protocol):
+class Storable(Tabled, Protocol):
     """What a folder holds of a forecaster: settings, origin, parameters and calibrated rows."""
 
-    settings: Settings
     metadata: dict[str, Any]
-    calibrations: list[Calibration]
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
@@ -51,23 +55,28 @@ Stored = TypeVar("Stored", bound=Storable)
 
 
 def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
-    """Write the folder; each file appears under its name only when it is complete.
+    """Write the folder, which loads as the old forecaster or as this one at any moment.
+
+    The weights hold the config too, and are written first: whoever finds them beside a config of
+    other weights takes theirs. Other files in the folder stay as they are.
 
     Raises:
-        LesaError: the folder cannot be written, or the metadata are not JSON.
+        LesaError: it is no path, the folder cannot be written, or the metadata are not JSON.
     """
-    target = Path(folder)
-    weights = tensors_to_bytes(_tensors(forecaster))
+    target = as_path(folder, "folder")
+    config, tensors = _config(forecaster), _tensors(forecaster)
     try:
-        config = json.dumps(_config(forecaster, weights), indent=2)
-    except TypeError as error:
+        own = to_json({**config, "tensors_sha256": _digest(tensors)})
+    except (TypeError, ValueError, RecursionError) as error:
         raise LesaError(f"metadata cannot be written as JSON ({error}); use plain values") from None
+    weights = tensors_to_bytes(tensors, metadata={"lesa": json.dumps(json.loads(own))})
+    text = to_json({**config, "weights_sha256": hashlib.sha256(weights).hexdigest()})
     lists = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers goes on one line
-    config = lists.sub(lambda found: " ".join(found[0].split()), config)
+    text = lists.sub(lambda found: " ".join(found[0].split()), text)
     try:
         target.mkdir(parents=True, exist_ok=True)
         write_atomically(target / WEIGHTS, weights)
-        write_atomically(target / CONFIG, config + "\n")
+        write_atomically(target / CONFIG, text)
     except OSError as error:
         raise LesaError(
             f"folder {str(target)!r} cannot be written ({error.strerror}); choose another one"
@@ -89,26 +98,30 @@ def load(
             fit its config, or a folder is given a revision; it names the file, what was found and
             the remedy.
     """
-    config_path, weights_path = _locate(source, revision)
-    config = _read_config(config_path)
-    weights = _read(weights_path)
-    if hashlib.sha256(weights).hexdigest() != config["weights_sha256"]:
-        raise LesaError(
-            f"{weights_path} ({len(weights)} bytes) is truncated or altered: its sha256 is not the "
-            f"one in {CONFIG}; copy both files again or train anew"
-        )
+    config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
+    name = named_path(config_path)
+    config = _read_config(read_file(config_path, MOST_CONFIG, _GIVE), name)
+    weights = read_file(weights_path, MOST_WEIGHTS, _GIVE)
+    whole = hashlib.sha256(weights).hexdigest() == config["weights_sha256"]
     try:
-        return _build(config, tensors_from_bytes(weights), make)
-    except SafetensorError as error:
+        tensors, metadata = read_tensors(weights, named_path(weights_path), "copy it again")
+        if not whole:
+            config = _own_config(tensors, metadata)
+    except LesaError:
+        if whole:
+            raise
         raise LesaError(
-            f"{weights_path} is not a safetensors file ({error}); copy it again"
+            f"{named_path(weights_path)} ({len(weights)} bytes) is truncated or altered: its "
+            f"sha256 is not the one in {CONFIG}; copy both files again or train anew"
         ) from None
+    try:
+        return _build(config, tensors, make)
     except LesaError as error:
-        raise LesaError(f"{config_path}: {error}") from None
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise LesaError(f"{name}: {error}") from None
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
         told = " ".join(str(error).split())[:300]
         raise LesaError(
-            f"{config_path} and {WEIGHTS} do not fit each other ({told}); copy both again"
+            f"{name} and {WEIGHTS} do not fit each other ({told}); copy both again"
         ) from None
 
 
@@ -120,7 +133,7 @@ def _tensors(forecaster: Storable) -> dict[str, Tensor]:
     return tensors
 
 
-def _config(forecaster: Storable, weights: bytes) -> dict[str, Any]:
+def _config(forecaster: Storable) -> dict[str, Any]:
     parameter = next(forecaster.parameters(), torch.empty(0))
     return {
         "format_version": FORMAT_VERSION,
@@ -138,31 +151,60 @@ def _config(forecaster: Storable, weights: bytes) -> dict[str, Any]:
             }
             for entry in forecaster.calibrations
         ],
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
     }
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of names, dtypes, shapes and values, whatever file they are in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _own_config(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The config that weights hold; LesaError where there is none, or it is of other tensors."""
+    config = _read_config(metadata.get("lesa", "").encode(), WEIGHTS, "tensors_sha256")
+    if config["tensors_sha256"] != _digest(tensors):
+        raise LesaError(f"{WEIGHTS} holds other tensors than it says; copy it again")
+    return config
+
+
+def _read_config(data: bytes, name: str, digest: str = "weights_sha256") -> dict[str, Any]:
+    """A config that says how it is to be read, and whose it is."""
+    what = f"{name} is not the config of a forecaster"
+    config = parse_json(data, what, "save it again")
+    if not isinstance(config, dict) or not {"format_version", digest} <= config.keys():
+        raise LesaError(f"{what} (it lacks format_version or {digest}); save it again")
+    if (version := config["format_version"]) != FORMAT_VERSION:
+        raise LesaError(
+            f"{name} has format_version={shown(version)}, this lesa reads {FORMAT_VERSION}; "
+            "install the lesa that wrote it or train anew"
+        )
+    return config
 
 
 def _build(
     config: dict[str, Any], tensors: dict[str, Tensor], make: Callable[..., Stored]
 ) -> Stored:
     check_config(config)
-    dtype = DTYPES[config["dtype"]]
-    calibrations = [
+    check_tensors(tensors)
+    dtype, given = DTYPES[config["dtype"]], {"metadata": config["metadata"], **config["settings"]}
+    with torch.device("meta"):  # sizes that a config tells are compared before memory is taken
+        planned = make(**given).state_dict()
+    for name, value in planned.items():
+        found = tensors[name]
+        if found.shape != value.shape or found.dtype != dtype:
+            told = f"{found.dtype} {list(found.shape)}, not {dtype} {list(value.shape)}"
+            raise RuntimeError(f"{name} is {told}")
+    forecaster = make(**given)
+    forecaster.calibrations += [
         _calibration(i, listed, tensors) for i, listed in enumerate(config["calibrated"])
     ]
-    with torch.device("meta"):  # sizes that a config tells are compared before memory is taken
-        planned = make(metadata=config["metadata"], **config["settings"])
-    for name, planned_value in planned.state_dict().items():
-        if name not in tensors or tensors[name].shape != planned_value.shape:
-            found = list(tensors[name].shape) if name in tensors else "missing"
-            raise RuntimeError(f"{name} is {found}, not {list(planned_value.shape)}")
-    settings = planned.settings
-    for entry in calibrations:
-        check_calibration(entry, settings.history, bool(settings.uses_latent))
-    forecaster = make(metadata=config["metadata"], **config["settings"])
-    forecaster.calibrations += calibrations
     forecaster.to(dtype)
     forecaster.load_state_dict(tensors)
+    check_tables(forecaster)
     return forecaster
 
 
@@ -172,66 +214,3 @@ def _calibration(index: int, listed: dict[str, Any], tensors: dict[str, Tensor])
     split = {name: tensors.pop(f"split.{index}.{name}") for name in listed.get("split", [])}
     schedule = Schedule.from_dict(listed["schedule"])
     return Calibration(schedule, check_sigmas(schedule, listed["sigmas"]), rows, split)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(_read(path))
-        version, _ = config["format_version"], config["weights_sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        if isinstance(error, LesaError):
-            raise
-        raise LesaError(
-            f"{path} is not the config of a forecaster ({error}); save it again"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise LesaError(
-            f"{path} has format_version={shown(version)}, this lesa reads {FORMAT_VERSION}; "
-            "install the lesa that wrote it or train anew"
-        )
-    return config
-
-
-def is_hub_id(source: str | os.PathLike[str]) -> bool:
-    """Whether this is not a folder here, but looks like "owner/name"."""
-    text = os.fspath(source)  # os.path, since Path.is_dir raises where a name is too long
-    return not os.path.isdir(text) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(text)))
-
-
-def _locate(source: str | os.PathLike[str], revision: str | None) -> tuple[Path, Path]:
-    if not isinstance(source, (str, os.PathLike)) or not str(source):
-        raise LesaError(f"source={source!r}: not a folder or Hub id; give a path or 'owner/name'")
-    if revision is not None and not isinstance(revision, str):
-        raise LesaError(f"revision={revision!r}: not a text; give a branch, tag or commit")
-    if not is_hub_id(source):
-        if revision is not None:
-            raise LesaError(
-                f"revision={revision!r}: {str(source)!r} is not the id of a Hub repository, and "
-                "nothing else has revisions; leave it out"
-            )
-        return Path(source) / CONFIG, Path(source) / WEIGHTS
-    from huggingface_hub import hf_hub_download
-
-    try:
-        found = [
-            Path(hf_hub_download(str(source), name, revision=revision))
-            for name in (CONFIG, WEIGHTS)
-        ]
-    except (OSError, ValueError) as error:  # every hub error is one of the two
-        told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise LesaError(
-            f"{str(source)!r} is not a folder here and cannot be loaded from the Hub{at} ({told}); "
-            "check the name or the network"
-        ) from None
-    return found[0], found[1]
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # a name with a null byte is a ValueError
-        reason = getattr(error, "strerror", None) or error
-        raise LesaError(
-            f"{path} cannot be read ({reason}); give the folder that save_pretrained wrote"
-        ) from None

@@ -1,87 +1,116 @@
-"""What a config.json of a forecaster must hold: checked before anything is built from it."""
+"""What the files of a forecaster must hold: checked before and after it is built of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
-from lesa.core.checks import shown
-from lesa.core.forecaster import check_sigmas
+import torch
+from torch import Tensor
+
+from lesa.core import schema
+from lesa.core.checks import MOST_STEPS
+from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.settings import FIELDS, Settings
 
-__all__ = ["LARGEST_SUM", "check_calibration", "check_config"]
+__all__ = ["LARGEST_SUM", "Tabled", "check_config", "check_tables", "check_tensors", "largest_sum"]
 
 # Of the magnitudes of a row's coefficients. Trained rows stay below 12 on every embedded pipeline.
 LARGEST_SUM = 1000.0
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+REMEDY = "copy the folder again, or train anew"
 
-_FIELDS: dict[str, type] = {"metadata": dict, "settings": dict, "calibrated": list, "dtype": str}
-_METADATA: dict[str, type] = {
-    "model_class": str,
-    "model_id": str,
-    "model_hash": str,
-    "scheduler": str,
-    "prompts": int,
-    "prompts_sha256": str,
-    "seed": int,
-    "call": dict,
+_NAME, _LIST = schema.text(200), schema.items(schema.text(200), 0, 64)
+_METADATA: dict[str, schema.Description] = {
+    "model_class": schema.text(),
+    "model_id": schema.text(10_000),
+    "model_hash": schema.text(),
+    "scheduler": schema.text(),
+    "noise": schema.truth,
+    "prompts": schema.whole_number(0, 10**9),
+    "prompts_sha256": schema.text(),
+    "seed": schema.whole_number(-(2**63), 2**64 - 1),
+    "call": schema.table_of(schema.anything, 1000),
 }
-_ENTRY: dict[str, type] = {"schedule": dict, "sigmas": list, "branches": list, "split": list}
-_REMEDY = "copy the folder again, or train anew"
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """LesaError for a field that is missing or of another type, metadata included."""
-    _check(config, _FIELDS, "config", optional=())
-    _check(config["metadata"], _METADATA, "metadata", optional=tuple(_METADATA))
-    for i, entry in enumerate(config["calibrated"]):
-        where = f"calibrated[{i}]"
-        if not isinstance(entry, dict):
-            raise LesaError(f"{where}={shown(entry)}: not an object; {_REMEDY}")
-        _check(entry, _ENTRY, where, optional=("split",))
-        for name in ("branches", "split"):
-            for branch in entry.get(name, ()):
-                if not isinstance(branch, str):
-                    raise LesaError(f"{where}.{name}={shown(branch)}: not a text; {_REMEDY}")
-
-
-def check_calibration(entry: Calibration, history: int, uses_latent: bool) -> None:
-    """LesaError unless every stored row makes a table: its levels fall, its coefficients are finite
-    and of a sum of magnitudes up to `LARGEST_SUM`, and weigh `history` features."""
-    check_sigmas(entry.schedule, entry.sigmas)
-    for branch, rows in entry.rows.items():
-        table = Table(entry.schedule, rows, uses_latent, split=entry.split.get(branch))
-        if table.history != history:
-            raise LesaError(
-                f"rows of {branch!r} weigh {table.history} features, settings have "
-                f"history={history}; {_REMEDY}"
-            )
-        parts = [table.part(part).coefficients for part in range(table.parts)]
-        largest = max(float(part.abs().sum(1).max()) for part in [table.coefficients, *parts])
-        if largest > LARGEST_SUM:
-            raise LesaError(
-                f"rows of {branch!r}: coefficients of magnitude {largest:.3g} in one row, where "
-                f"trained ones stay below {LARGEST_SUM:.0f}; {_REMEDY}"
-            )
-
-
-def _check(
-    found: Mapping[str, Any], types: Mapping[str, type], where: str, optional: tuple[str, ...]
-) -> None:
-    for name, kind in types.items():
-        value = found.get(name)
-        if name in optional and value is None:
-            continue
-        if name not in found:
-            raise LesaError(f"{where} has no {name}; {_REMEDY}")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise LesaError(f"{where}.{name}={shown(value)}: not {_KINDS[kind]}; {_REMEDY}")
-
-
-_KINDS: dict[type, str] = {
-    dict: "an object",
-    list: "a list",
-    str: "a text",
-    int: "a whole number",
+_ENTRY = {
+    "schedule": schema.table_of(schema.anything, 16),  # Schedule checks its own fields
+    "sigmas": schema.items(schema.number(), 2, MOST_STEPS + 1),
+    "branches": _LIST,
 }
+_CONFIG = schema.fields(
+    {
+        "settings": schema.fields({}, FIELDS),
+        "dtype": schema.choice(*DTYPES),
+        "calibrated": schema.items(
+            schema.fields(_ENTRY, {"split": _LIST, "full_steps": schema.anything}), 0, 1000
+        ),
+        "metadata": schema.fields(
+            {}, {name: schema.maybe(of) for name, of in _METADATA.items()}, others=True
+        ),
+    },
+    others=True,
+)
+
+
+class Tabled(Protocol):
+    """What is asked of a forecaster before it is believed."""
+
+    settings: Settings
+    calibrations: list[Calibration]
+
+    def history(self, schedule: Schedule) -> int: ...
+
+    def table(self, schedule: Schedule, sigmas: Sequence[float], branch: str = ...) -> Table: ...
+
+
+def check_config(config: Any) -> None:
+    """LesaError for a field that is missing, of another type or beyond any size in use."""
+    schema.checked(config, _CONFIG, "config", REMEDY)
+
+
+def check_tensors(tensors: Mapping[str, Tensor]) -> None:
+    """LesaError for a tensor of another dtype than a forecaster has, or one that is not finite."""
+    for name, tensor in tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise LesaError(f"tensor {name[:100]!r} is {tensor.dtype}, not float32; {REMEDY}")
+        if not bool(tensor.isfinite().all()):
+            raise LesaError(f"tensor {name[:100]!r} holds values that are not finite; {REMEDY}")
+
+
+def check_tables(forecaster: Tabled) -> None:
+    """LesaError unless each calibrated list makes a table for each branch, of finite coefficients
+    with a sum of magnitudes up to `LARGEST_SUM`; without a calibration, every fifth step does."""
+    known = [(entry.schedule, entry.sigmas) for entry in forecaster.calibrations]
+    for schedule, sigmas in known or [_even(forecaster.settings)]:
+        for branch in forecaster.settings.branches:
+            table, history = (
+                forecaster.table(schedule, sigmas, branch),
+                forecaster.history(schedule),
+            )
+            if table.history != history:
+                raise LesaError(
+                    f"rows of {branch!r} weigh {table.history} features, settings have "
+                    f"history={history}; {REMEDY}"
+                )
+            largest = largest_sum(table)
+            if largest > LARGEST_SUM:
+                raise LesaError(
+                    f"rows of {branch!r}: coefficients of magnitude {largest:.3g} in one row, where"
+                    f" trained ones stay below {LARGEST_SUM:.0f}; {REMEDY}"
+                )
+
+
+def largest_sum(table: Table) -> float:
+    """The largest sum of magnitudes of a step's coefficients: by how much it can magnify an error
+    of its features."""
+    parts = [table.part(part).coefficients for part in range(table.parts)]
+    return max(float(part.abs().sum(1).max()) for part in [table.coefficients, *parts])
+
+
+def _even(settings: Settings) -> tuple[Schedule, tuple[float, ...]]:
+    """Every fifth step in full, at noise levels that fall evenly."""
+    steps = settings.num_steps if settings.form == "paper" else 50
+    return Schedule.every(5, steps), tuple(1 - s / steps for s in range(steps + 1))

@@ -7,9 +7,9 @@ from difflib import get_close_matches
 
 from lesa.core.forecaster import Forecaster
 from lesa.errors import LesaError
-from lesa.forecasters.checkpoint import is_hub_id
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.forecasters.published import METHODS, canonical
+from lesa.forecasters.source import is_hub_id
 
 __all__ = ["named"]
 

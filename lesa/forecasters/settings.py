@@ -6,6 +6,8 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
+from lesa.core import schema
+from lesa.core.checks import MOST_STEPS
 from lesa.core.forecaster import Tap
 from lesa.errors import LesaError
 
@@ -13,6 +15,25 @@ FORMS = ("continuous", "paper", "table")
 GATES = ("kan", "mlp")
 SPLINES = ("ridge", "edge")
 _BRANCH = re.compile(r"[A-Za-z_]\w*(#\d+)?")  # a second call without a name is "default#1"
+_REMEDY = "correct it, or leave it out for the default"
+_MOST = 16  # of stages, branches and layers: a forecaster has one to three of each
+# Sizes far beyond use, so that a slip or a damaged file is refused before memory is taken.
+FIELDS: dict[str, schema.Description] = {
+    "form": schema.choice(*FORMS),
+    "history": schema.whole_number(1, 64),
+    "uses_latent": schema.maybe(schema.truth),
+    "tap": schema.choice(*get_args(Tap)),
+    "stages": schema.items(schema.number(0, 1), 0, _MOST),
+    "branches": schema.items(schema.text(100), 1, _MOST),
+    "hidden": schema.items(schema.whole_number(1, 4096), 0, _MOST),
+    "intervals": schema.maybe(schema.whole_number(1, 1024)),
+    "num_steps": schema.whole_number(1, MOST_STEPS),
+    "windows": schema.maybe(schema.items(schema.whole_number(1, 1024), 0, _MOST + 1)),
+    "gate": schema.choice(*GATES),
+    "spline": schema.choice(*SPLINES),
+    "nodes": schema.whole_number(1, 65_536),
+    "seed": schema.whole_number(-(2**63), 2**64 - 1),  # what torch takes
+}
 
 
 @dataclass(frozen=True)
@@ -44,32 +65,17 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._choice("form", FORMS)
-        self._choice("tap", get_args(Tap))
-        self._choice("gate", GATES)
-        self._choice("spline", SPLINES)
+        given = {name: getattr(self, name) for name in FIELDS}
+        schema.checked(given, schema.fields(FIELDS), "", _REMEDY)
         for name in ("stages", "branches", "hidden", "windows"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("history", "num_steps", "nodes"):
-            self._positive(name, getattr(self, name))
-        for value in (*self.hidden, *(() if self.intervals is None else (self.intervals,))):
-            self._positive("hidden or intervals", value)
         self._check_stages()
         self._check_latent()
-        if not self.branches or not all(map(_BRANCH.fullmatch, self.branches)):
+        if not all(map(_BRANCH.fullmatch, self.branches)):
             raise LesaError(
                 f"branches={self.branches!r} must be names such as 'cond', 'uncond' or 'default#1'"
             )
-
-    def _choice(self, name: str, known: tuple[str, ...]) -> None:
-        if getattr(self, name) not in known:
-            listed = ", ".join(map(repr, known))
-            raise LesaError(f"{name}={getattr(self, name)!r} is unknown; use one of {listed}")
-
-    def _positive(self, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LesaError(f"{name}={value!r} is not a whole number >= 1; use 1 or more")
 
     def _check_stages(self) -> None:
         bounds = (1.0, *self.stages, 0.0)
@@ -77,8 +83,6 @@ class Settings:
             raise LesaError(f"stages={self.stages} do not decrease within (0, 1); try (0.9, 0.5)")
         if self.windows is None:
             object.__setattr__(self, "windows", (4, *(8 for _ in self.stages)))
-        for width in self.windows or ():
-            self._positive("windows entry", width)
         if len(self.windows or ()) != len(self.stages) + 1:
             raise LesaError(f"windows={self.windows} must hold one width for each stage")
 

@@ -59,14 +59,7 @@ def checked_settings(form: str, tap: str, chosen: Mapping[str, Any]) -> None:
     Raises:
         LesaError: a field has an impossible value.
     """
-    try:
-        Settings(**{**chosen, "form": form, "tap": tap})
-    except TypeError as error:  # a value of another type, which no rule of Settings expects
-        listed = ", ".join(f"{name}={shown(value)}" for name, value in chosen.items())
-        raise LesaError(
-            f"{listed}: of another type than a forecaster's fields ({error}); correct it as "
-            "lesa.forecasters.settings.Settings tells"
-        ) from None
+    Settings(**{**chosen, "form": form, "tap": tap})
 
 
 def checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from lesa.errors import LesaError
-from lesa.forecasters.checkpoint import is_hub_id
+from lesa.forecasters.source import is_hub_id
 from lesa.hooks.added_noise import adds_noise
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
