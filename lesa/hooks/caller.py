@@ -19,6 +19,7 @@ __all__ = ["Callers", "Run", "Site"]
 
 _NEAR = 8  # frames within which a pipeline's method of any name is taken for its loop
 _MODEL = "lesa.hooks.denoiser"
+_PIPELINES = {"DiffusionPipeline", "ModularPipeline"}
 _LIBRARIES = {"accelerate", "diffusers", "peft", "torch"}
 _numbers = count()
 
@@ -31,8 +32,8 @@ class Run:
 
     Attributes:
         pipe: the pipeline, held weakly; None in a loop of one's own.
-        frame: `id` of the frame where it is kept; 0 where it is not, in a plain loop of one's own
-            and in a pipeline's method of another name, which may make one step only.
+        frame: `id` of the frame where it is kept; 0 where it is not: in a plain loop of one's own,
+            and in what may make one step only, as a pipeline's method of another name.
         up: how many frames above `Callers.find` the function stands that calls the denoiser.
         sites: of each such function, by the `id` of its code, how many frames above `Callers.find`
             the loop's own frame stands; below 0 the pipeline's method, 0 in a loop of one's own.
@@ -159,17 +160,20 @@ class Callers:
             owner = _self(frame) if called or near else None
             if owner is None or (pipe is not None and owner is not pipe):
                 continue
-            if self._is_loop(owner, called):
+            own = self._is_own(owner)
+            if own or (called and is_pipe(owner)):
                 pipe, method = owner, method or place
-                if called:
+                if called and own:
                     return pipe, place
         return pipe, generator or -method
 
-    def _is_loop(self, owner: Any, called: bool) -> bool:
+    def _is_own(self, owner: Any) -> bool:
+        """Whether a call of this object is a whole run: a pipeline of diffusers, or a named one.
+        Others that have a scheduler may make one step in a call."""
         if any(owner is pipe for pipe in self.pipes):
             return True
         kinds = {kind.__name__ for kind in type(owner).__mro__}
-        return (called or "DiffusionPipeline" in kinds) and is_pipe(owner)
+        return bool(kinds & _PIPELINES) and is_pipe(owner)
 
 
 def _above(frame: FrameType | None) -> Iterator[tuple[int, FrameType]]:

@@ -307,6 +307,46 @@ def test_a_loop_of_ones_own_may_call_a_pipelines_method_at_each_step():
     assert lesa.stats(first).fallbacks == {}
 
 
+class Guided:
+    """What k-diffusion's samplers are given: one step in a call."""
+
+    def __init__(self, model, scheduler, prompts):
+        self.model, self.scheduler, self.prompts = model, scheduler, prompts
+
+    def __call__(self, latent, time):
+        return Otherwise._predict(self, latent, time, *self.prompts)
+
+    @property
+    def transformer(self):
+        return self.model
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "DDIMScheduler"])
+def test_an_object_that_makes_one_step_in_a_call(scheduler):
+    pipe, call = build("flux")
+    arguments = call()
+    prompts = arguments["prompt_embeds"], arguments["pooled_prompt_embeds"]
+    kind = getattr(diffusers, scheduler)
+    first, second = (Guided(pipe.transformer, kind(), prompts) for _ in range(2))
+    lesa.enable(pipe, Taylor(1), schedule=THIRD)
+
+    @torch.no_grad()
+    def loop(guided, end=6):
+        guided.scheduler.set_timesteps(6)
+        latent = torch.randn(1, 64, 4, generator=torch.Generator().manual_seed(7))
+        for time in guided.scheduler.timesteps[:end]:
+            noise = guided(latent, time)
+            latent = guided.scheduler.step(noise, time, latent, return_dict=False)[0]
+        return latent
+
+    expected = loop(first)
+    assert lesa.stats(pipe).skipped == 4
+    loop(first, end=4)
+    assert torch.equal(loop(second), expected)
+    assert torch.equal(loop(first), expected)
+    assert lesa.stats(pipe).fallbacks == {}
+
+
 def test_runs_of_one_pipeline_in_threads_that_follow_each_other(enabled):
     """A run that broke off in a thread that lives on."""
     pipe, call = enabled
