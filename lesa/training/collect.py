@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,8 +91,14 @@ class Collector:
         grams = [
             inner_products(torch.stack([part[i] for part in basis])) for i in range(self.pictures)
         ]
+        joint = torch.stack(grams)
+        if not bool(joint.isfinite().all()):
+            raise LesaError(
+                "the plain run gives values that are not finite: nothing can be learned from it; "
+                "run the pipeline in another dtype, or repair it"
+            )
         self._forget()
-        return Trajectories(rows, len(parts) - steps * sum(rows.values()), torch.stack(grams))
+        return Trajectories(rows, len(parts) - steps * sum(rows.values()), joint)
 
 
 class Trajectories(NamedTuple):
@@ -111,7 +118,7 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
     """
     name = f"statistics-{num_inference_steps}.safetensors"
     path = None if job.folder is None else job.folder / name
-    found = _resumed(path, list(job.prompts), job.fingerprint(num_inference_steps))
+    found = _resumed(path, job, job.fingerprint(num_inference_steps))
     before = 0 if found is None else len(found.prompts)
     each, probed = job.pictures * num_inference_steps, job.tap == "hidden"
     phase = job.phase("collect", (len(job.prompts) + probed) * each, before * each)
@@ -166,11 +173,14 @@ def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
     return Statistics(collector.sigmas, "output", num_latents, rows, joint).sampler
 
 
-def _resumed(path: Path | None, prompts: list[str], setting: str) -> Statistics | None:
-    if path is None or not path.exists():
+def _resumed(path: Path | None, job: Job, setting: str) -> Statistics | None:
+    """What an interrupted collection left; LesaError where it was of other prompts or settings."""
+    if path is None or not os.path.lexists(path):
         return None
     found = Statistics.load(path)
-    if found.setting != setting or found.prompts != prompts[: len(found.prompts)]:
+    known = len(found.prompts)
+    same = found.setting == setting and found.prompts == list(job.prompts[:known])
+    if not same or len(found.joint) != known * job.pictures:
         raise LesaError(
             f"statistics file {path} was collected with other prompts or settings: delete it or "
             "choose another folder"

@@ -12,16 +12,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.training.sampler import Sampler, identify
-from lesa.util.files import write_atomically
+from lesa.training.statistics_check import FORMAT, MOST, REMEDY, described, unpacked
+from lesa.util.files import named_path, read_file, write_atomically
 from lesa.util.numerics import float64
-
-FORMAT = 2
+from lesa.util.tensor_file import read_tensors
 
 
 @dataclass
@@ -170,26 +169,16 @@ class Statistics:
     def load(cls, path: Path) -> Statistics:
         """Read what ``save`` wrote.
 
-        Raises LesaError for a file that is damaged or of another format.
+        Raises LesaError for a file that is damaged, of another format, or whose values no
+        collection gives.
         """
+        name = f"statistics file {named_path(path)}"
+        tensors, metadata = read_tensors(read_file(path, MOST, REMEDY), name, REMEDY)
         try:
-            with safe_open(path, "pt") as file:
-                meta = json.loads(file.metadata()["lesa"])
-                packed = file.get_tensor("gram")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise LesaError(
-                f"statistics file {path} cannot be read ({error}): delete it and collect again"
-            ) from error
-        if meta.pop("format", None) != FORMAT:
-            raise LesaError(
-                f"statistics file {path} has another format than {FORMAT}: delete it and collect "
-                "again"
-            )
-        found = cls(**{**meta, "sigmas": tuple(meta["sigmas"])})
-        rows, columns = torch.triu_indices(found.joint_size, found.joint_size)
-        found.joint = packed.new_zeros(len(packed), found.joint_size, found.joint_size)
-        found.joint[:, rows, columns] = packed
-        found.joint[:, columns, rows] = packed
+            found = cls(**described(metadata))
+            found.joint = unpacked(tensors.get("gram"), found.joint_size, len(found.prompts))
+        except LesaError as error:
+            raise LesaError(f"{name}: {error}") from None
         return found
 
 
