@@ -15,7 +15,7 @@ from lesa.core.schedule import Schedule
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.moments import interpolation
 
-REACH = 0.2  # distance of gaps, in their widths, at which fitted rows count 1 / e
+REACH = 0.15  # distance of gaps, in their widths, at which fitted rows count 1 / e
 NOISE = 30.0  # energy of a cached feature's error over that of the forecasts before it
 FLOOR = 1e-5  # the least relative error of a regressor
 
