@@ -15,6 +15,7 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import GatedRows, Table
 from lesa.engine.config import LesaConfig
 from lesa.errors import LesaError
+from lesa.forecasters.config_check import LARGEST_SUM, largest_sum
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.hooks.scheduler_advice import other_size
 from lesa.hooks.step_clock import Step
@@ -183,7 +184,21 @@ class StepTables:
             if isinstance(error, LesaError):
                 return f"no table: {error}"
             raise
+        self._warn_of_large(table)
         return StepTable(table, parts)
+
+    def _warn_of_large(self, table: Table) -> None:
+        """Tell, once, of coefficients that make noise of small errors of the features: Taylor 3 on
+        a list whose full steps are all at the beginning has 1.2e6."""
+        largest = largest_sum(table)
+        if largest > LARGEST_SUM and "large" not in self._told:
+            self._told.add("large")
+            warnings.warn(
+                f"{self._config.forecaster.name}: coefficients of one step add up to {largest:.3g} "
+                f"in magnitude, above {LARGEST_SUM:.0f}, and magnify errors of the cached features "
+                "by that; spread the full steps over the run, or use a lower order",
+                stacklevel=2,
+            )
 
     def _away(self, step: Step, schedule: Schedule) -> dict[str, bool]:
         """What a trained forecaster is told of a run that it was not trained for; the user is
