@@ -23,6 +23,7 @@ from lesa.forecasters.config_check import (
     DTYPES,
     Tabled,
     check_config,
+    check_moments,
     check_tables,
     check_tensors,
 )
@@ -204,6 +205,7 @@ def _build(
     ]
     forecaster.to(dtype)
     forecaster.load_state_dict(tensors)
+    check_moments(forecaster.moments)
     check_tables(forecaster)
     return forecaster
 

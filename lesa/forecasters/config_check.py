@@ -14,9 +14,18 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.moments import Moments
 from lesa.forecasters.settings import FIELDS, Settings
 
-__all__ = ["LARGEST_SUM", "Tabled", "check_config", "check_tables", "check_tensors", "largest_sum"]
+__all__ = [
+    "LARGEST_SUM",
+    "Tabled",
+    "check_config",
+    "check_moments",
+    "check_tables",
+    "check_tensors",
+    "largest_sum",
+]
 
 # Of the magnitudes of a row's coefficients. Trained rows stay below 12 on every embedded pipeline.
 LARGEST_SUM = 1000.0
@@ -60,6 +69,7 @@ class Tabled(Protocol):
 
     settings: Settings
     calibrations: list[Calibration]
+    moments: Moments
 
     def history(self, schedule: Schedule) -> int: ...
 
@@ -101,6 +111,18 @@ def check_tables(forecaster: Tabled) -> None:
                     f"rows of {branch!r}: coefficients of magnitude {largest:.3g} in one row, where"
                     f" trained ones stay below {LARGEST_SUM:.0f}; {REMEDY}"
                 )
+
+
+def check_moments(moments: Moments) -> None:
+    """LesaError unless the stored matrices are inner products of something, up to rounding: rows of
+    other ones have no bound."""
+    for branch, gram in moments.grams.items():
+        lengths = gram.double().diagonal().sqrt()
+        alike = gram.double() / (lengths[:, None] * lengths)
+        even = bool((alike - alike.T).abs().max() < 1e-4)
+        raised = alike + 1e-4 * torch.eye(len(alike), dtype=torch.float64, device="cpu")
+        if not even or int(torch.linalg.cholesky_ex(raised).info):
+            raise LesaError(f"moments of {branch!r} are no inner products; {REMEDY}")
 
 
 def largest_sum(table: Table) -> float:
