@@ -119,10 +119,8 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
     name = f"statistics-{num_inference_steps}.safetensors"
     path = None if job.folder is None else job.folder / name
     found = _resumed(path, job, job.fingerprint(num_inference_steps))
-    before = 0 if found is None else len(found.prompts)
     each, probed = job.pictures * num_inference_steps, job.tap == "hidden"
-    phase = job.phase("collect", (len(job.prompts) + probed) * each, before * each)
-    with phase as bar:
+    with job.phase("collect", (len(job.prompts) + probed) * each) as bar:
         found, peak = _collect_rest(job, num_inference_steps, found, path)
         if probed:
             found.probed = _probe_sampler(job, num_inference_steps)
@@ -139,29 +137,37 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
 def _collect_rest(
     job: Job, num_inference_steps: int, found: Statistics | None, path: Path | None
 ) -> tuple[Statistics, int]:
-    """The statistics with the prompts that they lack, and the most bytes of features held."""
-    total, done = len(job.prompts), 0 if found is None else len(found.prompts)
-    base = None if done else job.new_base(num_inference_steps)
-    collector, ends = Collector(job.tap, job.work, base), []
+    """The statistics with the prompts that they lack, and the most bytes of features held.
+
+    Prompts that they have are run once more at last, in the batches that they ran in before: what
+    follows needs the plain run of all, to the last bit as if nothing had been interrupted.
+    """
+    total, known = len(job.prompts), 0 if found is None else len(found.prompts)
+    base, ends = job.new_base(num_inference_steps), {}
+    collector = Collector(job.tap, job.work, base)
     with job.controlled(collector):
-        while done < total:
-            batch = range(done, min(done + job.batch_size, total))
+        for batch in [*_batches(known, total, job), *_batches(0, known, job)]:
             collector.pictures = len(batch) * job.pictures
             collector.first = batch.start * job.pictures
             final = job.run(batch, num_inference_steps)
-            ends.append(final.cpu().double().flatten(1))
+            ends[batch.start] = final.cpu().double().flatten(1)
             rows, num_latents, joint = collector.reduce(final)
+            if batch.start < known:
+                continue
             if found is None:
                 found = Statistics(collector.sigmas, job.tap, num_latents, rows)
                 found.setting = job.fingerprint(num_inference_steps)
             found.extend(joint, [job.prompts[i] for i in batch])
             if path is not None:
                 found.save(path)
-            done += len(batch)
     assert found is not None
-    if base is not None:
-        base.final = torch.cat(ends)
+    base.final = torch.cat([ends[start] for start in sorted(ends)])
     return found, collector.peak_bytes
+
+
+def _batches(begin: int, end: int, job: Job) -> list[range]:
+    size = job.batch_size
+    return [range(start, min(start + size, end)) for start in range(begin, end, size)]
 
 
 def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
