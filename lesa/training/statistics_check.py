@@ -40,7 +40,10 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any]:
     given = dict(schema.checked(meta, _META, "metadata", REMEDY))
     given.pop("format")
     steps = len(given["sigmas"]) - 1
-    given["sigmas"] = check_sigmas(Schedule.explicit([0], steps), given["sigmas"])
+    try:
+        given["sigmas"] = check_sigmas(Schedule.explicit([0], steps), given["sigmas"])
+    except LesaError as error:  # whose remedy is for the levels of a call
+        raise LesaError(f"{str(error).rpartition(';')[0]}; {REMEDY}") from None
     if given["num_latents"] not in (0, steps, steps + 1) or not given["rows"]:
         told = f"num_latents={given['num_latents']}, rows={given['rows']}"
         raise LesaError(f"{told}: not those of {steps} steps; {REMEDY}")
