@@ -25,10 +25,7 @@ def describe(forecaster: Any) -> dict[str, Any]:
                 "num_steps": entry.schedule.steps,
                 "full_steps": list(entry.schedule.full_steps),
                 "sigmas": list(entry.sigmas),
-                "made_from": [
-                    _table(forecaster, entry, forecaster.branches[0]).used(step)
-                    for step in range(entry.schedule.steps)
-                ],
+                "made_from": _made_from(_table(forecaster, entry, forecaster.branches[0])),
                 "tables": {
                     name: table.coefficients.tolist() for name, table in _tables(forecaster, entry)
                 },
@@ -78,6 +75,10 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
             png = table_png(table, f"{count} of {steps} steps in full, {name}")
             drawn[folder / f"table-{count}-of-{steps}-{name.replace(' ', '-')}.png"] = png
     return drawn
+
+
+def _made_from(table: Any) -> list[str]:
+    return [table.used(step) for step in range(table.schedule.steps)]
 
 
 def _table(forecaster: Any, entry: Any, branch: str) -> Any:
