@@ -17,6 +17,7 @@ from lesa.forecasters.moments import interpolation
 
 REACH = 0.15  # distance of gaps, in their widths, at which fitted rows count 1 / e
 NOISE = 30.0  # energy of a cached feature's error over that of the forecasts before it
+COARSE = 3.0  # more trained steps in one of the run, at which forecasts count 1 / e
 FLOOR = 1e-5  # the least relative error of a regressor
 
 
@@ -113,10 +114,16 @@ def reuse(schedule: Schedule, width: int) -> Tensor:
     return rows
 
 
-def damped(schedule: Schedule, gram: Tensor, history: int, latent: bool) -> Tensor:
+def damped(
+    schedule: Schedule,
+    gram: Tensor,
+    history: int,
+    latent: bool,
+    trained_at: Sequence[float] | None = None,
+) -> Tensor:
     """Least squares on plain runs' inner products, damped towards reuse: float64 [S, K + latent].
 
-        c_s = e + (G + N)^-1 (g_s - G e),   e = reuse, N = diag(noise_k G_kk)
+        c_s = e + u (G + N)^-1 (g_s - G e),   e = reuse, N = diag(noise_k G_kk)
 
     G are the inner products of the regressors of step s (K cached features and perhaps the latent),
     g_s those with v_s. An accelerated run finds its features with errors, which differences of them
@@ -127,11 +134,17 @@ def damped(schedule: Schedule, gram: Tensor, history: int, latent: bool) -> Tens
 
     after a gap of m steps, whose forecasts have the mean relative squared error r; rho is the share
     of reuse's error that least squares without damping leaves. Wide gaps, which nobody can
-    forecast, become reuse by themselves. The latent has the largest noise of a row. NOISE is such
-    that on embedded flux and sdxl no list of 5 to 13 full steps of 12 to 50 was below reuse.
-    `gram` is [S, S], or [2 S, 2 S] with the latents behind.
+    forecast, become reuse by themselves. The latent has the largest noise of a row.
+
+    A run of much longer steps than the trained one takes another path, of which its statistics say
+    little: where a step of the run is n trained ones, u = exp(-((n - 1) / COARSE)^2), else 1.
+    `trained_at` are the places of the S + 1 noise levels in the trained run, in steps.
+
+    NOISE and COARSE were chosen on lists of 5 to 13 full steps of 9 to 50 on embedded flux and
+    sdxl. `gram` is [S, S], or [2 S, 2 S] with the latents behind.
     """
     rows, noise = reuse(schedule, history + latent), {0: 0.0}
+    base = rows.clone()
     for full, after in pairwise((*schedule.full_steps, schedule.steps)):
         errors = []
         for step in range(full + 1, after):
@@ -144,6 +157,10 @@ def damped(schedule: Schedule, gram: Tensor, history: int, latent: bool) -> Tens
             rows[step, columns] = row = system.solve(doubts)
             errors.append([system.error(x) for x in (row, system.solve([0.0] * len(at)), None)])
         noise[after] = _noise(errors)
+        if trained_at is not None:
+            longer = max((trained_at[after] - trained_at[full]) / (after - full) - 1, 0.0)
+            gap = slice(full + 1, after)
+            rows[gap] = base[gap] + exp(-((longer / COARSE) ** 2)) * (rows[gap] - base[gap])
     return rows
 
 

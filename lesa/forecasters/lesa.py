@@ -157,7 +157,7 @@ class LesaForecaster(FullPrecision):
         if gram is None:
             base = reuse(schedule, self._width)
         else:
-            base = damped(schedule, gram, history, latent)
+            base = damped(schedule, gram, history, latent, self.moments.places(levels))
         return carried(base, self.calibrations, schedule, levels, branch, history)
 
     @property

@@ -47,6 +47,12 @@ class Moments(nn.Module):
         used = gram[: basis.shape[1], : basis.shape[1]].double()
         return basis @ used @ basis.T
 
+    def places(self, levels: Sequence[float]) -> list[float]:
+        """Where noise levels lie in the run that was kept, in its steps; the last one stands for
+        all below."""
+        steps = torch.arange(len(self.levels), dtype=torch.float64, device="cpu")
+        return (interpolation(self.levels.tolist(), levels) @ steps).tolist()
+
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self.grams:
             destination[prefix + "levels"] = self.levels
