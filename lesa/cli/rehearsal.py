@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from lesa.cli.calls import NAMES, check_multiple
-from lesa.errors import LesaError
+from lesa.errors import LesaError, is_out_of_memory
 
 __all__ = ["rehearse"]
 
@@ -41,16 +41,18 @@ def rehearse(
             " from text, or use lesa.enable with a call of your own"
         )
     arguments = {**own, "output_type": "latent", "return_dict": False}
-    arguments["generator"] = generators(range(pictures_per_prompt(settings)))
     try:
+        arguments["generator"] = generators(range(pictures_per_prompt(settings)))
         with _advice() as said, torch.no_grad(), loop_bar(pipe, begun):
             pipe(**arguments)
     except _Begun:
         for text in said:
             if divisor := _SIZES.search(text):
                 raise _wrong_size(pipe, settings, int(divisor[1]), text) from None
-    except (ValueError, TypeError, AssertionError) as error:
-        if isinstance(error, LesaError):
+        if temporal := getattr(pipe, "vae_scale_factor_temporal", None):  # not every one warns
+            check_multiple("num_frames", settings.get("num_frames"), temporal, kind.__name__, 1)
+    except Exception as error:  # what a pipeline does with a wrong argument may be anything
+        if isinstance(error, LesaError) or is_out_of_memory(error):
             raise
         raise _refusal(pipe, settings, error, scheduler) from error
 

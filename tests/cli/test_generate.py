@@ -160,6 +160,12 @@ def test_names_are_bounded_in_bytes(letter, tmp_path):
         ("sdxl", {"height": 60}, "height=60: StableDiffusionXLPipeline takes multiples of 8; give"),
         ("hunyuan", {"width": 60}, "width=60: HunyuanVideoPipeline takes multiples of 16; give 48"),
         ("flux", {"max_sequence_length": 999}, "max_sequence_length=999: FluxPipeline refuses it"),
+        ("flux", {"max_sequence_length": -4}, "max_sequence_length=-4"),
+        ("flux", {"num_images_per_prompt": "x"}, "num_images_per_prompt='x': FluxPipeline refuses"),
+        ("flux", {"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ("flux", {"latents": "x"}, "latents='x'"),
+        ("flux", {"joint_attention_kwargs": 3}, "joint_attention_kwargs=3"),
+        ("hunyuan", {"num_frames": 6}, "frames=6: HunyuanVideoPipeline takes multiples of 4 p"),
     ],
 )
 def test_a_pipeline_is_asked_before_its_first_step(embedded, wrong, words):
