@@ -39,7 +39,7 @@ def read_prompts(path: str | Path) -> list[str]:
         raise LesaError(f"prompts={str(path)!r}: the file does not exist; {_FILES}") from None
     except LesaError:
         raise
-    except (OSError, ValueError, csv.Error) as error:  # not UTF-8, not JSON, another form
+    except (OSError, ValueError, csv.Error, RecursionError) as error:  # not UTF-8, not JSON, ...
         told = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise LesaError(
             f"prompts={str(path)!r}: cannot read it ({' '.join(str(told).split())}); {_FILES}"
@@ -73,7 +73,7 @@ def _records(path: Path) -> list[str]:
             csv.DictReader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         ),
         ".json": lambda text: _listed(json.loads(text)),
-        ".jsonl": lambda text: _listed([json.loads(line) for line in text.split("\n") if line]),
+        ".jsonl": lambda text: _listed(_json_lines(text)),
     }
     return readers.get(kind, str.splitlines)(path.read_text(encoding="utf-8-sig"))
 
@@ -92,6 +92,17 @@ def _parquet(path: Path) -> list[str]:
     name = _field({name: name for name in names})
     values = parquet.read_table(path, columns=[name]).column(0).to_pylist()
     return [_text(value, name) for value in values]
+
+
+def _json_lines(text: str) -> list[Any]:
+    """A value per line; blank lines are left out, and an error names the line."""
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            found += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}: {error.msg} at character {error.colno}") from None
+    return found
 
 
 def _column(rows: csv.DictReader[str]) -> list[str]:

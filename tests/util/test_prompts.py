@@ -52,7 +52,9 @@ def test_a_tsv_prompt_may_begin_with_a_quote(tmp_path):
         ("p.json", '["a", 3]', "3 is neither a text nor an object"),
         ("p.json", '[{"prompt": 3}]', "prompt holds a int, not a text"),
         ("p.json", '["a"', "cannot read"),
-        ("p.jsonl", "a cat\n", "cannot read"),
+        ("p.json", "[" * 100_000, "recursion"),
+        ("p.jsonl", "a cat\n", "line 1: Expecting value at character 1"),
+        ("p.jsonl", '"a"\n  \n{bad\n', "line 3: Expecting property name"),
         ("p.csv", "Prompt\n\n", "holds no prompt"),
     ],
 )
