@@ -24,7 +24,7 @@ def mismatch(
     sampler: str,
     noise: bool,
 ) -> Mismatch | None:
-    """How a run differs from all calibrations, None where it does not, or there are none.
+    """How a run differs from all calibrations, None where it does not, or nothing is forecast.
 
     Args:
         calibrations: of the forecaster.
@@ -34,7 +34,7 @@ def mismatch(
         sampler: the class of its scheduler, or "".
         noise: whether that one adds noise, and the trained one did not.
     """
-    if not calibrations:
+    if not calibrations or not schedule.skipped_steps:
         return None
     steps, count = schedule.steps, len(schedule.full_steps)
     trained, sampler = trained or "another scheduler", sampler or "this scheduler"

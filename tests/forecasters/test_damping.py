@@ -200,6 +200,7 @@ def told(schedule, sigmas, sampler="EulerDiscreteScheduler", noise=False):
 def test_each_kind_of_mismatch_names_its_values_and_the_remedy():
     assert told(PLAN, SIGMAS) is None
     assert mismatch([], "", PLAN, SIGMAS, "", True) is None
+    assert told(Schedule.fora(1, 3), levels(3)) is None  # nothing is forecast
     steps = told(Schedule.fora(4, 12), levels(12))
     assert (
         steps.kind == "steps"
