@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from lesa.errors import LesaError
 
 __all__ = ["BaseRun"]
 
@@ -75,4 +78,17 @@ class BaseRun:
         if count * dtype.itemsize + self.nbytes < SHARE * psutil.virtual_memory().available:
             return torch.empty(shape, dtype=dtype)
         with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".base-run-") as file:
+            _reserve(file.fileno(), count * dtype.itemsize)
             return torch.from_file(file.name, shared=True, size=count, dtype=dtype).view(shape)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Take the room on the disk at once: a mapped file that finds none later kills the process."""
+    try:
+        if hasattr(os, "posix_fallocate"):  # not on macOS and Windows
+            os.posix_fallocate(file, 0, size)
+    except OSError as error:
+        raise LesaError(
+            f"folder: the disk has no room for {size / 1e9:.1f} GB of the plain run "
+            f"({error.strerror}); free some, or train on fewer prompts"
+        ) from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from itertools import pairwise
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from training_jobs import STEPS, make_job, reuse
 
 from lesa.core.schedule import Schedule
+from lesa.errors import LesaError
 from lesa.training import base_run
 from lesa.training.base_run import BaseRun
 from lesa.training.closed_loop import run_rollouts
@@ -80,3 +83,17 @@ def test_another_number_of_steps_takes_the_place():
     for before, steps in pairwise([STEPS + 1, STEPS, STEPS + 1]):
         collect(job, steps)
         assert job.kept_base(steps) is not None and job.kept_base(before) is None
+
+
+def test_a_disk_without_room_for_the_plain_run_is_told_first(monkeypatch, tmp_path):
+    """A mapped file on a full disk ends the process at the first page that finds no room."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(base_run, "SHARE", 0.0)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    kept = BaseRun(STEPS, 1, tmp_path)
+    with pytest.raises(LesaError, match="no room for 0.0 GB of the plain run .No space left"):
+        kept.put(0, "cond", [0], torch.ones(1, 4), torch.ones(1, 1, 4))
+    assert not [*tmp_path.iterdir()]
