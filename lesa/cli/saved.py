@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any
 from lesa.cli.inputs import TESTBED, embedded_name, first_line, quieten
 from lesa.cli.names import did_you_mean
 from lesa.errors import LesaError
+from lesa.util.files import read_file
+from lesa.util.strict_json import parse_json
 
 __all__ = ["Saved", "look_at"]
 
@@ -47,7 +49,7 @@ def look_at(name: str) -> Saved:
 
         folders = testbed.folders(embedded)
         found = {file: _first(folders, file) for file in (_INDEX, _SCHEDULER)}
-    elif Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif os.path.exists(name) or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         found = _local(name)
     else:
         found = _hub(name)
@@ -57,7 +59,7 @@ def look_at(name: str) -> Saved:
 
 def _local(name: str) -> dict[str, Any]:
     folder = Path(name)
-    if not folder.exists():
+    if not os.path.exists(folder):  # unlike Path's, it never raises
         from lesa import testbed
 
         near = did_you_mean(name, [TESTBED, *testbed.PIPELINES])
@@ -96,8 +98,8 @@ def _first(folders: tuple[Path, ...], file: str) -> dict[str, Any] | None:
 def _read(path: Path) -> dict[str, Any] | None:
     """A JSON object; None where it is another thing, which loading the pipeline will explain."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = parse_json(read_file(path, 16 << 20, ""), str(path), "")
+    except LesaError:
         return None
     return found if isinstance(found, dict) else None
 
