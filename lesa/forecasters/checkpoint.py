@@ -28,7 +28,7 @@ from lesa.forecasters.config_check import (
     check_tensors,
 )
 from lesa.forecasters.source import locate
-from lesa.util.files import as_path, named_path, read_file, write_atomically
+from lesa.util.files import as_path, named_path, one_line, read_file, write_atomically
 from lesa.util.strict_json import parse_json, to_json
 from lesa.util.tensor_file import read_tensors
 
@@ -69,7 +69,9 @@ def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
     try:
         own = to_json({**config, "tensors_sha256": _digest(tensors)})
     except (TypeError, ValueError, RecursionError) as error:
-        raise LesaError(f"metadata cannot be written as JSON ({error}); use plain values") from None
+        raise LesaError(
+            f"metadata cannot be written as JSON ({one_line(error)}); use plain values"
+        ) from None
     weights = tensors_to_bytes(tensors, metadata={"lesa": json.dumps(json.loads(own))})
     text = to_json({**config, "weights_sha256": hashlib.sha256(weights).hexdigest()})
     lists = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers goes on one line
@@ -120,9 +122,8 @@ def load(
     except LesaError as error:
         raise LesaError(f"{name}: {error}") from None
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
-        told = " ".join(str(error).split())[:300]
         raise LesaError(
-            f"{name} and {WEIGHTS} do not fit each other ({told}); copy both again"
+            f"{name} and {WEIGHTS} do not fit each other ({one_line(error)}); copy both again"
         ) from None
 
 

@@ -14,6 +14,7 @@ from lesa.errors import LesaError
 __all__ = [
     "as_path",
     "named_path",
+    "one_line",
     "read_file",
     "require_writable",
     "require_writable_file",
@@ -33,6 +34,12 @@ def named_path(path: str | os.PathLike[str]) -> str:
     """A path as text for a sentence: quoted where it has characters that a terminal obeys."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
+
+
+def one_line(error: BaseException, longest: int = 200) -> str:
+    """What an error says, for a sentence: no line breaks, no characters that a terminal obeys."""
+    words = " ".join(str(error).split())[:longest]
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 def read_file(path: str | os.PathLike[str], most: int, remedy: str) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lesa.errors import LesaError
+from lesa.util.files import one_line
 
 __all__ = ["parse_json", "to_json"]
 
@@ -36,8 +37,7 @@ def parse_json(data: bytes, what: str, remedy: str) -> Any:
     except RecursionError:
         raise LesaError(f"{what} (too many brackets in each other); {remedy}") from None
     except ValueError as error:  # a number of more digits than Python reads is one too
-        told = " ".join(str(error).split())[:200]
-        raise LesaError(f"{what} ({told}); {remedy}") from None
+        raise LesaError(f"{what} ({one_line(error)}); {remedy}") from None
     return value
 
 

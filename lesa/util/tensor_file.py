@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.util.files import one_line
 from lesa.util.strict_json import parse_json
 
 __all__ = ["read_tensors"]
@@ -36,6 +37,5 @@ def read_tensors(data: bytes, name: str, remedy: str) -> tuple[dict[str, Tensor]
         RuntimeError,
         MemoryError,
     ) as error:
-        told = " ".join(str(error).split())[:200]
-        raise LesaError(f"{what} ({told}); {remedy}") from None
+        raise LesaError(f"{what} ({one_line(error)}); {remedy}") from None
     return tensors, dict(header.get("__metadata__") or {})

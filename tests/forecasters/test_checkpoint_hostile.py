@@ -123,12 +123,13 @@ def test_a_header_that_claims_another_size(folder, size, told):
         {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 2**62]}},
+        {"a": {"dtype": "\u202e", "shape": [1], "data_offsets": [0, 4]}},
         {"__metadata__": {"x": "y" * (20 << 20)}},
         {"__metadata__": {"x": {"deep": 1}}},
         {"__metadata__": []},
         [],
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_a_header_of_another_kind(folder, header):
     text = json.dumps(header).encode()
