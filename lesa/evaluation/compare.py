@@ -60,8 +60,9 @@ def compare(
             for method in _rotated(methods, batch):
                 contest.method_pass(method, chunk, plain, kept)
     result = contest.finish()
-    with progress.bar("worst prompts", 0) as contest.bar:
-        for row in ours(result.rows):
+    own = ours(result.rows)
+    with progress.bar("worst prompts", contest.worst_work(own)) as contest.bar:
+        for row in own:
             what = f"the sheet of the worst prompts of {row['label']}"
             if (found := attempted(result, what, partial(contest.worst, row))) is not None:
                 result.worst.append(found)

@@ -135,14 +135,25 @@ class Contest:
                 result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
         return result
 
+    def _beside(self, row: Row) -> list[Row]:
+        """A row of lesa's, and the best peer's, if there is one."""
+        peer = best_peer(self.result.rows, wanted(row))
+        return [row, *([peer] if peer else [])]
+
+    def worst_work(self, rows: Sequence[Row]) -> int:
+        """Full steps of all that `worst` runs for these rows."""
+        labels = [
+            label for row in rows for label in (PLAIN, *(r["label"] for r in self._beside(row)))
+        ]
+        return sum(self.methods[label].full_steps for label in labels)
+
     def worst(self, row: Row) -> Worst:
         """The pictures are made again, since nobody knew before the end which ones to keep."""
         result, each = self.result, self.each
         hardest = sorted(range(len(row["psnr"])), key=row["psnr"].__getitem__)
         prompts = list(dict.fromkeys(picture // each for picture in hardest))[:WORST]
         chunk = Chunk.of(result.prompts, result.settings, prompts, result.seed, each)
-        peer = best_peer(result.rows, wanted(row))
-        shown = [row, *([peer] if peer else [])]
+        shown = self._beside(row)
         pictures = [each * prompt + n for prompt in prompts for n in range(each)]
         decibels = {r["label"]: [r["psnr"][picture] for picture in pictures] for r in shown}
         made = {label: self.run(label, chunk, MetricsRow()).images for label in (PLAIN, *decibels)}

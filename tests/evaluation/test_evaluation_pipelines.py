@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from lesa.evaluation.methods import PEERS, parse
 from lesa.evaluation.metrics_row import COLUMNS, VIDEO_COLUMNS
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
+from lesa.util.progress import Bar, Progress
 
 STEPS = 6
 
@@ -74,7 +76,20 @@ def test_worst_pictures_of_several_per_prompt_are_whole_prompts():
     pipe, settings = make("sdxl", 3)
     settings["num_images_per_prompt"] = 2
     mine = replace(method("fora", 3, Bench(STEPS)), name="lesa")
-    found = compare(pipe, ["a", "b", "c"], [mine], settings, batch_size=2)
+    bars: list[Bar] = []
+
+    class Bars(Progress):
+        @contextmanager
+        def bar(self, *about):
+            with super().bar(*about) as bar:
+                yield bars.append(bar) or bar
+
+    found = compare(
+        pipe, ["a", "b", "c"], [mine], settings, batch_size=2, progress=Bars(quiet=True)
+    )
+    assert [bar.title for bar in bars] == ["count operations", "compare", "worst prompts"]
+    for bar in bars[1:]:  # the time left is told, and ends at 0
+        assert bar.completed == pytest.approx(bar.total) and bar.total > 0
     (worst,), (row,) = found.worst, found.rows
     hardest = min(range(6), key=row["psnr"].__getitem__) // 2
     assert worst.prompts[:2] == [found.titles[2 * hardest]] * 2 and len(worst.prompts) == 6
