@@ -7,10 +7,12 @@ import tempfile
 import unicodedata
 from importlib.util import find_spec
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lesa.util.files import write_atomically
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["NO_VIDEO", "file_name", "picture_png", "save", "video_mp4"]
 

@@ -47,12 +47,13 @@ def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
 
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
+    with Progress().bar("load", 0):
+        inputs = _read(request)
+        settings, steps = inputs.settings, inputs.settings["num_inference_steps"]
+        pipe = request.load(settings, inputs.prompts, inputs.forecaster)
+        request.full_step.warm_up(pipe, inputs.prompts[: request.batch_size], settings)
     from lesa.evaluation.method import Bench
 
-    inputs = _read(request)
-    settings, steps = inputs.settings, inputs.settings["num_inference_steps"]
-    pipe = request.load(settings, inputs.prompts, inputs.forecaster)
-    request.full_step.warm_up(pipe, inputs.prompts[: request.batch_size], settings)
     bench = Bench(steps, pipe, settings, inputs.calibration, inputs.forecaster, request.seed)
     result = _measure(request, inputs, bench)
     missing = left_out(request.methods, bench)
@@ -118,7 +119,10 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
 
     steps = result.settings["num_inference_steps"]
     console.print(rich_table(result.rows, result.plain_seconds, steps))
-    files = {} if report is None else write_report(result, report)
+    files = {}
+    if report is not None:
+        with Progress().bar("report", 0):
+            files = write_report(result, report)
     for note in result.notes:  # the report's too
         say(console, note)
     if files:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lesa.cli.output import say
+from lesa.util.progress import Progress
 
 if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
@@ -41,13 +42,15 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     Raises: LesaError for an unknown pipeline or an unwritable folder.
     """
     from lesa import testbed
-    from lesa.cli.inputs import quieten
-    from lesa.evaluation.method import Bench
-    from lesa.evaluation.methods import left_out
 
-    quieten()
     begun = time.perf_counter()
-    pipe, settings = testbed.load(pipeline), testbed.settings(pipeline)
+    with Progress().bar("load", 0):
+        from lesa.cli.inputs import quieten
+        from lesa.evaluation.method import Bench
+        from lesa.evaluation.methods import left_out
+
+        quieten()
+        pipe, settings = testbed.load(pipeline), testbed.settings(pipeline)
     steps = settings["num_inference_steps"]
     counts, names = contest(pipe, steps)
     bench = Bench(steps, pipe, settings)
@@ -64,7 +67,6 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
     result = _measure(replace(bench, forecaster=forecaster), unseen, names, counts)
     seconds = {"train_seconds": trained, "demo_seconds": time.perf_counter() - begun}
     facts = {**seconds, "attributes": result.scores()}
-    console.print("Writing the report.")
     files = _report(result, out, f"lesa demo: {pipeline}", facts, console)
     return {**result.to_dict(), **facts, "files": list(files.values())}
 
@@ -91,7 +93,6 @@ def _measure(
     from lesa.evaluation.compare import compare
     from lesa.evaluation.judges import attributes
     from lesa.evaluation.methods import build_all
-    from lesa.util.progress import Progress
 
     methods = build_all(names, counts, bench)
     return compare(
@@ -113,7 +114,8 @@ def _report(
     """Write the report and print the table."""
     from lesa.evaluation.report import rich_table, write_report
 
-    files = write_report(result, out, title=title, extra=facts)
+    with Progress().bar("report", 0):
+        files = write_report(result, out, title=title, extra=facts)
     say(console, f"Pictures and curves: {files['report.html']}")
     for label, shares in result.scores().items():
         listed = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())

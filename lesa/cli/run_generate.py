@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from math import ceil
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from lesa.cli.saved import look_at
 from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
 from lesa.util.files import require_writable
+from lesa.util.progress import Progress
 
 
 def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
@@ -26,6 +28,17 @@ def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
     texts = request.texts()
+    with Progress().bar("load", 0):
+        pipe, settings, forecaster, cache = _prepare(request, texts)
+    facts = make_pictures(pipe, texts, settings, request, forecaster, cache)
+    _tell(facts, len(texts), request, cache, console)
+    return facts | asdict(request.full_step)
+
+
+def _prepare(
+    request: GenerateRequest, texts: list[str]
+) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
+    """The pipeline, the arguments of its call, the forecaster and those of `lesa.enable`."""
     saved = look_at(request.named)
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     steps = request.num_inference_steps
@@ -37,9 +50,7 @@ def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
     check_json(request.json)
     pipe = request.load(settings, texts, forecaster)
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
-    facts = make_pictures(pipe, texts, settings, request, forecaster, cache)
-    _tell(facts, len(texts), request, cache, console)
-    return facts | asdict(request.full_step)
+    return pipe, settings, forecaster, cache
 
 
 def checked_schedule(
@@ -88,11 +99,15 @@ def make_pictures(
     from lesa.hooks.timed_run import generate
 
     files, seconds, counters, moving = [], 0.0, None, False
-    with accelerate(pipe, forecaster, **cache) if cache else nullcontext():
+    work = ceil(len(prompts) / request.batch_size) * settings["num_inference_steps"]
+    with (
+        Progress().bar("generate", work) as bar,
+        accelerate(pipe, forecaster, **cache) if cache else nullcontext(),
+    ):
         for start in range(0, len(prompts), request.batch_size):
             chunk = prompts[start : start + request.batch_size]
             seeds = range(request.seed + start, request.seed + start + len(chunk))
-            run = generate(pipe, chunk, seeds, settings)
+            run = generate(pipe, chunk, seeds, settings, on_step=bar.advance)
             seconds += run.seconds
             moving = run.images.ndim == 5
             for row, (prompt, image) in enumerate(zip(chunk, run.images, strict=True)):

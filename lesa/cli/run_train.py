@@ -14,6 +14,7 @@ from lesa.cli.saved import look_at
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.util.files import require_writable
+from lesa.util.progress import Progress
 
 
 def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
@@ -22,19 +23,8 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
     texts = request.texts()
-    saved = look_at(request.named)
-    settings = request.settings(saved)
-    asked = request.num_inference_steps
-    asked = f"{settings['num_inference_steps']}" if asked is None else asked
-    steps = parse_counts(asked, field="num-inference-steps")
-    check_steps(max(steps), saved.scheduler)
-    settings["num_inference_steps"] = max(steps)
-    counts = _full_steps(request, steps)
-    request.check_target()
-    require_writable(request.out)
-    check_json(request.json)
-    pipe = request.load(settings, texts)
-    request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
+    with Progress().bar("load", 0):
+        pipe, settings, steps, counts = _prepare(request, texts)
     import lesa
 
     optional: dict[str, Any] = {} if request.tap is None else {"tap": request.tap}
@@ -61,13 +51,41 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     return facts | asdict(request.full_step)
 
 
+def _prepare(
+    request: TrainRequest, texts: list[str]
+) -> tuple[Any, dict[str, Any], tuple[int, ...], tuple[int, ...]]:
+    """The pipeline, the arguments of its call, the numbers of steps and of full steps."""
+    saved = look_at(request.named)
+    settings = request.settings(saved)
+    asked = request.num_inference_steps
+    asked = f"{settings['num_inference_steps']}" if asked is None else asked
+    steps = parse_counts(asked, field="num-inference-steps")
+    check_steps(max(steps), saved.scheduler)
+    settings["num_inference_steps"] = max(steps)
+    counts = _full_steps(request, steps)
+    request.check_target()
+    require_writable(request.out)
+    check_json(request.json)
+    pipe = request.load(settings, texts)
+    request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
+    return pipe, settings, steps, counts
+
+
 def _full_steps(request: TrainRequest, steps: tuple[int, ...]) -> tuple[int, ...]:
     """The numbers of full steps to train for; LesaError where the form takes one list only."""
-    usual = "10" if request.form == "paper" else "13,10,8"  # that form knows one list
-    asked = usual if request.full_steps is None else request.full_steps
-    counts = parse_counts(asked, min(steps))
+    if request.full_steps is None:
+        counts = usual_full_steps(min(steps))
+        counts = counts[-2:-1] or counts if request.form == "paper" else counts  # it knows one list
+    else:
+        counts = parse_counts(request.full_steps, min(steps))
     for field, numbers in (("num-inference-steps", steps), ("full-steps", counts)):
         if request.form == "paper" and len(numbers) > 1:
             listed = ",".join(map(str, numbers))
             raise LesaError(f"{field}={listed!r}: --form paper takes one number; give one")
     return counts
+
+
+def usual_full_steps(steps: int) -> tuple[int, ...]:
+    """Numbers of full steps where none is given: of few steps a half and a quarter."""
+    found = (13, 10, 8) if steps >= 20 else (steps // 2, steps // 4)
+    return tuple(dict.fromkeys(max(1, count) for count in found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,7 +64,8 @@ def refused(*args) -> str:
     assert result.exit_code == 2, result.output
     assert "Traceback" not in result.output
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
+    *before, line = result.stderr.splitlines()
+    assert all(re.fullmatch(r"load: [\d.]+ s", phase) for phase in before), result.stderr
     return line
 
 
@@ -142,6 +144,9 @@ def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):
     few = ("--prompts", prompts, "--num-inference-steps", "20", "--out", tmp_path)
     assert refused("train", "testbed", *few).endswith("continuous (13, 10, 8)")
     assert refused("train", "testbed", *few, "--form", "paper").endswith("paper (10,)")
+    schnell = ("train", "schnell", "--prompts", prompts, "--out", tmp_path)  # 4 steps
+    assert refused(*schnell).endswith("continuous (2, 1)")
+    assert refused(*schnell, "--form", "paper").endswith("paper (2,)")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,9 @@ def test_generate_saves_a_picture_for_each_prompt(cache, trained, prompts, tmp_p
         cache = ("--forecaster", trained, "--full-steps", "3")
     out, facts = tmp_path / "out", tmp_path / "facts.json"
     options = ("--prompts", prompts, "--prompt", "a red circle", "--out", out, "--json", facts)
-    run("generate", "testbed", *options, *cache, *STEPS, "--batch-size", "3")
+    args = ("generate", "testbed", *options, *cache, *STEPS, "--batch-size", "3")
+    phases = [line.partition(":")[0] for line in invoke(*args).stderr.splitlines()]
+    assert phases == ["load", "generate"]
     told = json.loads(facts.read_text())
     assert sorted(told["files"]) == sorted(str(path) for path in out.iterdir())
     assert len(told["files"]) == 4 and Image.open(told["files"][0]).size == (64, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 
 import pytest
@@ -49,7 +50,8 @@ def refused(*args) -> str:
     """The one line that bad input gets, with exit status 2."""
     result = invoke(*args)
     assert (result.exit_code, result.stdout) == (2, ""), result.output
-    (line,) = result.stderr.splitlines()
+    *before, line = result.stderr.splitlines()
+    assert all(re.fullmatch(r"load: [\d.]+ s", phase) for phase in before), result.stderr
     return line
 
 
