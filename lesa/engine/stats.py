@@ -128,8 +128,8 @@ class Counters:
     def watch(self, feature: Tensor) -> None:
         """Look for NaN and inf in a feature of a full step.
 
-        One pass over it, and no wait for its device: what it found is read when the next generation
-        begins or somebody asks.
+        One pass over it, and no wait for its device: what it found is read, all at once, at the
+        first step of the next generation or when somebody asks.
         """
         peak = torch.linalg.vector_norm(feature.detach(), ord=float("inf"))
         with self._lock:
@@ -137,8 +137,12 @@ class Counters:
 
     def _read_peaks(self) -> None:
         """Count the peaks so far that are not finite, and warn of the first ones."""
-        peaks, self._peaks = self._peaks, []
-        found = sum(not isfinite(peak) for peak in peaks)
+        by_kind: dict[Any, list[Tensor]] = {}
+        for peak in self._peaks:
+            by_kind.setdefault((peak.device, peak.dtype), []).append(peak)
+        self._peaks = []
+        values = [value for peaks in by_kind.values() for value in torch.stack(peaks).tolist()]
+        found = sum(not isfinite(value) for value in values)
         if found and not self._stats.not_finite:
             logger.warning("%s: %d", NOT_FINITE, found)
         self._stats.not_finite += found
