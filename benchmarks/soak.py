@@ -66,8 +66,9 @@ def kill(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     prompts.write_text("\n".join(testbed.captions(4, split="train")))
     small = ["--num-inference-steps", "6", "--full-steps", "3", "--batch-size", "2"]
     given = ["--prompts", str(prompts), *small]
-    sd3 = ["train", str(folder / "sd3"), *save("sd3", folder / "sd3"), *given, "--form", "table"]
-    flux = ["train", "testbed", *given, "--height", "32", "--width", "32", "--polish", "1"]
+    given += ["--form", "table"]
+    sd3 = ["train", str(folder / "sd3"), *save("sd3", folder / "sd3"), *given]
+    flux = ["train", "testbed", *given, "--height", "32", "--width", "32", "--polish", "0"]
     runs, rounds = soak_kills.trainings, options.rounds // 2
     found: dict[str, Any] = {
         "trainings of sd3": runs(sd3, folder / "killed sd3", rounds, options.seed),

@@ -37,13 +37,16 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(HEAVY)
 
 
-def trainings(command: list[str], folder: Path, rounds: int, seed: int = 0) -> dict[str, Any]:
+def trainings(
+    command: list[str], folder: Path, rounds: int, seed: int = 0, most: int = 8
+) -> dict[str, Any]:
     """`lesa train` killed again and again until it ends, against a run that nobody disturbs.
 
     Every second round begins in a folder with an older forecaster, which has to stay whole until
-    the new one is in its place.
+    the new one is in its place. After `most` kills a round ends undisturbed.
     """
     random, found = Random(seed), Counter[str](rounds=rounds)
+    _ended(_SERVER.Process(target=_nothing))  # the server has imported everything
     begun = time.monotonic()
     wanted = _finished(command, folder / "undisturbed")
     seconds, broken = time.monotonic() - begun, []
@@ -51,12 +54,13 @@ def trainings(command: list[str], folder: Path, rounds: int, seed: int = 0) -> d
         target = folder / str(number)
         if number % 2:
             older().save_pretrained(target)
-        when = _at_random(random, seconds) if number % 4 < 2 else _at_a_write(random, target)
-        while not _killed(command, target, when):
-            found["kills"] += 1
+        by_files = number % 4 in (0, 3)
+        when = _at_a_write(random, target) if by_files else _at_random(random, seconds)
+        kills = 0
+        while not _killed(command, target, when if kills < most else _never):
+            kills += 1
             broken += not_whole(target)
-            if found["kills"] > 8 * (number + 1):  # it may have been killed too early each time
-                when = _never
+        found["kills"] += kills
         found["left over"] += len([*target.glob(".*.part")])
         found["identical" if hashes(target) == wanted else "other weights"] += 1
     return dict(found) | {"not whole": broken}
@@ -65,10 +69,7 @@ def trainings(command: list[str], folder: Path, rounds: int, seed: int = 0) -> d
 def savings(folder: Path, rounds: int, seed: int = 0) -> dict[str, Any]:
     """A process that saves one forecaster over another is killed: the folder holds one of them."""
     random, ended, broken = Random(seed), Counter[str](), []
-    known = {}
-    for number in (1, 2):
-        older(number).save_pretrained(folder)
-        known[hashes(folder)] = f"forecaster {number}"
+    older().save_pretrained(folder)
     for _ in range(rounds):
         process = _SERVER.Process(target=_save_forever, args=(str(folder),))
         begun = _changes(folder)
@@ -79,7 +80,7 @@ def savings(folder: Path, rounds: int, seed: int = 0) -> dict[str, Any]:
         _kill(process)
         found = not_whole(folder)
         broken += found
-        ended["not whole" if found else known.get(hashes(folder), "another")] += 1
+        ended["not whole" if found else _which(folder)] += 1
     return {"kills": rounds, "ended": dict(ended), "not whole": broken[:10],
             "left over": len([*folder.glob(".*.part")])}  # fmt: skip
 
@@ -93,6 +94,14 @@ def older(number: int = 1) -> LesaForecaster:
     rows[1::2, 0] = number
     forecaster.correct(schedule, levels, "cond", rows)
     return forecaster
+
+
+def _which(folder: Path) -> str:
+    """Whose rows and whose metadata a folder holds."""
+    loaded = LesaForecaster.from_pretrained(folder)
+    row = loaded.calibrations[0].rows["cond"][1]
+    same = int(row[0]) == loaded.metadata["seed"] and not row[1:].any()
+    return f"forecaster {int(row[0])}" if same else "parts of two"
 
 
 def hashes(folder: Path) -> tuple[str, ...]:
@@ -144,6 +153,15 @@ def _kill(process: Any) -> None:
 
 def _never(process: Any) -> None:
     process.join()
+
+
+def _ended(process: Any) -> None:
+    process.start()
+    process.join()
+
+
+def _nothing() -> None:
+    """A process of the server's that does nothing."""
 
 
 def _at_random(random: Random, seconds: float) -> Callable[[Any], None]:

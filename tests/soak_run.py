@@ -208,6 +208,7 @@ def _serve_all(
         found.compared += served != "stopped"
         if served != pool[request]:
             found.differ.append(asdict(request) | {"served": served, "alone": pool[request]})
+            told(f"request {found.requests} differs: {found.differ[-1]}")
         if found.requests % EVERY == 0:
             found.samples.append((found.requests, *memory()))
         if found.requests % 100 == 0:

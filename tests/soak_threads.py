@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import re
 import signal
+import tempfile
 import threading
 import time
 import warnings
@@ -11,15 +14,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from random import Random
-from typing import Any
+from typing import IO, Any
 
 import torch
 from soak_requests import METHODS, NAMES, Pipelines, Request, draw_request, quiet, serve
 
 import lesa
 
-FORK_SECONDS = 60  # that a child may take for one picture
+FORK_SECONDS = 30  # that a child may take for one picture
 _LOCAL = ("raise", "interrupt", "latents", None, None)  # events that a thread may see
 
 
@@ -47,18 +51,21 @@ def threads(count: int, each: int, rounds: int, seed: int = 0) -> dict[str, Any]
 def forks(rounds: int, seed: int = 0) -> dict[str, Any]:
     """`rounds` processes are forked while two threads are in the middle of their runs.
 
-    Each child makes one picture on the pipeline that the threads' are siblings of.
+    Each child makes one picture on the pipeline that the threads' are siblings of. That is the tiny
+    one, which is given embeddings: a tokenizer that another thread uses at the fork stays locked.
     """
     random, ended = Random(seed), Counter[str]()
     pipes = Pipelines.load()
-    for number in range(rounds):
-        name, method = NAMES[number % len(NAMES)], random.choice([*METHODS])
+    for _ in range(rounds):
+        name, method = "sdxl", random.choice([*METHODS])
         wanted = replace(_request(random, name, method), event=None)
         with _accelerated(pipes, name, method):
             expected = serve(pipes, wanted)
-            with _busy(pipes, name, [_request(random, name, method) for _ in range(2)]):
+            others = [_request(random, name, method) for _ in range(2)]
+            picture = partial(serve, pipes, wanted)
+            with _busy(pipes, name, others), tempfile.TemporaryFile("w+") as trace:
                 time.sleep(random.uniform(0, 0.2))
-                ended[_child(lambda wanted=wanted: serve(pipes, wanted), expected)] += 1
+                ended[_child(picture, expected, trace)] += 1
     return {"forks": rounds, "ended": dict(ended)}
 
 
@@ -130,14 +137,15 @@ def _busy(pipes: Pipelines, name: str, job: list[Request]) -> Iterator[None]:
             thread.join()
 
 
-def _child(picture: Callable[[], str], expected: str) -> str:
-    """How a forked process ended: "equal", "differs", "raised" or "hangs"."""
+def _child(picture: Callable[[], str], expected: str, trace: IO[str]) -> str:
+    """How a forked process ended: "equal", "differs", "raised" or where it hangs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks among threads
         child = os.fork()
     if child == 0:  # nothing of the parent's may run here
         status = 2
         try:
+            faulthandler.dump_traceback_later(FORK_SECONDS / 2, file=trace)
             torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
             status = 0 if picture() == expected else 1
         finally:
@@ -149,5 +157,6 @@ def _child(picture: Callable[[], str], expected: str) -> str:
     if not ended:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        return "hangs"
+        trace.seek(0)
+        return "hangs at " + " < ".join(re.findall(r'(\w+\.py", line \d+)', trace.read())[:6])
     return ("equal", "differs", "raised")[min(os.waitstatus_to_exitcode(status) % 256, 2)]
