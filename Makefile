@@ -51,6 +51,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt testbed/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing into .venv: torch and others, some minutes, once."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,peers,dev]" -e ./testbed
 	@touch $@
 
