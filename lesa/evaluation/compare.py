@@ -85,6 +85,10 @@ def _check(
         raise LesaError("prompts=[]: the list is empty; give at least one prompt")
     if not methods:
         raise LesaError("methods=[]: the list is empty; give at least one")
+    if not all(isinstance(method, Method) for method in methods):
+        raise LesaError(
+            f"methods={methods!r}: names are not enough; give what lesa.evaluation.build_all makes"
+        )
     if batch_size < 1:
         raise LesaError(f"batch_size={batch_size}: below 1; give at least 1")
     if "num_inference_steps" not in settings:

@@ -164,3 +164,8 @@ def test_deepcache_intervals(wanted, interval):
     built = PEERS["deepcache"].build("deepcache", wanted, Bench(50), None)
     assert built.applied.keywords == {"interval": interval}
     assert "deepcache" not in parse("all", Bench(50))
+
+
+def test_names_are_not_methods():
+    with pytest.raises(LesaError, match=r"methods=\['fora'\]: names are not enough; give what"):
+        compare(None, ["a"], ["fora"], {"num_inference_steps": STEPS})
