@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,7 +61,8 @@ def guarded(command: Function) -> Function:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            with _warnings_in_words():
+                return command(*args, **kwargs)
         except LesaError as error:
             complain(str(error))
             raise typer.Exit(BAD_INPUT) from None
@@ -76,6 +79,25 @@ def guarded(command: Function) -> Function:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+@contextmanager
+def _warnings_in_words() -> Iterator[None]:
+    """A warning is one line, without the file and the line of code that it came from."""
+    shown_before = warnings.showwarning
+
+    def show(message: Any, category: Any, *place: Any) -> None:
+        if category is UserWarning:
+            print(f"warning: {shown(' '.join(str(message).split()))}", file=sys.stderr)
+        else:
+            shown_before(message, category, *place)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if warnings.showwarning is show:
+            warnings.showwarning = shown_before
 
 
 def _too_small(error: BaseException, options: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ class TrainRequest(RunRequest):
     form: Annotated[
         str,
         typer.Option(
-            help="continuous, paper or table.",
+            help="Of the coefficients: continuous in the noise level, table, or paper.",
             rich_help_panel=FORECASTER,
             autocompletion=completion.among(FORMS),
         ),
@@ -37,7 +37,7 @@ class TrainRequest(RunRequest):
     tap: Annotated[
         str | None,
         typer.Option(
-            help="hidden or output.",
+            help="What is forecast: the output (default), or hidden features.",
             rich_help_panel=FORECASTER,
             autocompletion=completion.among(TAPS),
         ),
@@ -92,7 +92,8 @@ class GenerateRequest(RunRequest):
     full_steps: Annotated[
         int | None,
         typer.Option(
-            help="Number of full steps; a trained forecaster's, nearest to a fifth.",
+            help="Steps that run the whole model; by default, of those trained for, the one"
+            " nearest to a fifth.",
             rich_help_panel=FORECASTER,
         ),
     ] = None
@@ -171,7 +172,7 @@ class CompareRequest(RunRequest):
         bool,
         typer.Option(
             "--limit",
-            help="Also fit on every prompt itself, as a bound.",
+            help="Also what fitting on the measured prompts themselves would give.",
             rich_help_panel=FORECASTER,
         ),
     ] = False

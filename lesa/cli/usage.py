@@ -57,7 +57,8 @@ def sentence(error: Any) -> str:
     found = _input(error, text)
     wanted = next((words for key, words in _KINDS.items() if key in text), None)
     if found is None or wanted is None:
-        return f"{field}: {text}; see {help_of}"
+        value = "" if found is None else f"={found!r}"
+        return f"{field}{value}: {text.removeprefix('Value error, ')}; see {help_of}"
     return f"{field}={found!r}: not {wanted}; give one such as 8"
 
 

@@ -64,6 +64,8 @@ WRONG = [
     # forecasters and methods
     (GENERATE + " --forecaster taylr-1 --full-steps 9", "'taylr-1': neither a folder", "fora, tay"),
     (GENERATE + " --forecaster {folder} --full-steps 9", "config.json cannot be read (", "; give"),
+    (GENERATE + " --forecaster {p}", "forecaster='", "config.json cannot be read (", "; give"),
+    ("generate flux --prompts {p} --out a\0b", "out='a\\x00b': embedded null byte; see"),
     (GENERATE + " --full-steps 9", "full-steps=9: it needs a forecaster; give --forecaster too"),
     (GENERATE + " --interval 5", "interval=5: it needs a forecaster; give --forecaster too"),
     (GENERATE + " --forecaster fora", "give either --full-steps or --interval"),
