@@ -27,8 +27,8 @@ __all__ = [
     "largest_sum",
 ]
 
-# Of the magnitudes of a row's coefficients. Trained rows stay below 12 on every embedded pipeline, and
-# below 240 on tiny ones of random weights with two or three full steps.
+# Of the magnitudes of a row's coefficients. Trained rows stay below 12 on every embedded pipeline,
+# and below 240 on tiny ones of random weights with two or three full steps.
 LARGEST_SUM = 1000.0
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 REMEDY = "copy the folder again, or train anew"
