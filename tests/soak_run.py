@@ -173,7 +173,7 @@ def soak(
 ) -> Soak:
     """Serve so many random requests, or as many as fit into `seconds`.
 
-    They are drawn from `distinct` different ones, a quarter by default. What each of them gives
+    They are drawn from `distinct` different ones, a fifth by default. What each of them gives
     alone is made first, on pipelines of its own, so that memory is watched over the soak only.
     """
     random, end = Random(seed), time.monotonic() + seconds
@@ -182,7 +182,7 @@ def soak(
     pool: dict[Request, str] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what enable says of schedulers that repeat levels
-        while len(pool) < (distinct or max(1, requests // 4)):
+        while len(pool) < (distinct or max(1, requests // 5)):
             request = draw_request(random, methods)
             pool[request] = expected(pipes, request)
         told(f"{len(pool)} distinct requests served alone")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import faulthandler
 import os
 import re
@@ -89,10 +90,14 @@ def _accelerated(pipes: Pipelines, name: str, method: str) -> Iterator[Any]:
 
 
 def _own(pipes: Pipelines, name: str) -> Pipelines:
-    """The same denoiser in a pipeline and with a scheduler of its own."""
+    """The same denoiser in a pipeline with a scheduler of its own, and tokenizers, whose padding is
+    a state that two threads would share."""
     pipe = pipes.made[name]
-    own = type(pipes.own[name]).from_config(pipes.own[name].config)
-    made = pipes.made | {name: quiet(type(pipe).from_pipe(pipe, scheduler=own))}
+    own = {"scheduler": type(pipes.own[name]).from_config(pipes.own[name].config)}
+    own |= {
+        part: copy.deepcopy(value) for part, value in pipe.components.items() if "token" in part
+    }
+    made = pipes.made | {name: quiet(type(pipe).from_pipe(pipe, **own))}
     return Pipelines(made, pipes.trained)
 
 

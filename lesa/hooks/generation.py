@@ -129,7 +129,8 @@ class Generations:
         pipe = loop.pipe
         found = Generation(loop.timesteps, None if pipe is None else weakref.ref(pipe))
         found.pictures = pictures_of(loop.names)
-        found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
+        if loop.calling:  # beside a loop of one's own its flags are those of another run
+            found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
         if loop.scheduler is not None and loop.timesteps is not None:
             self._read(found, loop)
         elif self._sigmas:
