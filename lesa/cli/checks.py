@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from importlib.util import find_spec
 
+from lesa.core.checks import MOST_SEED
 from lesa.errors import LesaError
 
-_LARGEST_SEED = 2**63 - 1
 DRAWING = ("matplotlib", "jinja2")
 
 
@@ -27,8 +27,8 @@ def check_finite(**numbers: float | None) -> None:
 
 def check_seed(seed: int) -> None:
     """LesaError for a seed that torch's generators do not take, or that is below 0."""
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise LesaError(f"seed={seed}: out of range; give 0 to {_LARGEST_SEED}")
+    if not 0 <= seed <= MOST_SEED:
+        raise LesaError(f"seed={seed}: out of range; give 0 to {MOST_SEED}")
 
 
 def require_packages(field: str, *names: str) -> None:

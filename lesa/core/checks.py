@@ -9,6 +9,7 @@ from typing import Any
 from lesa.errors import LesaError
 
 MOST_STEPS = 100_000  # no sampler takes as many; a larger number is a slip, and would fill memory
+MOST_SEED = 2**63 - 1  # that torch's noise sources take
 
 
 def shown(value: Any) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from lesa.core.checks import MOST_STEPS, shown, whole
+from lesa.core.checks import MOST_SEED, MOST_STEPS, real, shown, whole
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
 from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.job import call_arguments, pipeline_arguments
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
+FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
 FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
 
 
@@ -28,8 +31,12 @@ def sorted_arguments(
     ``more`` may hold both; its values come before those of ``call`` and ``settings``.
 
     Raises:
-        LesaError: a name that the pipeline, or the forecaster, does not know.
+        LesaError: a name that the pipeline, or the forecaster, does not know, or a value that
+            training cannot pass.
     """
+    for name, given in (("call", call), ("settings", settings)):
+        if given is not None and not isinstance(given, Mapping):
+            raise LesaError(f"{name}={shown(given)}: not a dict; give arguments by their names")
     taken, wrong = call_arguments(pipe, dict(call or {}))
     for name, value in wrong.items():
         raise LesaError(f"{_told('call', name, value)}; {_remedy(pipe, name)}")
@@ -50,7 +57,30 @@ def sorted_arguments(
         raise LesaError(
             "generator=...: training makes a noise source for every picture; drop it and pass seed="
         )
+    _check_call(pipe, taken)
     return taken, chosen | of_forecaster
+
+
+def _check_call(pipe: Any, call: Mapping[str, Any]) -> None:
+    """LesaError for what training sets itself, and for no number where the pipeline wants one."""
+    for name, value in FIXED.items():
+        if name in call and call[name] != value:
+            raise LesaError(f"{name}={shown(call[name])}: training needs {value!r}; leave it out")
+    try:
+        hints = get_type_hints(type(pipe).__call__)
+    except (NameError, TypeError):  # annotations that only a type checker can read
+        return
+    for name, value in call.items():
+        hint = hints.get(name)
+        several = get_args(hint) if get_origin(hint) in (Union, UnionType) else [hint]
+        kinds = {*several} - {NoneType}
+        if value is None or not kinds <= {int, float}:
+            continue
+        if kinds == {int}:
+            sized = name in ("height", "width") or name.startswith("num_")
+            whole(name, value, 1 if sized else 0)
+        else:
+            real(name, value, "give a number")
 
 
 def checked_settings(form: str, tap: str, chosen: Mapping[str, Any]) -> None:
@@ -62,7 +92,7 @@ def checked_settings(form: str, tap: str, chosen: Mapping[str, Any]) -> None:
     Settings(**{**chosen, "form": form, "tap": tap})
 
 
-def checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> list[str]:
+def checked_prompts(prompts: Iterable[str] | None, call: Mapping[str, Any]) -> list[str]:
     """The prompts, or titles for the embeddings in ``call``.
 
     Raises:
@@ -70,12 +100,12 @@ def checked_prompts(prompts: Sequence[str] | None, call: Mapping[str, Any]) -> l
     """
     if prompts is None:
         return [f"embedding {row}" for row in range(count_prompts(call))]
-    fine = not isinstance(prompts, str) and len(prompts) > 0
-    if not fine or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise LesaError(
-            f"prompts={prompts!r} must be a list of non-empty strings: pass 5 to 32 prompts"
-        )
-    return list(prompts)
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
+    texts = list(prompts) if several else []
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        told = shown(texts if several else prompts)
+        raise LesaError(f"prompts={told}: not a list of non-empty strings; pass 5 to 32 prompts")
+    return texts
 
 
 def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
@@ -105,6 +135,22 @@ def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], 
             f"full_steps={max(full_steps)} is more than num_inference_steps="
             f"{min(num_inference_steps)}: ask for fewer full steps"
         )
+
+
+def check_seed(seed: int) -> int:
+    """The seed; LesaError for one that noise sources do not take, or below 0."""
+    return whole("seed", seed, 0, MOST_SEED)
+
+
+def check_schedule(schedule: Schedule | None, num_inference_steps: Sequence[int]) -> None:
+    """LesaError for what is no step list, or one of other numbers of steps."""
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise LesaError(
+            f"schedule={shown(schedule)}: not a Schedule; give one such as"
+            " lesa.Schedule.every(5), or none"
+        )
+    for count in num_inference_steps if schedule is not None else ():
+        schedule.bind(count)
 
 
 def check_at_least(least: int, **numbers: int) -> None:

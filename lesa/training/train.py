@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from lesa.util.progress import Progress
 @gradients()
 def train(
     pipe: Any,
-    prompts: Sequence[str] | None,
+    prompts: Iterable[str] | None,
     num_inference_steps: int | Sequence[int] = 50,
     full_steps: int | Sequence[int] = 10,
     *,
@@ -78,7 +78,9 @@ def train(
     counts = arguments.whole_numbers("num_inference_steps", num_inference_steps)
     wanted = arguments.whole_numbers("full_steps", full_steps)
     arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
+    arguments.check_schedule(schedule, counts)
     arguments.check_at_least(0, refine=refine, polish=polish)
+    seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
     arguments.checked_settings(form, tap, fields)

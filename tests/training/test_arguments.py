@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from training_jobs import STEPS, make
 
 import lesa
 from lesa.errors import LesaError
-from lesa.training.arguments import sorted_arguments
+from lesa.training.arguments import checked_prompts, sorted_arguments
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,22 @@ def idle():
         (dict(polish=0.5), "^polish=0.5: not a whole number >= 0"),
         (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
-        (dict(prompts=[""]), "^prompts="),
+        (dict(prompts=[""]), r"^prompts=\[''\]: not a list of non-empty strings; pass 5"),
+        (dict(prompts=(x for x in ["a", 3])), r"^prompts=\['a', 3\]: not a list of non-empty"),
+        (dict(prompts=3), "^prompts=3: not a list of non-empty strings; pass 5"),
+        (dict(prompts="a circle"), "^prompts='a circle': not a list of non-empty strings"),
+        (dict(seed=1.5), "^seed=1.5: not a whole number >= 0"),
+        (dict(seed=-1), "^seed=-1: not a whole number >= 0"),
+        (dict(seed=2**63), "^seed=.*: above 9223372036854775807; use"),
+        (dict(call=3), "^call=3: not a dict; give arguments by their names"),
+        (dict(settings=[1]), r"^settings=\[1\]: not a dict; give arguments by their names"),
+        (dict(height="64"), "^height='64': not a whole number >= 1"),
+        (dict(call={"width": 64.5}), "^width=64.5: not a whole number >= 1"),
+        (dict(num_images_per_prompt=0), "^num_images_per_prompt=0: not a whole number >= 1"),
+        (dict(guidance_scale="high"), "^guidance_scale='high': not a finite number; give a"),
+        (dict(output_type="pil"), "^output_type='pil': training needs 'latent'; leave it out"),
+        (dict(return_dict=True), "^return_dict=True: training needs False; leave it out"),
+        (dict(schedule=5), "^schedule=5: not a Schedule; give one such as"),
         *(
             (dict(full_steps=wrong), "^full_steps=.*: (not a whole number|no number)")
             for wrong in (None, True, 2.0, "3", [], [3, None], torch.ones(2), {"a": 3})
@@ -66,6 +82,16 @@ def test_a_wrong_argument_is_told_before_any_work(idle, options, message):
     with pytest.raises(LesaError, match=message) as told:
         lesa.train(idle, progress=False, **given)
     assert "\n" not in str(told.value)
+
+
+def test_prompts_may_be_anything_that_gives_texts():
+    assert checked_prompts((text for text in ("a", "b")), {}) == ["a", "b"]
+
+
+def test_a_number_may_be_numpys(idle):
+    call = {"height": np.int64(64), "guidance_scale": 2, "output_type": "latent"}
+    call |= {"original_size": (64, 64), "width": None}  # a pair of numbers is no number
+    assert sorted_arguments(idle, call, None, {})[0] == call
 
 
 def test_call_settings_and_more_are_sorted_by_name(idle):
