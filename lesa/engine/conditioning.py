@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
+from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -26,17 +27,23 @@ class Conditioning:
     """What the features of one trajectory come from besides time, held weakly.
 
     Watched are the arguments that the model's row names, and tensors and numbers inside of dicts,
-    and of lists and tuples with tensors in them, nested or not, whatever the argument.
+    and of lists and tuples with tensors in them, nested or not, whatever the argument. A tensor is
+    known by what it is, which costs nothing. Some pipelines make the same one anew at every step
+    (AceStep, the first latent diffusion): where another tensor has come once, what later
+    trajectories get there is held, and another one of equal values is the same.
 
     Args:
         call: the first call of the trajectory.
         num_steps: how many steps the generation has by the trajectory's table.
+        remade: the places where another tensor has come once; `change` adds to them.
         ended: called with a dead weak reference, at any moment and in any thread, when a tensor is
             gone without which no later call can continue the trajectory: its loop is over.
     """
 
-    def __init__(self, call: Call, num_steps: int, ended: Callable[[Any], None]) -> None:
-        self._num_steps, self._ended = num_steps, ended
+    def __init__(
+        self, call: Call, num_steps: int, remade: set[str], ended: Callable[[Any], None]
+    ) -> None:
+        self._num_steps, self._remade, self._ended = num_steps, remade, ended
         self._latent = _layout(call.argument(call.denoiser.spec.latent))
         self._return_dict = call.argument("return_dict")
         self._states = {call.denoiser: call.denoiser.state}
@@ -46,9 +53,9 @@ class Conditioning:
         for name in _watched(call):
             value = call.argument(name)
             if isinstance(value, (dict, list, tuple)):
-                self._nested.append((name, [self._known(leaf) for _, leaf in _leaves("", value)]))
+                self._nested.append((name, list(starmap(self._known, _leaves(name, value)))))
             else:
-                self._single.append((name, self._known(value)))
+                self._single.append((name, self._known(name, value)))
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
         self._places = [weakref.ref(place) for place in _places(call)]
         self._watched: list[weakref.ref[Tensor]] = []
@@ -70,21 +77,32 @@ class Conditioning:
             return "an argument appeared or vanished"
         for name, known in self._single:
             if not known.is_still(call.argument(name)):
-                return f"{name} changed"
+                return self._changed(name, call)
         for name, knowns in self._nested:
             leaves = _leaves(name, call.argument(name))
             for (label, leaf), known in zip(leaves, knowns, strict=False):
                 if not known.is_still(leaf):
-                    return f"{label} changed"
+                    return self._changed(label, call)
             if len(leaves) != len(knowns):
                 return f"{name} changed in length"
         if self._places:
             self._watch_places(call)
         return None
 
-    def _known(self, value: Any) -> _Known:
-        held = weakref.ref(value, self._ended) if isinstance(value, Tensor) else value
+    def _known(self, label: str, value: Any) -> _Known:
+        held = value
+        if isinstance(value, Tensor) and label not in self._remade:
+            held = weakref.ref(value, self._ended)
         return _Known(held, _version(value))
+
+    def _changed(self, label: str, call: Call) -> str:
+        """The reason; where other tensors have come is remembered, in all places at once."""
+        for name, knowns in (*[(name, [known]) for name, known in self._single], *self._nested):
+            leaves = _leaves(name, call.argument(name))
+            for (place, leaf), known in zip(leaves, knowns, strict=False):
+                if isinstance(leaf, Tensor) and not known.is_still(leaf):
+                    self._remade.add(place)
+        return f"{label} changed"
 
     def _is_cast(self, latent: Any, layout: tuple[Any, ...]) -> bool:
         """Whether the latent changed in its dtype alone, by autocast, and so did the scheduler's
@@ -163,16 +181,25 @@ def _version(value: Any) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
+def _is_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same values; on a device this waits for it."""
+    return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
 class _Known(NamedTuple):
-    """A conditioning argument at the first call: a tensor by a weak reference and its version."""
+    """A conditioning argument at the first call: a tensor by a weak reference and its version, or
+    itself and its version where others of equal values may come."""
 
     held: Any
     version: int
 
     def is_still(self, value: Any) -> bool:
-        """Whether `value` is the same object, unwritten, or an equal number."""
+        """Whether `value` is the same object, unwritten, or an equal number; an equal tensor where
+        the first one is held."""
         if isinstance(value, Tensor):
             held = self.held
-            same = held.__class__ is weakref.ref and held() is value
-            return same and (value.is_inference() or value._version == self.version)
+            if (held() if held.__class__ is weakref.ref else held) is value:
+                return value.is_inference() or value._version == self.version
+            unwritten = isinstance(held, Tensor) and _version(held) == self.version
+            return unwritten and _is_equal(held, value)
         return value is self.held or (value.__class__ in _NUMBERS and value == self.held)

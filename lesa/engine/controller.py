@@ -59,6 +59,7 @@ class CacheController:
         self.counters = Counters(config.forecaster.name, config.resolved_tap)
         self._tables = StepTables(config)
         self._own = _Own()
+        self._remade: set[str] = set()  # what pipelines make anew at every step
         self.tap = _tap(config)
 
     def stats(self) -> Stats:
@@ -122,7 +123,9 @@ class CacheController:
         table = self._tables.of(step, _rows(call))
         if isinstance(table, str):
             return _Decision(None, reason=table)  # no other reason would change that
-        trajectory = self._own.trajectories[step.branch] = Trajectory(table, call, self.tap)
+        trajectory = self._own.trajectories[step.branch] = Trajectory(
+            table, call, self.tap, self._remade
+        )
         return _Decision(trajectory, reason=reason)
 
     def _recover(

@@ -138,14 +138,18 @@ class Trajectory:
         table: the coefficients of its steps.
         call: its first call.
         tap: which feature it caches.
+        remade: see `Conditioning`.
     """
 
-    def __init__(self, table: StepTable, call: Call, tap: FeatureTap) -> None:
+    def __init__(
+        self, table: StepTable, call: Call, tap: FeatureTap, remade: set[str] | None = None
+    ) -> None:
         self.origin = call.step.index
         self._table, self._tap = table, tap
         self._forecast: Forecast | None = None
         num_steps = self.origin + len(table.rows)
-        self._conditioning = Conditioning(call, num_steps, _releaser(self))
+        places = set() if remade is None else remade
+        self._conditioning = Conditioning(call, num_steps, places, _releaser(self))
 
     @property
     def ring(self) -> Ring | None:

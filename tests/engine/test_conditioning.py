@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 
 import pytest
@@ -51,12 +52,22 @@ NESTED = {
 
 
 @torch.no_grad()
-def loop(model, words, change=None, positional=False, steps=6, copied=False, residuals=False):
+def loop(
+    model,
+    words,
+    change=None,
+    positional=False,
+    steps=6,
+    copied=False,
+    residuals=False,
+    remade=False,
+):
     """The reasons of full steps in one run; `change(words)` after step 0."""
     before = dict(lesa.stats(model).fallbacks)
     latent = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(1))
     for index in range(steps):
         given = type(words)(words) if copied else words  # another container, the same parts
+        given = copy.deepcopy(given) if remade else given
         more = {"timestep": torch.tensor([1.0 - index / steps])}
         if residuals:
             more["residuals"] = [draw(), draw()]
@@ -92,6 +103,18 @@ def test_a_new_list_of_the_same_tensors_is_the_same_prompt(model):
     """As Z-Image makes one at every step."""
     assert loop(model, [draw(), draw()], copied=True) == {}
     assert lesa.stats(model).skipped == 4
+
+
+def test_a_prompt_that_is_made_anew_at_every_step(model):
+    """As AceStep and the first latent diffusion do: known from the second step on, for good."""
+    words = [draw(), {"a": draw()}]
+    assert loop(model, words, remade=True) == {"words changed": 1}
+    for _ in range(2):
+        assert loop(model, words, remade=True) == {}
+    assert loop(model, words, lambda w: w[0].mul_(2), remade=True) == {"words changed": 1}
+    assert loop(model, words, lambda w: w[0].mul_(2)) == {"words changed": 1}  # in place
+    assert loop(model, words, lambda w: w[1].update(a=w[1]["a"].double())) != {}
+    assert loop(model, words, remade=True) == loop(model, words) == {}
 
 
 def test_what_a_pipeline_makes_anew_at_every_step_is_no_prompt(model):
