@@ -198,8 +198,8 @@ class _Known(NamedTuple):
         the first one is held."""
         if isinstance(value, Tensor):
             held = self.held
-            if (held() if held.__class__ is weakref.ref else held) is value:
-                return value.is_inference() or value._version == self.version
-            unwritten = isinstance(held, Tensor) and _version(held) == self.version
-            return unwritten and _is_equal(held, value)
+            if isinstance(held, Tensor) and held is not value:
+                return _version(held) == self.version and _is_equal(held, value)
+            same = held is value or (held.__class__ is weakref.ref and held() is value)
+            return same and (value.is_inference() or value._version == self.version)
         return value is self.held or (value.__class__ in _NUMBERS and value == self.held)
