@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,7 +62,7 @@ def guarded(command: Function) -> Function:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
-            with _warnings_in_words():
+            with _warnings_in_words(), _no_empty_folders(kwargs):
                 return command(*args, **kwargs)
         except LesaError as error:
             complain(str(error))
@@ -79,6 +80,20 @@ def guarded(command: Function) -> Function:
             raise typer.Exit(INTERRUPTED) from None
 
     return wrapper  # type: ignore[return-value]
+
+
+@contextmanager
+def _no_empty_folders(options: dict[str, Any]) -> Iterator[None]:
+    """What fails leaves no empty folder that it has made for its results."""
+    places = [path for path in options.values() if isinstance(path, Path)]
+    missing = {way for path in places for way in (path, *path.parents) if not os.path.exists(way)}
+    try:
+        yield
+    except BaseException:
+        for folder in sorted(missing, key=lambda way: len(way.parts), reverse=True):
+            with suppress(OSError, ValueError):  # not there, a file, or not empty
+                folder.rmdir()
+        raise
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lesa.cli.requests import TrainRequest
 from lesa.cli.saved import look_at
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
+from lesa.hooks.scheduler_advice import other_size
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 
@@ -67,6 +68,9 @@ def _prepare(
     require_writable(request.out)
     check_json(request.json)
     pipe = request.load(settings, texts)
+    if (problem := other_size(pipe, "--height {0} --width {0}")) is not None:
+        size = ", ".join(f"{name}={settings.get(name)}" for name in ("height", "width"))
+        raise LesaError(f"{size}: training cannot follow its steps, {problem}")
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
     return pipe, settings, steps, counts
 

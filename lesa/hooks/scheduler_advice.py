@@ -59,9 +59,9 @@ def advice(pipe: Any) -> str | None:
     )
 
 
-def other_size(pipe: Any) -> str | None:
+def other_size(pipe: Any, written: str = "height={0}, width={0}") -> str | None:
     """The levels and the size to call a pipeline with, where the dynamic shift of the size that it
-    was called with has driven its levels to 1; else None."""
+    was called with has driven its levels to 1; else None. `written` is how one gives a size."""
     scheduler = getattr(pipe, "scheduler", None)
     levels, stays = _levels(scheduler)
     config = getattr(scheduler, "config", {})
@@ -72,7 +72,7 @@ def other_size(pipe: Any) -> str | None:
     if not isinstance(tokens, int) or not isinstance(factor, int):
         return f"{told}; pass a smaller height and width"
     side = 2 * factor * isqrt(tokens)  # a token is two by two latent pixels
-    return f"{told}; pass height={side}, width={side}, which it was made for, or near to it"
+    return f"{told}; pass {written.format(side)}, which it was made for, or near to it"
 
 
 def _levels(scheduler: Any) -> tuple[list[float], list[int]]:

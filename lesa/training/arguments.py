@@ -144,12 +144,13 @@ def check_seed(seed: int) -> int:
 
 def check_schedule(schedule: Schedule | None, num_inference_steps: Sequence[int]) -> None:
     """LesaError for what is no step list, or one of other numbers of steps."""
-    if schedule is not None and not isinstance(schedule, Schedule):
+    if schedule is None:
+        return
+    if not isinstance(schedule, Schedule):
         raise LesaError(
-            f"schedule={shown(schedule)}: not a Schedule; give one such as"
-            " lesa.Schedule.every(5), or none"
+            f"schedule={shown(schedule)}: not a Schedule; give one such as lesa.Schedule.every(5)"
         )
-    for count in num_inference_steps if schedule is not None else ():
+    for count in num_inference_steps:
         schedule.bind(count)
 
 

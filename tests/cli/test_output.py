@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from lesa import LesaForecaster, Schedule, __version__
+from lesa import LesaForecaster, Schedule, __version__, testbed
 from lesa.cli import app
 from lesa.cli.environment import cuda_in_words, environment, environment_table
 from lesa.cli.output import shown
@@ -60,6 +60,21 @@ def test_errors_hold_no_escape_sequences(tmp_path):
     assert result.exit_code == 2 and "\x1b" not in result.stderr and "[/y]" in result.stderr
     result = invoke("\x1b[31mgenerate")
     assert result.exit_code == 2 and "\x1b" not in result.stderr
+
+
+def test_training_at_a_size_that_no_step_can_be_followed_at(tmp_path):
+    """The default size of the embedded FLUX's class, once it is a folder: told with options before
+    any step runs, and no folder is left that was not there."""
+    testbed.load().save_pretrained(tmp_path / "own")
+    (tmp_path / "p.txt").write_text("a red circle")
+    (tmp_path / "there").mkdir()
+    line = "train", tmp_path / "own", "--prompts", tmp_path / "p.txt", "--full-steps", 4
+    for out in ("new/deep", "there"):
+        result = invoke(*line, "--num-inference-steps", 20, "--out", tmp_path / out)
+        told = result.stderr.splitlines()[-1]
+        assert told.startswith("lesa: height=None, width=None: training cannot follow its steps, ")
+        assert "1, 0: the shift of this size drives them to 1; pass --height 64 --width 64" in told
+    assert (tmp_path / "there").is_dir() and not (tmp_path / "new").exists()
 
 
 def test_what_a_terminal_would_obey_is_escaped():
