@@ -17,7 +17,7 @@ from lesa.forecasters.moments import interpolation
 
 REACH = 0.15  # distance of gaps, in their widths, at which fitted rows count 1 / e
 NOISE = 30.0  # energy of a cached feature's error over that of the forecasts before it
-COARSE = 3.0  # more trained steps in one of the run, at which forecasts count 1 / e
+COARSE = 1.5  # more fiftieths of the trained run in one step, at which forecasts count 1 / e
 FLOOR = 1e-5  # the least relative error of a regressor
 
 
@@ -136,12 +136,12 @@ def damped(
     of reuse's error that least squares without damping leaves. Wide gaps, which nobody can
     forecast, become reuse by themselves. The latent has the largest noise of a row.
 
-    A run of much longer steps than the trained one takes another path, of which its statistics say
-    little: where a step of the run is n trained ones, u = exp(-((n - 1) / COARSE)^2), else 1.
-    `trained_at` are the places of the S + 1 noise levels in the trained run, in steps.
+    A run of long steps takes another path, of which statistics say little: where one of its steps
+    is n fiftieths of the trained run, u = exp(-((n - 1) / COARSE)^2), else 1. `trained_at` are the
+    places of the S + 1 noise levels in the trained run, in its fiftieths.
 
-    NOISE and COARSE were chosen on lists of 5 to 13 full steps of 9 to 50 on embedded flux and
-    sdxl. `gram` is [S, S], or [2 S, 2 S] with the latents behind.
+    NOISE and COARSE were chosen on lists of 4 to 13 full steps of 9 to 100, on calibration prompts
+    of embedded flux and sdxl, so that no list was below reuse. `gram` is [S, S], or [2 S, 2 S] with the latents behind.
     """
     rows, noise = reuse(schedule, history + latent), {0: 0.0}
     base = rows.clone()

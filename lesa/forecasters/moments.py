@@ -48,9 +48,10 @@ class Moments(nn.Module):
         return basis @ used @ basis.T
 
     def places(self, levels: Sequence[float]) -> list[float]:
-        """Where noise levels lie in the run that was kept, in its steps; the last one stands for
-        all below."""
-        steps = torch.arange(len(self.levels), dtype=torch.float64, device="cpu")
+        """Where noise levels lie in the run that was kept, in fiftieths of its steps; the last one
+        stands for all below."""
+        count = len(self.levels)
+        steps = torch.arange(count, dtype=torch.float64, device="cpu") * (50 / count)
         return (interpolation(self.levels.tolist(), levels) @ steps).tolist()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
