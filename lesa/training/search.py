@@ -116,7 +116,7 @@ def climb(
             ((quality(candidate), candidate) for candidate in neighbours(best, num_steps, reach)),
             default=(score, best),
         )
-        if found[0] <= score + 1e-9:
+        if not found[0] > score + 1e-9:  # nor where a score is not a number
             return best, score
         score, best = found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -117,12 +119,27 @@ def test_a_training_that_goes_on_ends_in_the_same_weights(known, tmp_path):
 
 def test_continuing_with_other_prompts_or_settings_is_refused(pipe, tmp_path):
     collect(Job(pipe, captions(1), CALL, folder=tmp_path), STEPS)
-    for other in (
-        Job(pipe, captions(2, seed=9), CALL, folder=tmp_path),
-        Job(pipe, captions(1), {**CALL, "guidance_scale": 1.0}, folder=tmp_path),
+    for change, told in (
+        ({"prompts": captions(2, seed=9)}, r"^prompts=\['.*: statistics file .* with prompts=\["),
+        ({"call": {**CALL, "guidance_scale": 1.0}}, "^guidance_scale=1.0: .*guidance_scale="),
+        ({"seed": 4}, "^seed=4: statistics file .* was collected with seed=0; delete it or choose"),
     ):
-        with pytest.raises(LesaError, match="other prompts or settings"):
-            collect(other, STEPS)
+        given = {"prompts": captions(1), "call": CALL, "folder": tmp_path, **change}
+        with pytest.raises(LesaError, match=told):
+            collect(Job(pipe, **given), STEPS)
+    kept = Statistics.load(next(tmp_path.glob("*.safetensors")))
+    kept.depends_on = {}  # as a file of an older lesa
+    kept.save(tmp_path / f"statistics-{STEPS}.safetensors")
+    with pytest.raises(LesaError, match="^folder='.* with other settings or another pipeline; "):
+        collect(Job(pipe, captions(1), CALL, seed=4, folder=tmp_path), STEPS)
+
+
+def test_statistics_of_another_scheduler_are_not_taken(pipe, tmp_path):
+    collect(Job(pipe, captions(1), CALL, folder=tmp_path), STEPS)
+    other = copy.copy(pipe)
+    other.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=9.0)
+    with pytest.raises(LesaError, match=r"^scheduler config=.*: statistics file .*; delete it"):
+        collect(Job(other, captions(1), CALL, folder=tmp_path), STEPS)
 
 
 def test_open_loop_coefficients_are_least_squares(statistics):
@@ -283,3 +300,10 @@ def test_weights_hash_does_not_depend_on_dtype(pipe):
     with torch.no_grad():
         narrow.proj_out.weight[0, 0] += 1
     assert weights_hash(narrow) != weights_hash(pipe.transformer)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_search_whose_scores_are_no_numbers_ends(value):
+    assert climb((0, 2, 4), STEPS, lambda steps: value)[0] == (0, 2, 4)
+    worse = {(0, 2, 4): 1.0}
+    assert climb((0, 2, 4), STEPS, lambda steps: worse.get(steps, value))[0][0] == 0
