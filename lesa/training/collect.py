@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lesa.core.checks import shown
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.training.base_run import BaseRun
@@ -157,6 +158,7 @@ def _collect_rest(
             if found is None:
                 found = Statistics(collector.sigmas, job.tap, num_latents, rows)
                 found.setting = job.fingerprint(num_inference_steps)
+                found.depends_on = job.depends_on()
             found.extend(joint, [job.prompts[i] for i in batch])
             if path is not None:
                 found.save(path)
@@ -185,10 +187,21 @@ def _resumed(path: Path | None, job: Job, setting: str) -> Statistics | None:
         return None
     found = Statistics.load(path)
     known = len(found.prompts)
-    same = found.setting == setting and found.prompts == list(job.prompts[:known])
-    if not same or len(found.joint) != known * job.pictures:
-        raise LesaError(
-            f"statistics file {path} was collected with other prompts or settings: delete it or "
-            "choose another folder"
-        )
+    if found.setting != setting:
+        raise _other(path, found.depends_on, job.depends_on())
+    if found.prompts != list(job.prompts[:known]):
+        raise _other(path, {"prompts": shown(found.prompts)}, {"prompts": shown(job.prompts)})
+    if len(found.joint) != known * job.pictures:
+        raise _other(path, {}, {})
     return found
+
+
+def _other(path: Path, had: dict[str, str], has: dict[str, str]) -> LesaError:
+    """What was collected before differs in these settings; older files do not name theirs."""
+    names = [name for name in (*has, *had) if had.get(name) != has.get(name)] if had else []
+    now = ", ".join(f"{name}={has.get(name)}" for name in dict.fromkeys(names))
+    then = ", ".join(f"{name}={had.get(name)}" for name in dict.fromkeys(names))
+    return LesaError(
+        f"{now or 'folder=' + repr(str(path.parent))}: statistics file {path} was collected with "
+        f"{then or 'other settings or another pipeline'}; delete it or choose another folder"
+    )

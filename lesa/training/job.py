@@ -136,10 +136,20 @@ class Job:
 
     def fingerprint(self, num_inference_steps: int) -> str:
         """Short hash of everything but the prompts that statistics depend on."""
-        fields = {**self.call, "steps": num_inference_steps, "tap": self.tap, "seed": self.seed}
-        fields["weights"] = self._weights()
-        text = json.dumps(fields, sort_keys=True, default=_digest)
+        fields = {**self.depends_on(), "steps": num_inference_steps}
+        text = json.dumps(fields, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def depends_on(self) -> dict[str, str]:
+        """What the fingerprint is made of, by name, as short texts that can be compared."""
+        config = getattr(self.pipe.scheduler, "config", {})
+        levels = {name: value for name, value in config.items() if not name.startswith("_")}
+        found = {**self.call, "tap": self.tap, "seed": self.seed, "scheduler config": levels}
+        texts = {name: json.dumps(value, default=_digest) for name, value in found.items()}
+        texts = {name: t if len(t) < 60 else _short_hash(t) for name, t in texts.items()}
+        kinds = {"pipeline": type(self.pipe), "scheduler": type(self.pipe.scheduler)}
+        texts |= {name: kind.__name__ for name, kind in kinds.items()}
+        return {**texts, "weights": self._weights()}
 
     def _weights(self) -> str:
         return "+".join(map(weights_hash, self.models))
@@ -215,3 +225,7 @@ def _digest(value: Any) -> str:
     if not isinstance(value, torch.Tensor):
         return type(value).__name__
     return hashlib.sha256(value.detach().cpu().double().numpy().tobytes()).hexdigest()
+
+
+def _short_hash(text: str) -> str:
+    return f"one of sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"

@@ -35,7 +35,8 @@ class Statistics:
     the constant; ``joint`` is [P, M, M], float64 on the host, mean over elements. ``num_latents``
     is T + 1, or T without the final latent, or 0 (hidden tap, or a latent of another shape). Any
     forecast that is linear in this basis has the squared error c^T G c. Additive over pictures, so
-    that machines can collect apart and concatenate. ``probed`` is the sampler where this basis
+    that machines can collect apart and concatenate. ``setting`` is a hash of what it was collected
+    with, which ``depends_on`` names. ``probed`` is the sampler where this basis
     cannot tell it (hidden tap).
 
     Fits see one branch at a time, in the basis (v_0 .. v_{T-1}, x_0 .. x_{T-1}, 1): the rows of a
@@ -50,6 +51,7 @@ class Statistics:
     joint: Tensor = field(default_factory=lambda: torch.empty(0))
     prompts: list[str] = field(default_factory=list)
     setting: str = ""
+    depends_on: dict[str, str] = field(default_factory=dict)
     probed: Sampler | None = None
 
     @property
@@ -160,6 +162,7 @@ class Statistics:
             "rows": self.rows,
             "prompts": self.prompts,
             "setting": self.setting,
+            "depends_on": self.depends_on,
         }
         content = tensors_to_bytes(tensors, metadata={"lesa": json.dumps(meta)})
         write_atomically(path, content)

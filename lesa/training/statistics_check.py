@@ -30,7 +30,8 @@ _META = schema.fields(
         "rows": schema.table_of(schema.whole_number(1, 64), 16),
         "prompts": schema.items(schema.text(1_000_000), 1, 1_000_000),
         "setting": schema.text(),
-    }
+    },
+    {"depends_on": schema.table_of(schema.text(), 1000)},
 )
 
 
