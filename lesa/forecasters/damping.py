@@ -141,7 +141,8 @@ def damped(
     places of the S + 1 noise levels in the trained run, in its fiftieths.
 
     NOISE and COARSE were chosen on lists of 4 to 13 full steps of 9 to 100, on calibration prompts
-    of embedded flux and sdxl, so that no list was below reuse. `gram` is [S, S], or [2 S, 2 S] with the latents behind.
+    of embedded flux and sdxl, so that no list was below reuse. `gram` is [S, S], or [2 S, 2 S] with
+    the latents behind.
     """
     rows, noise = reuse(schedule, history + latent), {0: 0.0}
     base = rows.clone()
