@@ -134,16 +134,7 @@ def load_forecaster(name: str) -> Any:
     """
     from lesa.forecasters.named import named
 
-    try:
-        return named(name)
-    except LesaError as error:
-        raise _of_forecaster(name, error) from None
-
-
-def _of_forecaster(name: str, error: LesaError) -> LesaError:
-    """The error with the option in front, where it does not begin with it."""
-    text = str(error)
-    return LesaError(text if text.startswith("forecaster=") else f"forecaster={name!r}: {text}")
+    return named(name)
 
 
 def quieten() -> None:

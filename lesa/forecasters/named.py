@@ -32,11 +32,18 @@ def named(source: str | os.PathLike[str], revision: str | None = None) -> Foreca
             return method()
         if not is_hub_id(source) and not os.path.exists(source) and os.sep not in source:
             raise _unknown(source)
-    return LesaForecaster.from_pretrained(source, revision=revision)
+    try:
+        return LesaForecaster.from_pretrained(source, revision=revision)
+    except LesaError as error:
+        if str(error).startswith(("source=", "revision=")):
+            raise
+        raise LesaError(f"forecaster={str(source)!r}: {error}") from None
 
 
 def _unknown(name: str) -> LesaError:
-    near = get_close_matches(name, METHODS, 1)
+    if "," in name:
+        return LesaError(f"forecaster={name!r}: several names; give one")
+    near = get_close_matches(name.lower(), METHODS, 1)
     meant = f"did you mean {near[0]!r}? Else give" if near else "give"
     return LesaError(
         f"forecaster={name!r}: neither a folder nor a known method; {meant} the folder or Hub id "
