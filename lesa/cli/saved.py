@@ -11,6 +11,7 @@ from typing import Any
 from lesa.cli.inputs import TESTBED, embedded_name, first_line, quieten
 from lesa.cli.names import did_you_mean
 from lesa.errors import LesaError
+from lesa.forecasters.source import from_hub
 from lesa.util.files import read_file
 from lesa.util.strict_json import parse_json
 
@@ -72,13 +73,12 @@ def _local(name: str) -> dict[str, Any]:
 
 
 def _hub(name: str) -> dict[str, Any]:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     found: dict[str, Any] = {}
     for file in (_INDEX, _SCHEDULER):
         try:
-            found[file] = _read(Path(hf_hub_download(name, file)))
+            found[file] = _read(from_hub(name, file))
         except (OSError, ValueError, EntryNotFoundError) as error:
             here = isinstance(error, EntryNotFoundError)
             if file == _SCHEDULER and here and not isinstance(error, LocalEntryNotFoundError):

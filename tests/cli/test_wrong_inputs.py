@@ -64,7 +64,7 @@ WRONG = [
     # forecasters and methods
     (GENERATE + " --forecaster taylr-1 --full-steps 9", "'taylr-1': neither a folder", "fora, tay"),
     (GENERATE + " --forecaster {folder} --full-steps 9", "config.json cannot be read (", "; give"),
-    (GENERATE + " --forecaster {p}", "forecaster='", "config.json cannot be read (", "; give"),
+    (GENERATE + " --forecaster {p}", "forecaster='", ".txt' is a file; give the folder that it is"),
     ("generate flux --prompts {p} --out a\0b", "out='a\\x00b': embedded null byte; see"),
     (GENERATE + " --full-steps 9", "full-steps=9: it needs a forecaster; give --forecaster too"),
     (GENERATE + " --interval 5", "interval=5: it needs a forecaster; give --forecaster too"),
@@ -239,7 +239,7 @@ def test_a_pipeline_of_the_hub_is_looked_at_too(tmp_path, places, monkeypatch):
 
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
 
-    def download(repo: str, file: str) -> str:
+    def download(repo: str, file: str, **_) -> str:
         assert repo == "owner/name"
         if not (tmp_path / file).exists():
             raise EntryNotFoundError(f"404: {file}")

@@ -194,10 +194,11 @@ def hub(saved, monkeypatch, tmp_path):
     _, folder = saved
     asked = []
 
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, **_):
         asked.append((repo, name, revision))
         return shutil.copy(folder / name, tmp_path / name)
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     return asked
 
@@ -213,9 +214,10 @@ def test_hub_id_downloads_the_two_files(hub, revision):
 
 
 def test_hub_failure_is_one_sentence(monkeypatch):
-    def download(repo, name, revision=None):
+    def download(repo, name, revision=None, **_):
         raise OSError("Offline mode is on.\nmore lines")
 
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     with pytest.raises(LesaError, match="'owner/none' is not a folder here.*Offline mode is on"):
         LesaForecaster.from_pretrained("owner/none")
