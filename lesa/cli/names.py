@@ -24,5 +24,7 @@ def choose(name: str, known: Iterable[str], field: str, *, what: str = "unknown"
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ ", did you mean a or b?" for a slip of the keyboard, else nothing."""
-    near = get_close_matches(name.lower(), list(known), 2, 0.6)
+    names = list(known)
+    same = [other for other in names if other.lower() == name.lower()]
+    near = same or get_close_matches(name.lower(), names, 2, 0.6)
     return f", did you mean {' or '.join(near)}" if near else ""

@@ -81,7 +81,8 @@ def _read(request: CompareRequest) -> _Inputs:
     request.check_target()
     if request.report is not None:
         require_writable(request.report, "report")
-    check_methods(request.methods, Bench(steps, forecaster=forecaster))
+    bench = Bench(steps, saved.outline(), calibration=others, forecaster=forecaster)
+    check_methods(request.methods, bench)
     judges = [named(name, request.device or default_device()) for name in request.judge or ()]
     return _Inputs(settings, counts, texts, others, forecaster, judges)
 
@@ -130,16 +131,20 @@ def _show(result: Comparison, report: Path | None, console: Console) -> None:
 
 
 def check_methods(methods: str, bench: Bench) -> None:
-    """Raises LesaError for what is wrong with the names whatever the pipeline is."""
-    from lesa.evaluation.methods import NAMES, PEERS, parse
+    """Raises LesaError for what is wrong with the names whatever weights the pipeline has.
+
+    bench: its pipeline is the saved one's outline, or None.
+    """
+    from lesa.evaluation.methods import BY_CLASS, NAMES, PEERS, parse
     from lesa.forecasters.published import canonical
 
     names = [canonical(name.strip()) for name in methods.split(",") if name.strip()]
     for name in names:
         choose(name, ["all", *NAMES], "methods")
-    doubtful = [name for name in names if name not in PEERS]
-    if names != ["all"] and (doubtful or not names):
-        parse(doubtful or methods, bench)
+    by_class = BY_CLASS if bench.pipe is not None else ()
+    told = [name for name in names if name not in PEERS or name in by_class]
+    if names != ["all"] and (told or not names):
+        parse(methods if "all" in names or not names else told, bench)
 
 
 def calibration_prompts(

@@ -38,6 +38,16 @@ class Saved:
         if self.denoiser is not None and hasattr(forecaster, "check_model"):
             forecaster.check_model(self.denoiser)
 
+    def outline(self) -> Any:
+        """A pipeline of the same classes by name, without weights, for questions that these answer;
+        None where they are not known."""
+        if self.kind is None or self.denoiser is None:
+            return None
+        from torch import nn
+
+        part = "unet" if "UNet" in self.denoiser else "transformer"
+        return type(self.kind.__name__, (), {part: type(self.denoiser, (nn.Module,), {})()})()
+
 
 def look_at(name: str) -> Saved:
     """What a pipeline is, by its name on the command line.

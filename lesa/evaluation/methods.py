@@ -32,6 +32,8 @@ PEERS: dict[str, Peer] = {
     **DISTILLED,
 }
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
+# Those whose `unfit` looks at the classes of a pipeline and its denoiser alone.
+BY_CLASS: tuple[str, ...] = (*UNETS, *ADAPTIVE, *TOKENWISE, *DISTILLED)
 
 
 def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:
@@ -44,6 +46,8 @@ def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:
     if wanted == ["all"]:
         missing = left_out(NAMES, bench)
         return tuple(name for name in NAMES if name not in missing)
+    if "all" in wanted:
+        raise LesaError(f"methods={names!r}: all stands alone; give all, or names without it")
     for name in wanted:
         if name not in NAMES:
             raise LesaError(f"methods={name!r}: unknown; choose all, or from {', '.join(NAMES)}")
