@@ -78,7 +78,9 @@ class CacheController:
         call, trajectory = None, None
         try:
             try:
-                call = Call(denoiser, denoiser.clock.tick(kwargs), args, kwargs)
+                call = Call(
+                    denoiser, denoiser.clock.tick(denoiser.named(args, kwargs)), args, kwargs
+                )
                 trajectory, skip, reason = self._decide(call)
                 if skip:
                     assert trajectory is not None

@@ -153,6 +153,10 @@ class Denoiser:
         position = self._position.get(name, len(args))
         return args[position] if position < len(args) else None
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of a call by name."""
+        return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
+
     def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The current latent in this call."""
         return self.argument(self.spec.latent, args, kwargs)

@@ -19,15 +19,18 @@ class Position:
         index: the step.
         standing: whether the scheduler has not moved since the run began: that is so at its first
             step, and where copies of the scheduler are stepped in its place.
+
+    Args:
+        kwargs: the arguments of its first call by name.
     """
 
-    __slots__ = ("_calls", "_last_time", "_mark", "index", "standing")
+    __slots__ = ("_calls", "_first_time", "_last_time", "_mark", "index", "standing")
 
-    def __init__(self) -> None:
+    def __init__(self, kwargs: Mapping[str, Any] | None = None) -> None:
         self.index = 0
         self.standing = True
         self._calls: dict[str, int] = {}
-        self._last_time: float | None = None
+        self._first_time = self._last_time = _time_of(kwargs)
         self._mark: Any = None
 
     def find(
@@ -72,14 +75,17 @@ class Position:
     def is_over(
         self, scheduler: Any, generation: Generation, index: int, kwargs: Mapping[str, Any] | None
     ) -> bool:
-        """Whether a loop that no scheduler follows has begun anew: too many steps, or the time
-        rose."""
-        if scheduler is not None:
-            return not generation.counting and index >= generation.num_steps
-        time = _time_of(kwargs)
-        rises = time is not None and self._last_time is not None and time > self._last_time
+        """Whether a loop whose steps are counted has begun anew: the time of its first step came
+        again or, without a scheduler, the time rose or there were too many steps."""
+        if scheduler is not None and not generation.counting:
+            return index >= generation.num_steps
+        time, last, times = _time_of(kwargs), self._last_time, generation.times
         self._last_time = time
-        return rises or index >= generation.num_steps
+        again = time is not None and time == self._first_time and index > 0
+        if again and (index >= len(times) or times[index] != times[0]):
+            return True
+        rises = time is not None and last is not None and time > last
+        return scheduler is None and (rises or index >= generation.num_steps)
 
     def count(self, index: int, name: str) -> int:
         """Go to `index`; how many calls in the branch `name` there were at it before this one."""

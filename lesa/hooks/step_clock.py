@@ -51,8 +51,9 @@ class StepClock:
     `num_inference_steps`); the step index of that pipeline's scheduler (looked up at every call) or
     of `scheduler`; while that stands still, the time that the pipeline or the call tells; the
     number of calls since the generation began. A generation begins with a run, when
-    `scheduler.timesteps` is a new object, when the step goes backwards or, without a scheduler,
-    after `num_steps` steps or when a `timestep` that lies on the CPU rises.
+    `scheduler.timesteps` is a new object, when the step goes backwards or, where steps are counted,
+    when the `timestep` of the first one comes again; without a scheduler also after `num_steps`
+    steps, or when it rises. A `timestep` is looked at where it lies on the CPU.
 
     Args:
         pipe: the pipeline whose loop calls the model, if that is no `__call__` of a pipeline.
@@ -115,7 +116,8 @@ class StepClock:
         return BranchContext(self._branch, name, fields, inner)
 
     def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
-        """Step of the call that is about to run; to be asked exactly once per call.
+        """Step of the call that is about to run, whose arguments by name are `kwargs`; to be asked
+        exactly once per call.
 
         Raises:
             RunError: a generation begins with a scheduler of no known order.
@@ -179,7 +181,7 @@ class StepClock:
         kwargs: Mapping[str, Any] | None,
     ) -> Generation:
         """A run's next generation, at its first step."""
-        run.generation, run.position = None, Position()
+        run.generation, run.position = None, Position(kwargs)
         given = self._branch.fields.get("num_inference_steps")
         calling = pipe is not None and run.pipe is not None
         names = self._callers.names() if calling else {}

@@ -153,10 +153,10 @@ def test_counting_with_branches_and_a_restart():
     clock = StepClock(num_steps=3)
     seen = []
     for _ in range(2):
-        for _ in range(3):
+        for time in (0.9, 0.6, 0.3):
             for name in ("cond", "uncond"):
                 with clock.context(name, {}):
-                    step = clock.tick({"timestep": torch.tensor([0.5])})
+                    step = clock.tick({"timestep": torch.tensor([time])})
                 seen.append((step.index, step.branch, step.fresh))
     once = [(i, name, False) for i in range(3) for name in ("cond", "uncond")]
     once[0] = (0, "cond", True)
@@ -170,6 +170,19 @@ def test_counting_sees_a_rising_time_after_an_interrupted_loop():
         clock.tick({"timestep": torch.tensor([time])})
     step = clock.tick({"timestep": torch.tensor([1.0])})
     assert (step.index, step.fresh) == (0, True)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("own", [True, False], ids=["own levels", "scheduler"])
+def test_counting_sees_the_first_time_come_again(own, steps):
+    """After an interrupted loop, or a whole one, whose times were set once for all."""
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    clock = StepClock(num_steps=3) if own else StepClock(scheduler=scheduler)
+    for time in scheduler.timesteps[:steps]:
+        clock.tick({"timestep": time})
+    found = [clock.tick({"timestep": time}) for time in scheduler.timesteps]
+    assert [(step.index, step.fresh) for step in found] == [(0, True), (1, False), (2, False)]
 
 
 def test_a_scheduler_without_a_step_index_is_counted():

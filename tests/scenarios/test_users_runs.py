@@ -221,6 +221,32 @@ def test_a_bare_call_between_two_runs():
     assert torch.equal(run(pipe, call()), expected)
 
 
+@torch.no_grad()
+def ddim_loop(model, call, scheduler, seed, end=None):
+    """A loop of one's own over times that were set before, with arguments by place."""
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    added = {"text_embeds": call["pooled_prompt_embeds"], "time_ids": torch.ones(1, 6)}
+    for time in scheduler.timesteps[:end]:
+        noise = model(latent, time, call["prompt_embeds"], added_cond_kwargs=added)[0]
+        latent = scheduler.step(noise, time, latent).prev_sample
+    return latent
+
+
+def test_a_counted_loop_of_ones_own_that_broke_off():
+    """DDIM has no step index, and nothing but the time tells that the loop begins anew."""
+    pipe, call = build("sdxl")
+    scheduler = diffusers.DDIMScheduler()
+    scheduler.set_timesteps(6)
+    config = LesaConfig(Taylor(1), schedule=THIRD, scheduler=scheduler)
+    lesa.apply_lesa_cache(pipe.unet, config)
+    arguments = call()
+    expected = ddim_loop(pipe.unet, arguments, scheduler, 2)
+    for end in (1, 2, 4, None):
+        ddim_loop(pipe.unet, arguments, scheduler, 1, end)
+        assert torch.equal(ddim_loop(pipe.unet, arguments, scheduler, 2), expected)
+    assert lesa.stats(pipe).fallbacks == {}
+
+
 def partial_of(pipe):
     return functools.partial(pipe.__call__, return_dict=False)
 
