@@ -200,7 +200,11 @@ class Noticed:
 
 
 class _Alias(type):
-    """A class that equals the one it stands in for: `from_pipe` asks `type(model) in expected`."""
+    """A class that equals the one it stands in for: `from_pipe` asks `type(model) in expected`.
+    What is made with it, as by `type(model).from_config`, is of that class."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return cls.__dict__["_lesa_original"](*args, **kwargs)
 
     def __eq__(cls, other: object) -> bool:
         return other is cls or other is cls.__dict__.get("_lesa_original")

@@ -246,6 +246,18 @@ def test_offload(name, first):
     assert torch.equal(run(pipe, call()), expected)
 
 
+def test_a_new_model_of_the_class_of_an_accelerated_one_is_plain(flux):
+    pipe, call = flux
+    kind, accelerated = type(pipe.transformer), run(pipe, call())
+    model = kind.from_config(pipe.transformer.config).eval()
+    model.load_state_dict(pipe.transformer.state_dict())
+    assert type(model) is diffusers.FluxTransformer2DModel
+    again, _ = build("flux")
+    again.transformer = model
+    assert torch.equal(run(again, call()), plain(pipe, call()))
+    assert torch.equal(run(pipe, call()), accelerated)
+
+
 def test_saving_while_enabled(flux, tmp_path):
     pipe, call = flux
     expected = plain(pipe, call())
