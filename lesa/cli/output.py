@@ -116,14 +116,26 @@ def _warnings_in_words() -> Iterator[None]:
 
 
 def _too_small(error: BaseException, options: dict[str, Any]) -> str:
-    """What to do about a device without enough memory, by the options that the command has."""
-    known = [name for name in ("batch_size", "height", "width", "frames") if name in options]
-    lower = [f"lower {', '.join('--' + name.replace('_', '-') for name in known)}"] * bool(known)
-    narrow = ["give --dtype bfloat16"] * ("dtype" in options)
-    remedies = " or ".join([*lower, *narrow, "take a larger device"])
-    named = options.get("device")
+    """What to do about a device without enough memory, by those options that the command has and
+    that have an effect: frames where they were given."""
+    from lesa.cli.inputs import default_device
+
+    known = ["batch_size", "height", "width", *["frames"] * (options.get("frames") is not None)]
+    known = [f"--{name.replace('_', '-')}" for name in known if name in options]
+    narrow = "dtype" in options and options["dtype"] is None and not _embedded(options)
+    remedies = [f"lower {', '.join(known)}"] * bool(known) + ["give --dtype bfloat16"] * narrow
+    named = options.get("device") or default_device()
     reason = (str(error).strip() or "out of memory").splitlines()[0][:200].rstrip(" .")
-    return f"device={named!r}: it has too little memory ({reason}); {remedies}"
+    listed = " or ".join([*remedies, "take a larger device"])
+    return f"device={named!r}: it has too little memory ({reason}); {listed}"
+
+
+def _embedded(options: dict[str, Any]) -> bool:
+    """Whether the pipeline is an embedded one, which has one dtype."""
+    from lesa.cli.inputs import embedded_name
+
+    name = options.get("pipeline") or options.get("pipeline_option")
+    return name is not None and embedded_name(name) is not None
 
 
 def complain(sentence: str) -> None:

@@ -18,7 +18,7 @@ from lesa import Schedule, Taylor, testbed
 from lesa.api import find_denoiser
 from lesa.cli import app, full_step
 from lesa.cli.full_step import FullStep, attention_backends, compile_blocks, set_attention, why_not
-from lesa.cli.inputs import load_pipeline
+from lesa.cli.inputs import default_device, load_pipeline
 
 STEPS = ("--num-inference-steps", "4")
 OTHER = "_native_math"  # another way through attention that a CPU has too
@@ -224,7 +224,7 @@ def test_a_backend_that_the_denoiser_cannot_run_with(prompts, tmp_path, monkeypa
     given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS)
     line = refused("generate", "testbed", *given, "--attention-backend", OTHER)
     assert "FluxPipeline cannot run with it here (attn_mask is not supported); choose" in line
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,14 @@ def test_a_device_that_is_too_small(error, options, prompts, tmp_path, monkeypat
         raise error
 
     monkeypatch.setattr("lesa.hooks.timed_run.generate", full)
-    given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS, "--device", "cpu", *options)
+    given = ("--prompts", prompts, "--out", tmp_path / "out", *STEPS, *options)
     line = refused("generate", "testbed", *given)
-    assert line.startswith("lesa: device='cpu': it has too little memory (")
-    assert (
-        "lower --batch-size, --height, --width, --frames or give --dtype bfloat16 or take" in line
-    )
-    assert list((tmp_path / "out").iterdir()) == []
+    assert line.startswith(f"lesa: device={default_device()!r}: it has too little memory (")
+    assert "; lower --batch-size, --height, --width or take a larger device" in line
+    testbed.load().save_pretrained(tmp_path / "own")
+    own = ("generate", tmp_path / "own", *given, "--height", 64, "--width", 64)
+    assert "--width or give --dtype bfloat16 or take" in refused(*own)
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_error_is_not_taken_for_a_small_device(prompts, tmp_path, monkeypatch):
