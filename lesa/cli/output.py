@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,7 +43,15 @@ class JsonCommand(TyperCommand):
             named = following.endswith(".json") if positional else not following.startswith("-")
             if arg == "--json" and not named and args[at + 1 : at + 2] != ["-"]:
                 completed.append("-")
-        return super().parse_args(ctx, completed)
+        try:
+            return super().parse_args(ctx, completed)
+        except Exception as error:  # of typer's own copy of click
+            for option, name in pairwise(args):
+                if option == "--json" and f"({name})" in str(error):
+                    raise LesaError(
+                        f"json={name!r}: no name of a JSON file; give one that ends in .json"
+                    ) from None
+            raise
 
 
 def refuse_empty(args: Sequence[str]) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lesa.core.checks import MOST_STEPS, whole
 from lesa.core.forecaster import Tap
 from lesa.core.schedule import check_count
 from lesa.engine.ring import Ring
@@ -66,6 +67,7 @@ def flops_rows(
     row = published(model)
     size = row.size.changed(height, width, frames)
     steps = row.num_steps if num_steps is None else num_steps
+    whole("num-inference-steps", steps, 1, MOST_STEPS)
     default = [count for count in row.full_steps if count < steps] or [max(1, steps // 5)]
     counts = default if full_steps is None else list(full_steps)
     for count in counts:

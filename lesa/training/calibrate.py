@@ -53,7 +53,7 @@ class Calibrator:
             for plan in plans
             for drift, shrinkage in pairs
         ]
-        with self.job.phase("closed-loop fit", self._rows(rollouts)) as bar:
+        with self.job.phase("fit on accelerated runs", self._rows(rollouts)) as bar:
             self._run(rollouts)
             bar.detail = f"{len(plans)} step lists x {len(pairs)} settings, {self._steps} steps"
         return [
@@ -112,10 +112,11 @@ class Calibrator:
                 shared = result.shared.get(branch)
                 known = (rows, None) if shared is None else (shared, rows)
                 self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
+            full = ", ".join(map(str, spec.schedule.full_steps))
             self.job.progress.line(
-                f"fitted: full steps {spec.schedule.full_steps} of {spec.schedule.steps}, "
-                f"latent {result.score.mean():.1f} dB mean, {result.score.quantile(0.1):.1f} dB "
-                f"10th percentile, beta {spec.drift}, shrinkage {spec.shrinkage}"
+                f"fitted: {len(spec.schedule.full_steps)} of {spec.schedule.steps} steps in full "
+                f"({full}): final latents {result.score.mean():.1f} dB mean, "
+                f"{result.score.quantile(0.1):.1f} dB p10 above their error against the plain run"
             )
 
     def _run(self, rollouts: Sequence[Rollout]) -> None:

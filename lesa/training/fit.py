@@ -84,7 +84,7 @@ def fit_continuous(
         drawn = draw_steps(source.num_steps, forecaster.settings.history, batch, generator)
         return _drawn_error(forecaster, source.sigmas, branch, gram, drawn)
 
-    title, net = "ground-truth fit", forecaster.net
+    title, net = "fit on plain runs", forecaster.net
     losses = minimise(net, loss, title, progress, iterations=iterations, lr=lr, betas=(0.9, 0.99))
     return _smooth(losses)
 
@@ -158,7 +158,7 @@ def fit_paper(
     net = forecaster.net
     assert isinstance(net, PaperForm)
     base = {branch: statistics.mean(branch) for branch in statistics.branches}
-    epochs = [("ground-truth fit", False, lr)] + 2 * [("closed-loop fit", True, lr / 4)]
+    epochs = [("fit on plain runs", False, lr)] + 2 * [("fit on forecasts", True, lr / 4)]
     results = []
     for title, unrolled, rate in epochs:
         grams, visited = base, None

@@ -59,6 +59,7 @@ WRONG = [
     ("demo --out {p}", "cannot write into the folder (", "another folder"),
     (COMPARE + " --report {p}", "report=", "cannot write into the folder ("),
     (GENERATE + " --json {json_folder}", "json=", "it is a folder; give a file name"),
+    (GENERATE + " --json {p}", "json='", ".txt': no name of a JSON file; give one that e"),
     (TRAIN + " --json {p}/facts.json", "json=", "cannot write into the folder ("),
     ("inspect {folder} --json {json_folder}", "json=", "it is a folder; give a file name"),
     # forecasters and methods
@@ -99,6 +100,7 @@ WRONG = [
     (TRAIN + " --full-steps ", "full-steps='': it is empty; give a value"),
     (COMPARE + " --full-steps 10,,8", "full-steps='10,,8': not a list of whole numbers; write"),
     ("compare --flops-only --model flux.1-dev --full-steps 10,10", "10 is there twice; give each"),
+    ("compare --flops-only --model sdxl --num-inference-steps 99999999", "=99999999: above 100000"),
     # what the options themselves refuse
     (GENERATE + " --full-steps ten", "full-steps='ten': not a whole number; give one"),
     (GENERATE + " --guidance-scale high", "guidance-scale='high': not a number; give one"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from training_jobs import STEPS, make
 import lesa
 from lesa.errors import LesaError
 from lesa.training.arguments import checked_prompts, sorted_arguments
+from lesa.util.progress import Progress
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +107,14 @@ def test_call_settings_and_more_are_sorted_by_name(idle):
 
 def test_settings_and_more_train_the_same_forecaster():
     pipe, call = make("sdxl")
-    options = dict(form="table", refine=0, polish=0, call=call, progress=False)
+    told = Progress(quiet=True)
+    options = dict(form="table", refine=0, polish=0, call=call, progress=told)
     one = lesa.train(pipe, None, STEPS, 3, settings={"history": 2}, **options)
     other = lesa.train(pipe, None, STEPS, 3, history=2, **options)
     (first,), (second,) = one.calibrations, other.calibrations
     assert one.settings == other.settings and one.settings.history == 2
     assert first.schedule == second.schedule
+    full = ", ".join(map(str, first.schedule.full_steps))
+    sentence = rf"fitted: 3 of {STEPS} steps in full \({full}\): final latents [\d.]+ dB mean, "
+    assert any(re.match(sentence + r"[\d.]+ dB p10 above their error", line) for line in told.lines)
     assert all(torch.equal(rows, second.rows[name]) for name, rows in first.rows.items())
