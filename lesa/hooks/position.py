@@ -82,7 +82,8 @@ class Position:
         time, last, times = _time_of(kwargs), self._last_time, generation.times
         self._last_time = time
         again = time is not None and time == self._first_time and index > 0
-        if again and (index >= len(times) or times[index] != times[0]):
+        # Without known times a loop may pass the same one at all steps.
+        if again and (times[index] != times[0] if index < len(times) else last != time):
             return True
         rises = time is not None and last is not None and time > last
         return scheduler is None and (rises or index >= generation.num_steps)

@@ -404,3 +404,11 @@ def test_timesteps_on_a_device_are_read_once(reads):
     for _ in range(2):
         assert noise_levels(scheduler, 0, 5) == noise_levels(plain, 0, 5)
     assert reads() == 1
+
+
+def test_a_loop_that_passes_one_time_at_all_steps_goes_on():
+    clock = StepClock(num_steps=4)
+    told = [clock.tick({"timestep": torch.tensor([7.0])}) for _ in range(8)]
+    assert [(step.index, step.fresh) for step in told] == [
+        (index, index == 0) for _ in range(2) for index in range(4)
+    ]
