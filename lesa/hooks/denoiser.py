@@ -16,7 +16,7 @@ from torch import nn
 from lesa.errors import LesaError
 from lesa.hooks.class_swap import ControlListener, Slot, Swapped
 from lesa.hooks.model_specs import ModelSpec
-from lesa.hooks.pipeline_state import control_scale, controls_of
+from lesa.hooks.pipeline_state import control_parts, control_scale, controls_of
 from lesa.hooks.step_clock import Step, StepClock
 from lesa.util.forks import renew_in_children
 
@@ -108,6 +108,7 @@ class Denoiser:
         self.names = tuple(inspect.signature(type(core_of(model)).forward).parameters)[1:]
         self._position = {name: position for position, name in enumerate(self.names)}
         self._controls: list[ControlListener] = []
+        self._control_parts: tuple[Any, dict[str, int]] = lambda: None, {}
 
     def renew(self) -> None:
         """In a forked process: the slot and the turn are free."""
@@ -128,14 +129,29 @@ class Denoiser:
         if self._merged_at != self.revision:
             self._merged_at, self._merged = self.revision, _merged_adapters(self.model)
         scales = [control.scale for control in self._controls] if self._controls else ()
-        return (self.revision, len(self._merged), *[s for s in scales if s is not None])
+        replaced = bool(self._controls) and self._is_control_replaced()
+        return (self.revision, len(self._merged), replaced, *[s for s in scales if s is not None])
+
+    def _is_control_replaced(self) -> bool:
+        """Whether the pipeline that was watched last holds other ControlNets than then."""
+        known, parts = self._control_parts
+        pipe = known()
+        return pipe is not None and any(
+            id(getattr(pipe, name, None)) != part for name, part in parts.items()
+        )
 
     def watch(self, pipe: Any, names: Mapping[str, Any] | None = None) -> None:
-        """Take note of the scales of the pipeline's ControlNets, if it has any.
+        """Take note of the pipeline's ControlNets and their scales, if it has any.
 
         `names` are the local variables of its call where that is at work: they tell the scale of a
         step at which the ControlNet has run already.
         """
+        parts = control_parts(pipe)
+        if parts:
+            self._control_parts = (
+                weakref.ref(pipe),
+                {name: id(part) for name, part in parts.items()},
+            )
         for control in controls_of(pipe):
             if not any(known.is_on(control) for known in self._controls):
                 self._controls.append(ControlListener(control, control_scale(names or {})))

@@ -10,6 +10,7 @@ import torch
 from lesa.errors import RunError
 
 __all__ = [
+    "control_parts",
     "control_scale",
     "controls_of",
     "executed_steps",
@@ -111,11 +112,23 @@ def pictures_of(names: Mapping[str, Any]) -> int:
 
 def controls_of(pipe: Any) -> Iterator[torch.nn.Module]:
     """The ControlNets that a pipeline holds now, under whatever name, one or several."""
-    for name, part in vars(pipe).items() if hasattr(pipe, "__dict__") else ():
-        for module in part if isinstance(part, (list, tuple)) else (part,):
-            named = "controlnet" in name or "ControlNet" in type(module).__name__
-            if named and isinstance(module, torch.nn.Module):
-                yield module
+    for part in control_parts(pipe).values():
+        yield from part if isinstance(part, (list, tuple)) else (part,)
+
+
+def control_parts(pipe: Any) -> dict[str, Any]:
+    """The attributes of a pipeline that hold its ControlNets."""
+    return {
+        name: part
+        for name, part in (vars(pipe).items() if hasattr(pipe, "__dict__") else ())
+        if _is_control(name, part)
+    }
+
+
+def _is_control(name: str, part: Any) -> bool:
+    modules = part if isinstance(part, (list, tuple)) else (part,)
+    named = "controlnet" in name or any("ControlNet" in type(each).__name__ for each in modules)
+    return named and bool(modules) and all(isinstance(each, torch.nn.Module) for each in modules)
 
 
 def control_scale(names: Mapping[str, Any]) -> Any:
