@@ -82,8 +82,9 @@ class Position:
         time, last, times = _time_of(kwargs), self._last_time, generation.times
         self._last_time = time
         again = time is not None and time == self._first_time and index > 0
-        # Without known times a loop may pass the same one at all steps.
-        if again and (times[index] != times[0] if index < len(times) else last != time):
+        # A loop without a scheduler may pass the same time at all steps.
+        known = scheduler is not None and index < len(times)
+        if again and (times[index] != times[0] if known else last != time):
             return True
         rises = time is not None and last is not None and time > last
         return scheduler is None and (rises or index >= generation.num_steps)
