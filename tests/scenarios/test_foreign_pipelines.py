@@ -143,7 +143,7 @@ def test_a_copy_of_flux_called_at_its_default_size(tmp_path, prompts):
     train += ("--set", "max_sequence_length=20", "--full-steps", FULL, *QUICK)
     told = refused(*train, "--out", tmp_path / "none")
     assert "1, 1, 1, 1, 1, 1, 0: the shift of this size" in told or "1, 1, 1, ..., 1, 0" in told
-    height, width = re.findall(r"(?:height|width)=(\d+)", told)
+    height, width = re.findall(r"--(?:height|width) (\d+)", told)
     assert "first-order" not in told and "--scheduler" not in told
     size = ("--height", height, "--width", width)
     run(*train, *size, "--out", tmp_path / "forecaster")
