@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,15 @@ class Position:
         kwargs: the arguments of its first call by name.
     """
 
-    __slots__ = ("_calls", "_first_time", "_last_time", "_mark", "index", "standing")
+    __slots__ = (
+        "_calls",
+        "_first_latent",
+        "_first_time",
+        "_last_time",
+        "_mark",
+        "index",
+        "standing",
+    )
 
     def __init__(self, kwargs: Mapping[str, Any] | None = None) -> None:
         self.index = 0
@@ -32,6 +41,8 @@ class Position:
         self._calls: dict[str, int] = {}
         self._first_time = self._last_time = _time_of(kwargs)
         self._mark: Any = None
+        latent = _latent_of(kwargs)
+        self._first_latent: Any = (lambda: None) if latent is None else weakref.ref(latent)
 
     def find(
         self,
@@ -76,18 +87,30 @@ class Position:
         self, scheduler: Any, generation: Generation, index: int, kwargs: Mapping[str, Any] | None
     ) -> bool:
         """Whether a loop whose steps are counted has begun anew: the time of its first step came
-        again or, without a scheduler, the time rose or there were too many steps."""
+        again or, without a scheduler, the time turned or there were too many steps."""
         if scheduler is not None and not generation.counting:
             return index >= generation.num_steps
         time, last, times = _time_of(kwargs), self._last_time, generation.times
         self._last_time = time
         again = time is not None and time == self._first_time and index > 0
-        # A loop without a scheduler may pass the same time at all steps.
+        # Only the very same latent too is the next step of a loop in which nothing changes.
         known = scheduler is not None and index < len(times)
-        if again and (times[index] != times[0] if known else last != time):
+        if again and (times[index] != times[0] if known else not self._repeats(kwargs, last)):
             return True
-        rises = time is not None and last is not None and time > last
-        return scheduler is None and (rises or index >= generation.num_steps)
+        return scheduler is None and (self._turns(time, last) or index >= generation.num_steps)
+
+    def _turns(self, time: float | None, last: float | None) -> bool:
+        """Whether the time goes against the way that it took so far: down in most models, up in
+        some."""
+        first = self._first_time
+        if time is None or last is None or first is None:
+            return False
+        return (time - last) * (last - first) < 0
+
+    def _repeats(self, kwargs: Mapping[str, Any] | None, last: float | None) -> bool:
+        """Whether the time has been the first call's at all calls, and the latent now is."""
+        latent = self._first_latent()
+        return last == self._first_time and latent is not None and latent is _latent_of(kwargs)
 
     def count(self, index: int, name: str) -> int:
         """Go to `index`; how many calls in the branch `name` there were at it before this one."""
@@ -97,6 +120,12 @@ class Position:
         ordinal = self._calls.get(name, 0)
         self._calls[name] = ordinal + 1
         return ordinal
+
+
+def _latent_of(kwargs: Mapping[str, Any] | None) -> torch.Tensor | None:
+    """The first tensor that a call is given, which denoisers name differently."""
+    values = (value for name, value in (kwargs or {}).items() if name != "timestep")
+    return next((value for value in values if isinstance(value, torch.Tensor)), None)
 
 
 def _time_of(kwargs: Mapping[str, Any] | None) -> float | None:

@@ -53,7 +53,7 @@ class StepClock:
     number of calls since the generation began. A generation begins with a run, when
     `scheduler.timesteps` is a new object, when the step goes backwards or, where steps are counted,
     when the `timestep` of the first one comes again; without a scheduler also after `num_steps`
-    steps, or when it rises. A `timestep` is looked at where it lies on the CPU.
+    steps, or when it turns. A `timestep` is looked at where it lies on the CPU.
 
     Args:
         pipe: the pipeline whose loop calls the model, if that is no `__call__` of a pipeline.

@@ -408,7 +408,21 @@ def test_timesteps_on_a_device_are_read_once(reads):
 
 def test_a_loop_that_passes_one_time_at_all_steps_goes_on():
     clock = StepClock(num_steps=4)
-    told = [clock.tick({"timestep": torch.tensor([7.0])}) for _ in range(8)]
+    same = {"sample": torch.ones(1), "timestep": torch.tensor([7.0])}
+    told = [clock.tick(same) for _ in range(8)]
     assert [(step.index, step.fresh) for step in told] == [
         (index, index == 0) for _ in range(2) for index in range(4)
     ]
+
+
+@pytest.mark.parametrize("times", [(0.9, 0.6, 0.2), (0.0, 0.4, 0.7)], ids=["falling", "rising"])
+@pytest.mark.parametrize("start", [0.0, 0.05])
+def test_a_time_may_fall_or_rise_and_turns_where_a_loop_begins_anew(times, start):
+    """Some models count time upwards; the second loop may begin elsewhere (another strength)."""
+    clock = StepClock(num_steps=3)
+    sign = 1 if times[0] > times[1] else -1
+    second = [time - sign * start for time in times]
+    told = [clock.tick({"timestep": torch.tensor([time])}) for time in (*times[:2], *second)]
+    assert [(step.index, step.fresh) for step in told] == [
+        (0, True), (1, False), (0, True), (1, False), (2, False),
+    ]  # fmt: skip
