@@ -164,7 +164,7 @@ def test_both_guidance_branches_count():
         ("flux.1-dev", {"width": 0}, "width=0: not a multiple of 16"),
         ("hunyuanvideo", {"frames": 64}, "frames=64: not 1 more"),
         ("flux.1-dev", {"full_steps": [60]}, "full-steps=60: 60 of 50 steps"),
-        ("flux.1-dev", {"num_steps": 0}, "num_inference_steps=0: below 1"),
+        ("flux.1-dev", {"num_steps": 0}, "num-inference-steps=0: not a whole number >= 1"),
     ],
 )
 def test_bad_input(model, options, words):

@@ -274,8 +274,8 @@ def test_drawn_steps_are_ordered_and_reach_step_zero_at_most():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(prompts=[]), "prompts=.* must be a list of non-empty strings"),
-        (dict(prompts="a red circle"), "prompts=.* must be a list"),
+        (dict(prompts=[]), "prompts=.* not a list of non-empty strings"),
+        (dict(prompts="a red circle"), "prompts=.* not a list"),
         (dict(full_steps=60), "full_steps=60 is more than num_inference_steps=50"),
         (dict(num_inference_steps=0), "num_inference_steps=0: not a whole number"),
         (dict(hihgt=64), "hihgt"),
