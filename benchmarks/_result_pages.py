@@ -138,8 +138,8 @@ def transfer_page(report: dict[str, Any]) -> Iterator[str]:
         f" {report['unseen_prompts']} unseen prompts in each place.\n"
     )
     yield (
-        "Reuse runs on lesa's own list of full steps, peers on theirs, with at most 15 % more of them"
-        " and on short runs one more.\n"
+        "Reuse runs on lesa's own list of full steps, peers on theirs, with at most 15 % more of"
+        " them and on short runs one more.\n"
     )
     head = ("place", "lesa, mean", "p10", "over reuse", "best peer", "over the best peer")
     yield from table(head, map(_place, report["places"]))

@@ -29,6 +29,7 @@ class Position:
         "_calls",
         "_first_latent",
         "_first_time",
+        "_last",
         "_last_time",
         "_mark",
         "index",
@@ -41,6 +42,7 @@ class Position:
         self._calls: dict[str, int] = {}
         self._first_time = self._last_time = _time_of(kwargs)
         self._mark: Any = None
+        self._last = _references(kwargs)
         latent = _latent_of(kwargs)
         self._first_latent: Any = (lambda: None) if latent is None else weakref.ref(latent)
 
@@ -57,7 +59,8 @@ class Position:
         if told is not None:
             return int(told)
         if generation.counting:  # a branch that comes round again is at the next step
-            return self.index + 1 if name in self._calls else self.index
+            again = name in self._calls and not self._is_branch(kwargs)
+            return self.index + 1 if again else self.index
         position = scheduler.step_index
         if position is not None:
             self.standing = False
@@ -91,7 +94,7 @@ class Position:
         if scheduler is not None and not generation.counting:
             return index >= generation.num_steps
         time, last, times = _time_of(kwargs), self._last_time, generation.times
-        self._last_time = time
+        self._last_time, self._last = time, _references(kwargs)
         again = time is not None and time == self._first_time and index > 0
         # Only the very same latent too is the next step of a loop in which nothing changes.
         known = scheduler is not None and index < len(times)
@@ -106,6 +109,15 @@ class Position:
         if time is None or last is None or first is None:
             return False
         return (time - last) * (last - first) < 0
+
+    def _is_branch(self, kwargs: Mapping[str, Any] | None) -> bool:
+        """Whether a call without a name is another guidance branch of the last one's step: the same
+        time and latent, and another prompt."""
+        time, now = _time_of(kwargs), _tensors(kwargs)
+        if time is None or time != self._last_time or not now or len(now) != len(self._last):
+            return False
+        same = [value is known() for value, known in zip(now, self._last, strict=True)]
+        return same[0] and not all(same)
 
     def _repeats(self, kwargs: Mapping[str, Any] | None, last: float | None) -> bool:
         """Whether the time has been the first call's at all calls, and the latent now is."""
@@ -122,10 +134,19 @@ class Position:
         return ordinal
 
 
+def _tensors(kwargs: Mapping[str, Any] | None) -> list[torch.Tensor]:
+    """The tensors that a call is given besides its time; the latent, which denoisers name
+    differently, is the first."""
+    given = (value for name, value in (kwargs or {}).items() if name != "timestep")
+    return [value for value in given if isinstance(value, torch.Tensor)]
+
+
 def _latent_of(kwargs: Mapping[str, Any] | None) -> torch.Tensor | None:
-    """The first tensor that a call is given, which denoisers name differently."""
-    values = (value for name, value in (kwargs or {}).items() if name != "timestep")
-    return next((value for value in values if isinstance(value, torch.Tensor)), None)
+    return next(iter(_tensors(kwargs)), None)
+
+
+def _references(kwargs: Mapping[str, Any] | None) -> list[weakref.ref[torch.Tensor]]:
+    return [weakref.ref(value) for value in _tensors(kwargs)]
 
 
 def _time_of(kwargs: Mapping[str, Any] | None) -> float | None:

@@ -426,3 +426,22 @@ def test_a_time_may_fall_or_rise_and_turns_where_a_loop_begins_anew(times, start
     assert [(step.index, step.fresh) for step in told] == [
         (0, True), (1, False), (0, True), (1, False), (2, False),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own levels", "scheduler"])
+def test_two_guidance_calls_without_names_are_one_step(own):
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(3)
+    clock = StepClock(num_steps=3) if own else StepClock(scheduler=scheduler)
+    prompts, told = torch.ones(2, 1).unbind(), []
+    for _ in range(2):
+        for time in scheduler.timesteps:
+            latent = torch.ones(1)
+            for prompt in prompts:
+                call = {"sample": latent, "timestep": time, "encoder_hidden_states": prompt}
+                told.append(clock.tick(call))
+    assert [(step.index, step.branch) for step in told] == 2 * [
+        (index, branch) for index in range(3) for branch in ("default", "default#1")
+    ]
+    assert [step.fresh for step in told] == 2 * [True, *5 * [False]]
+
