@@ -57,17 +57,29 @@ def forks(rounds: int, seed: int = 0) -> dict[str, Any]:
     """
     random, ended = Random(seed), Counter[str]()
     pipes = Pipelines.load()
-    for _ in range(rounds):
-        name, method = "sdxl", random.choice([*METHODS])
-        wanted = replace(_request(random, name, method), event=None)
-        with _accelerated(pipes, name, method):
-            expected = serve(pipes, wanted)
-            others = [_request(random, name, method) for _ in range(2)]
-            picture = partial(serve, pipes, wanted)
-            with _busy(pipes, name, others), tempfile.TemporaryFile("w+") as trace:
-                time.sleep(random.uniform(0, 0.2))
-                ended[_child(picture, expected, trace)] += 1
+    with _one_thread():
+        for _ in range(rounds):
+            name, method = "sdxl", random.choice([*METHODS])
+            wanted = replace(_request(random, name, method), event=None)
+            with _accelerated(pipes, name, method):
+                expected = serve(pipes, wanted)
+                others = [_request(random, name, method) for _ in range(2)]
+                picture = partial(serve, pipes, wanted)
+                with _busy(pipes, name, others), tempfile.TemporaryFile("w+") as trace:
+                    time.sleep(random.uniform(0, 0.2))
+                    ended[_child(picture, expected, trace)] += 1
     return {"forks": rounds, "ended": dict(ended)}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums in the same order in a child: OpenMP's own threads do not survive a fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _request(random: Random, name: str, method: str) -> Request:
@@ -151,7 +163,6 @@ def _child(picture: Callable[[], str], expected: str, trace: IO[str]) -> str:
         status = 2
         try:
             faulthandler.dump_traceback_later(FORK_SECONDS / 2, file=trace)
-            torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
             status = 0 if picture() == expected else 1
         finally:
             os._exit(status)

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system doe
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_child_forked_inside_a_step_makes_its_own_picture(tap):
     pipe, call = build("flux")
-    schedule = lesa.Schedule.fora(3)
+    schedule, threads = lesa.Schedule.fora(3), torch.get_num_threads()
+    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
     with lesa.accelerate(pipe, lesa.Taylor(1), schedule=schedule, tap=tap):
         expected = run(pipe, call())
     inside, leave = threading.Event(), threading.Event()
@@ -31,8 +32,6 @@ def test_a_child_forked_inside_a_step_makes_its_own_picture(tap):
 
     lesa.enable(pipe, lesa.Taylor(1), schedule=schedule, tap=tap)
     hook = pipe.transformer.norm_out.register_forward_hook(wait)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
     thread = threading.Thread(target=lambda: run(pipe, call()))
     thread.start()
     assert inside.wait(60)
