@@ -19,7 +19,7 @@ from lesa.engine.packed_output import PackedOutput
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Call, Run, make_output, read_sample
+from lesa.hooks.denoiser import Call, Run, as_batch, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
 __all__ = ["FeatureTap", "Forecast", "OutputTap", "Refusal", "Trajectory"]
@@ -89,7 +89,7 @@ class OutputTap:
         """See `FeatureTap`."""
         if read_sample(run.output) is None:
             return _OutputForecast(PackedOutput(run.output).rebuild, feature, table)
-        return _OutputForecast(partial(make_output, type(run.output)), feature, table)
+        return _OutputForecast(partial(make_output, kind_of(run.output)), feature, table)
 
 
 def _written_cache(call: Call) -> str | None:
@@ -117,8 +117,8 @@ class _OutputForecast:
     def __call__(self, call: Call, index: int) -> Any:
         table, like, latent = self._table, self.ring.features[0], None
         if table.uses_latent:
-            latent = call.argument(call.denoiser.spec.latent)
-            if not isinstance(latent, Tensor) or latent.shape != like.shape:
+            latent = as_batch(call.argument(call.denoiser.spec.latent))
+            if latent is None or latent.shape != like.shape:
                 raise Refusal("latent and output differ in shape")
             latent = latent.to(like.dtype)  # under autocast the first ones may be wider
         feature = self._mixer(index, torch.empty_like(like), latent)

@@ -26,7 +26,9 @@ __all__ = [
     "Controller",
     "Denoiser",
     "Run",
+    "as_batch",
     "core_of",
+    "kind_of",
     "make_output",
     "read_sample",
 ]
@@ -174,8 +176,9 @@ class Denoiser:
         return {**dict(zip(self.names, args, strict=False)), **kwargs} if args else kwargs
 
     def latent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The current latent in this call."""
-        return self.argument(self.spec.latent, args, kwargs)
+        """The current latent in this call; a list with one for every picture as one batch."""
+        latent = self.argument(self.spec.latent, args, kwargs)
+        return as_batch(latent) if isinstance(latent, list) else latent
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False) -> Run:
         """Run the whole model; feature and embedding are noted with `tap` only."""
@@ -267,17 +270,45 @@ def _path_inside(kind: type) -> tuple[str, ...]:
 
 
 def read_sample(output: Any) -> torch.Tensor | None:
-    """The one tensor of a model output (tensor, 1-tuple or `.sample`), or None if it has others."""
+    """The one tensor of a model output (tensor, 1-tuple or `.sample`), or None if it has others. A
+    list with a tensor of the same shape for every picture is one batch."""
+    return as_batch(_inside(output))
+
+
+def _inside(output: Any) -> Any:
     if isinstance(output, torch.Tensor):
         return output
     if isinstance(output, (tuple, dict)) and len(output) != 1:
         return None
-    sample = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
-    return sample if isinstance(sample, torch.Tensor) else None
+    return output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+
+
+def as_batch(value: Any) -> torch.Tensor | None:
+    """A tensor as it is, a list of tensors of one shape and dtype as one tensor, else None."""
+    if isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, list) or not all(isinstance(part, torch.Tensor) for part in value):
+        return None
+    alike = len({(part.shape, part.dtype, part.device) for part in value}) == 1
+    return torch.stack(value) if alike else None
+
+
+class ListOf(NamedTuple):
+    """The kind of an output of class `kind` that holds a list with a tensor for every picture."""
+
+    kind: Any
+
+
+def kind_of(output: Any) -> type | ListOf:
+    """What `make_output` has to know of an output."""
+    return ListOf(type(output)) if isinstance(_inside(output), list) else type(output)
 
 
 def make_output(kind: Any, sample: torch.Tensor) -> Any:
-    """An output of class `kind` around `sample`: the inverse of `read_sample`."""
+    """An output of a kind (see `kind_of`) around `sample`: the inverse of `read_sample`."""
+    if isinstance(kind, ListOf):
+        parts: Any = list(sample.unbind(0))
+        return (parts,) if issubclass(kind.kind, tuple) else kind.kind(sample=parts)
     if issubclass(kind, torch.Tensor):
         return sample
     return (sample,) if issubclass(kind, tuple) else kind(sample=sample)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
-from lesa.hooks.denoiser import Denoiser, make_output, read_sample
+from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 from lesa.training.base_run import BaseRun
 from lesa.training.job import Job, followed, parts_of
@@ -52,7 +52,7 @@ class LockStep:
         self.statistics, self.base = statistics, base
         self.which = job.pictures_of(prompts)
         self.pictures = len(self.which)
-        self.last: dict[tuple[str, int], tuple[type, Tensor, Tensor]] = {}
+        self.last: dict[tuple[str, int], tuple[type | ListOf, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
@@ -110,7 +110,9 @@ class LockStep:
         """What leads from a forecast to an output; None where the output itself is forecast."""
         return batch.tail(places.flatten().tolist()) if self.job.tap == "hidden" else None
 
-    def _compute(self, batch: _Batch, branch: str, rows: Tensor) -> tuple[type, Tensor, Tensor]:
+    def _compute(
+        self, batch: _Batch, branch: str, rows: Tensor
+    ) -> tuple[type | ListOf, Tensor, Tensor]:
         """The model on some rows; where there are none, tensors of the shapes of the last time."""
         key = branch, batch.total
         if rows.numel() or key not in self.last:
@@ -166,7 +168,7 @@ class _Batch:
 
         return sample
 
-    def compute(self, rows: list[int], job: Job) -> tuple[type, Tensor, Tensor]:
+    def compute(self, rows: list[int], job: Job) -> tuple[type | ListOf, Tensor, Tensor]:
         """Run the model on these rows, a batch at a time: class of its output, sample, feature.
 
         Sample and feature are ``[total, ...]``, zero in the other rows.
@@ -188,7 +190,7 @@ class _Batch:
             output[index], feature[index] = sample, tapped
             job.work.computed(len(part))
         assert output is not None and feature is not None
-        return type(result), output, feature
+        return kind_of(result), output, feature
 
 
 def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
@@ -205,6 +207,8 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
             return value if whole else value[index(value.device)]
         if isinstance(value, dict):
             return {k: v if k in unbatched else taken(v) for k, v in value.items()}
+        if isinstance(value, list) and len(value) == total and all(map(torch.is_tensor, value)):
+            return [value[row] for row in rows]  # one for every picture
         if isinstance(value, (tuple, list)):
             return type(value)(map(taken, value))
         return value

@@ -44,8 +44,8 @@ class Collector:
             feature = read_sample(output)
         if feature is None or read_sample(output) is None:
             raise LesaError(
-                f"tap={self.tap!r}: {denoiser.original_class.__name__} does not return one "
-                "tensor, or has none at this tap: choose the other tap, or another model"
+                f"tap={self.tap!r}: {denoiser.original_class.__name__} returns no single tensor to "
+                "train on; accelerate it without training, by lesa.enable(pipe)"
             )
         rows = parts_of(len(feature), self.pictures)
         known = self.features.setdefault(step.branch, [])

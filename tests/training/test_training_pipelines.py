@@ -357,10 +357,35 @@ def test_two_transformers_have_no_hidden_tap_in_common():
         lesa.train(pipe, None, STEPS, 3, tap="hidden", call=call, progress=False)
 
 
-def test_a_model_without_one_output_tensor_is_told():
+@pytest.mark.parametrize("tap", ["output", "hidden"])
+def test_a_list_with_a_tensor_for_every_picture_is_a_batch(tap):
+    """Z-Image: its latents, prompts and outputs are lists."""
     pipe, call = make("z-image")
-    with pytest.raises(LesaError, match="ZImage.* does not return one tensor"):
+    job = Job(pipe, ["a", "b"], call)
+    plain = job.run(range(2), STEPS)
+    trained = lesa.train(pipe, None, STEPS, 3, tap=tap, call=call, form="table", progress=False)
+    found = {}
+    for forecaster in (trained, lesa.Reuse()):
+        schedule = trained.calibrated[0]
+        with lesa.accelerate(pipe, forecaster, schedule=schedule, tap=tap):
+            found[forecaster.name] = decibels(plain, job.run(range(2), STEPS)).mean()
+            counted = lesa.stats(pipe)
+        assert (counted.full, counted.skipped, counted.fallbacks) == (3, 3, {})
+    assert found["lesa-table"] > found["fora"]
+
+
+def test_a_model_without_one_output_tensor_is_told(monkeypatch):
+    pipe, call = make("flux")
+    forward = pipe.transformer.forward
+    monkeypatch.setattr(
+        pipe.transformer, "forward", lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+    )
+    with pytest.raises(LesaError, match="returns no single tensor .* lesa.enable"):
         lesa.train(pipe, None, STEPS, 3, call=call, progress=False)
+    call.pop("true_cfg_scale")
+    lesa.enable(pipe, lesa.Reuse(), schedule=Schedule.fora(2))  # the remedy
+    Job(pipe, ["a", "b"], call).run(range(2), STEPS)
+    assert lesa.stats(pipe).skipped == 3
 
 
 def test_arguments_of_some_prompts():
