@@ -15,7 +15,7 @@ from torch import nn
 
 from lesa.errors import LesaError
 from lesa.hooks.attach import attach, attached, detach
-from lesa.hooks.denoiser import make_output, read_sample
+from lesa.hooks.denoiser import kind_of, make_output, read_sample
 from lesa.hooks.model_specs import ModelSpec, known_models, model_spec, register_model
 
 
@@ -311,7 +311,12 @@ def test_outputs_are_read_and_made():
     output = diffusers.models.modeling_outputs.Transformer2DModelOutput(sample=sample)
     for kind in (output, (sample,), sample):
         assert read_sample(kind) is sample
-        made = make_output(type(kind), sample)
+        made = make_output(kind_of(kind), sample)
         assert type(made) is type(kind) and read_sample(made) is sample
     assert read_sample((sample, sample)) is None
-    assert read_sample(([sample],)) is None
+    listed = ([sample, 2 * sample],)  # a tensor for every picture
+    batch = read_sample(listed)
+    assert torch.equal(batch, torch.stack(listed[0]))
+    (made,) = make_output(kind_of(listed), batch)
+    assert isinstance(made, list) and all(map(torch.equal, made, listed[0]))
+    assert read_sample(([sample, torch.ones(3)],)) is None
