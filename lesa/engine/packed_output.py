@@ -13,14 +13,11 @@ __all__ = ["PackedOutput"]
 
 
 class PackedOutput:
-    """The tensors that an output holds, one behind the other.
+    """How the tensors of an output lie one behind the other; it keeps none of them.
 
     Args:
         output: any nesting of tuples, lists, dicts and model outputs, whose leaves are tensors of
             one dtype on one device, or None.
-
-    Attributes:
-        feature: [1, elements of all tensors together].
 
     Raises:
         TypeError: it holds something else.
@@ -36,7 +33,12 @@ class PackedOutput:
         self._shapes = [None if leaf is None else leaf.shape for leaf in leaves]
         sizes = [0 if shape is None else shape.numel() for shape in self._shapes]
         self._places = [*pairwise(accumulate(sizes, initial=0))]
-        self.feature = torch.cat([tensor.detach().flatten() for tensor in tensors])[None]
+
+    @staticmethod
+    def pack(output: Any) -> Tensor:
+        """The tensors of an output: [1, elements of all of them together]."""
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if leaf is not None]
+        return torch.cat([tensor.detach().flatten() for tensor in tensors])[None]
 
     def rebuild(self, feature: Tensor) -> Any:
         """An output like the packed one, whose tensors are views of the feature's parts."""

@@ -81,7 +81,7 @@ class OutputTap:
         if sample is not None:
             return sample
         try:
-            return PackedOutput(run.output).feature
+            return PackedOutput(run.output).pack(run.output)
         except TypeError as reason:
             raise Refusal(str(reason)) from None
 
