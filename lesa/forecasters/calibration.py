@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
+from lesa.forecasters.worth import Worth
 
 SIGMA_TOLERANCE = 1e-4
 # Up to this many times the full steps of a calibrated list, steps are added to it; beyond that the
@@ -28,12 +29,14 @@ class Calibration:
 
     `rows[branch]` is float64 [S, K + uses_latent]: the form's coefficients plus the correction.
     `split[branch]` [S, K + uses_latent, P] are separate coefficients of batched guidance parts.
+    `worth` is what training measured of it, if it did.
     """
 
     schedule: Schedule
     sigmas: tuple[float, ...]
     rows: dict[str, Tensor] = field(default_factory=dict)
     split: dict[str, Tensor] = field(default_factory=dict)
+    worth: Worth | None = None
 
     def matches(self, schedule: Schedule, sigmas: Sequence[float]) -> bool:
         """The very same full steps, and every noise level within 1e-4."""

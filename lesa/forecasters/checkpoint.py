@@ -28,6 +28,7 @@ from lesa.forecasters.config_check import (
     check_tensors,
 )
 from lesa.forecasters.source import locate
+from lesa.forecasters.worth import Worth
 from lesa.util.files import as_path, named_path, one_line, read_file, write_atomically
 from lesa.util.strict_json import parse_json, to_json
 from lesa.util.tensor_file import read_tensors
@@ -150,6 +151,7 @@ def _config(forecaster: Storable) -> dict[str, Any]:
                 "sigmas": list(entry.sigmas),
                 "branches": list(entry.rows),
                 "split": list(entry.split),
+                "worth": None if entry.worth is None else entry.worth.to_dict(),
             }
             for entry in forecaster.calibrations
         ],
@@ -216,4 +218,6 @@ def _calibration(index: int, listed: dict[str, Any], tensors: dict[str, Tensor])
     rows = {name: tensors.pop(f"rows.{index}.{name}") for name in listed["branches"]}
     split = {name: tensors.pop(f"split.{index}.{name}") for name in listed.get("split", [])}
     schedule = Schedule.from_dict(listed["schedule"])
-    return Calibration(schedule, check_sigmas(schedule, listed["sigmas"]), rows, split)
+    stored = listed.get("worth")
+    worth = None if stored is None else Worth(**stored)
+    return Calibration(schedule, check_sigmas(schedule, listed["sigmas"]), rows, split, worth)

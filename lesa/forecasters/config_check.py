@@ -16,6 +16,7 @@ from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.moments import Moments
 from lesa.forecasters.settings import FIELDS, Settings
+from lesa.forecasters.worth import STORED
 
 __all__ = [
     "LARGEST_SUM",
@@ -55,7 +56,12 @@ _CONFIG = schema.fields(
         "settings": schema.fields({}, FIELDS),
         "dtype": schema.choice(*DTYPES),
         "calibrated": schema.items(
-            schema.fields(_ENTRY, {"split": _LIST, "full_steps": schema.anything}), 0, 1000
+            schema.fields(
+                _ENTRY,
+                {"split": _LIST, "full_steps": schema.anything, "worth": schema.maybe(STORED)},
+            ),
+            0,
+            1000,
         ),
         "metadata": schema.fields(
             {}, {name: schema.maybe(of) for name, of in _METADATA.items()}, others=True
