@@ -154,6 +154,12 @@ def base_count(calibrations: Sequence[Calibration], full_steps: int) -> int:
     return max(smaller) if smaller else min(counts, key=lambda count: abs(count - full_steps))
 
 
+def count_on(calibrated: Schedule, num_steps: int) -> int:
+    """As many full steps as were calibrated, or the same share of a run that is not longer."""
+    count = len(calibrated.full_steps)
+    return count if count < num_steps else max(1, round(count * num_steps / calibrated.steps))
+
+
 def untrained(calibrations: Sequence[Calibration], full_steps: int) -> str | None:
     """What is run where this number of full steps was not calibrated: "10 with 1 more full" (whose
     coefficients are kept) or "10 spread anew" (without coefficients that were fitted)."""

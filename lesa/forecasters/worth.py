@@ -93,14 +93,13 @@ class Worth:
     def speedup(self, schedule: Schedule) -> float:
         """Denoising times faster than the plain run: S / (|A| + share (S - |A|)), with the share of
         a skipped step as 0 where it was not measured."""
-        return speedup(schedule, self.share)
+        return speedup(len(schedule.full_steps), schedule.steps, self.share)
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields, ready for JSON."""
         return asdict(self)
 
 
-def speedup(schedule: Schedule, share: float | None = None) -> float:
-    """S / (|A| + share (S - |A|)) of a bound schedule; `share` is 0 where it is not known."""
-    full = len(schedule.full_steps)
-    return schedule.steps / (full + (share or 0.0) * (schedule.steps - full))
+def speedup(full_steps: int, num_steps: int, share: float | None = None) -> float:
+    """S / (A + share (S - A)) of a run with A full steps; `share` is 0 where it is not known."""
+    return num_steps / (full_steps + (share or 0.0) * (num_steps - full_steps))
