@@ -21,6 +21,7 @@ from lesa.engine.fit_to_model import check_model, controller_of, left_out, with_
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
 from lesa.forecasters.named import named
+from lesa.forecasters.target import Quality
 from lesa.hooks.attach import attach, attached, detach
 from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.pipeline import component_name, find_denoiser, find_denoisers
@@ -45,6 +46,9 @@ def enable(
     revision: str | None = None,
     full_steps: int | None = None,
     schedule: Schedule | None = None,
+    target_speedup: float | None = None,
+    target_psnr: float | None = None,
+    quality: Quality | None = None,
     tap: Tap | None = None,
     graph: Literal["auto", "off"] = "auto",
 ) -> None:
@@ -67,7 +71,16 @@ def enable(
     options: dict[str, Any] = {} if forecaster is None else {"forecaster": forecaster}
     if revision is not None:
         options = {"forecaster": _at_revision(forecaster, revision)}
-    config = LesaConfig(full_steps=full_steps, schedule=schedule, tap=tap, graph=graph, **options)
+    config = LesaConfig(
+        full_steps=full_steps,
+        schedule=schedule,
+        target_speedup=target_speedup,
+        target_psnr=target_psnr,
+        quality=quality,
+        tap=tap,
+        graph=graph,
+        **options,
+    )
     found = find_denoisers(pipe)
     others = left_out(found, config)
     models = [model for model in found if model not in others]

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.core.forecaster import Forecaster, Tap
-from lesa.core.schedule import Schedule, spread
+from lesa.core.schedule import Schedule
+from lesa.engine.full_steps import Choice, by_count, by_default, by_target
 from lesa.errors import LesaError, RunError
 from lesa.forecasters.named import named
-from lesa.forecasters.published import rule_of
+from lesa.forecasters.target import Quality, Target
 from lesa.forecasters.taylor import Taylor
 from lesa.hooks.noise_levels import own_noise_levels
 
 __all__ = ["DEFAULT_TAP", "LesaConfig"]
 
 DEFAULT_TAP: Tap = "output"
-_DEFAULT_INTERVAL = 5
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class LesaConfig:
     Args:
         forecaster: makes the coefficients; first-order Taylor if not given. Also by name: the
             folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
-        full_steps: how many steps are computed in full. Exclusive with `schedule`. A forecaster
+        full_steps: how many steps are computed in full. Exclusive with the next four. A forecaster
             that its authors publish with a rule follows it, at the setting with the fewest full
             steps that are not below. A trained one that does not know the count adds steps to the
             next smaller list that it knows, or spreads the nearest one anew where that would grow
@@ -37,6 +37,8 @@ class LesaConfig:
             first calibrated schedule, or its share of the steps in a run too short to skip any;
             else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
+        target_speedup, target_psnr, quality: instead of a count, what it shall reach; see
+            `lesa.forecasters.target.Target`. The count is chosen when a generation begins.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
             graph where the model and the device allow it (see `lesa.engine.graphs.tail_graph`).
@@ -51,6 +53,9 @@ class LesaConfig:
     forecaster: Forecaster = field(default_factory=Taylor)
     full_steps: int | None = None
     schedule: Schedule | None = None
+    target_speedup: float | None = None
+    target_psnr: float | None = None
+    quality: Quality | None = None
     tap: Tap | None = None
     graph: Literal["auto", "off"] = "auto"
     num_inference_steps: int | None = None
@@ -74,33 +79,31 @@ class LesaConfig:
             self.bound_schedule(self.num_inference_steps, self.sigmas)
 
     @property
+    def target(self) -> Target | None:
+        """What was asked for instead of a count."""
+        given = self.target_speedup, self.target_psnr, self.quality
+        return None if all(value is None for value in given) else Target(*given)
+
+    @property
     def resolved_tap(self) -> Tap:
         """The tap asked for, else the forecaster's own, else the default."""
         return self.tap or self.forecaster.tap or DEFAULT_TAP
 
     def bound_schedule(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Schedule:
         """The schedule of a run of `num_steps` steps; LesaError where there is none."""
-        if self.schedule is not None:
-            return self.schedule.bind(num_steps)
-        forecaster = cast(Any, self.forecaster)
-        calibrated = getattr(forecaster, "calibrated", [])
-        if self.full_steps is not None:
-            if self.full_steps > num_steps:
-                raise LesaError(
-                    f"full_steps is {self.full_steps} for a run of {num_steps} steps: "
-                    f"give at most {num_steps}."
-                )
-            if calibrated:
-                return forecaster.schedule_for(self.full_steps, num_steps, sigmas)
-            if (rule := rule_of(forecaster)) is not None:
-                return rule.nearest(self.full_steps, num_steps)
-            return _schedule_of(self.full_steps, num_steps)
-        if calibrated:
-            count = _default_count(calibrated[0], num_steps)
-            return forecaster.schedule_for(count, num_steps, sigmas)
-        return Schedule.every(_DEFAULT_INTERVAL, num_steps)
+        return self.choice(num_steps, sigmas).schedule
 
-    def check_run(self, num_steps: int, branch: str) -> None:
+    def choice(self, num_steps: int, sigmas: Sequence[float] | None = None) -> Choice:
+        """The schedule of such a run, and for which target it was chosen; LesaError without one."""
+        if self.schedule is not None:
+            return Choice(self.schedule.bind(num_steps))
+        if self.full_steps is not None:
+            return by_count(self.forecaster, self.full_steps, num_steps, sigmas)
+        if self.target is not None:
+            return by_target(self.forecaster, self.target, num_steps, sigmas)
+        return by_default(self.forecaster, num_steps, sigmas)
+
+    def check_run(self, num_steps: int, branch: str, sigmas: Sequence[float] | None = None) -> None:
         """RunError where a run of `num_steps` steps, or its guidance, contradicts these options.
 
         Calls without a name of their own ("default#1") are taken as they come.
@@ -108,6 +111,8 @@ class LesaConfig:
         try:
             if self.schedule is not None and self.schedule.rule == "explicit":
                 Schedule("explicit", self.schedule.value, num_steps)
+            if self.target is not None:
+                self.choice(num_steps, sigmas)
             if hasattr(self.forecaster, "branch") and "#" not in branch:
                 self.forecaster.branch(branch)
         except LesaError as error:
@@ -119,11 +124,16 @@ class LesaConfig:
                 f"schedule is {shown(self.schedule)}: give a Schedule, as "
                 "Schedule.explicit([0, 1, 5])."
             )
-        if self.schedule is not None and self.full_steps is not None:
-            raise LesaError(
-                f"full_steps={shown(self.full_steps)} and schedule={self.schedule} exclude each "
-                "other: give one of them."
-            )
+        names = ("full_steps", "schedule", "target_speedup", "target_psnr", "quality")
+        asked = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if len(asked) > 1:
+            one, other, *_ = [
+                f"{name}={value if name == 'schedule' else shown(value)}"
+                for name, value in asked.items()
+            ]
+            raise LesaError(f"{one} and {other} exclude each other: give one of them.")
+        if self.target is not None:
+            self.target.check(self.forecaster)
         if self.full_steps is None:
             return
         try:
@@ -166,22 +176,6 @@ class LesaConfig:
                 f"tap is 'hidden', where no latent is cached, but the forecaster "
                 f"{self.forecaster.name} needs it: use 'output', or one made without the latent."
             )
-
-
-def _default_count(calibrated: Schedule, num_steps: int) -> int:
-    """As many full steps as were calibrated, or the same share of a run that is not longer."""
-    count = len(calibrated.full_steps)
-    return count if count < num_steps else max(1, round(count * num_steps / calibrated.steps))
-
-
-def _schedule_of(count: int, num_steps: int) -> Schedule:
-    """The paper's rule with `count` full steps, else steps as evenly spaced as possible."""
-    for interval in range(1, num_steps + 1):
-        schedule = Schedule.every(interval, num_steps)
-        if len(schedule.full_steps) == count:
-            return schedule
-    places = [i * num_steps / count for i in range(count)]
-    return Schedule.explicit(spread(places, num_steps), num_steps)
 
 
 def _kind(value: Any) -> str:

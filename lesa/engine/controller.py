@@ -121,7 +121,7 @@ class CacheController:
         step = call.step
         self._own.trajectories.pop(step.branch, None)
         if step.index == 0:
-            self.config.check_run(step.num_steps, step.branch)
+            self.config.check_run(step.num_steps, step.branch, step.sigmas)
         table = self._tables.of(step, _rows(call))
         if isinstance(table, str):
             return _Decision(None, reason=table)  # no other reason would change that
@@ -195,7 +195,8 @@ class CacheController:
             _check_caches(call)
         self.counters.add_generation()
         try:
-            self.counters.set_schedule(self._tables.schedule(step).full_steps, step.num_steps)
+            schedule, why = self.config.choice(step.num_steps, step.sigmas)
+            self.counters.set_schedule(schedule.full_steps, step.num_steps, why)
         except LesaError:  # counted where the table is asked for
             self.counters.set_schedule((), step.num_steps)
 

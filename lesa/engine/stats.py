@@ -30,7 +30,8 @@ class Stats:
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
     `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
     and refused with the reason). `left_out` names denoisers of the pipeline that run as before.
-    `not_finite` counts full steps that left NaN or inf in the cache.
+    `not_finite` counts full steps that left NaN or inf in the cache. `chosen` says for which
+    target the full steps of the newest generation were chosen, and from what.
     """
 
     forecaster: str = ""
@@ -47,6 +48,7 @@ class Stats:
     graphs: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     not_finite: int = 0
+    chosen: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
@@ -79,6 +81,8 @@ class Stats:
             f"  steps    {len(self.full_steps)} of {self.num_steps} full: {self.full_steps}",
             f"  ring     {self.ring_bytes:,} bytes",
         ]
+        if self.chosen:
+            lines.append(f"  chosen   for {self.chosen}")
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
         lines += [f"  graph    {count:6d}  {what}" for what, count in self.graphs.items()]
         if self.not_finite:
@@ -147,9 +151,10 @@ class Counters:
             logger.warning("%s: %d", NOT_FINITE, found)
         self._stats.not_finite += found
 
-    def set_schedule(self, full_steps: tuple[int, ...], num_steps: int) -> None:
-        """The schedule of the newest generation."""
+    def set_schedule(self, full_steps: tuple[int, ...], num_steps: int, chosen: str = "") -> None:
+        """The schedule of the newest generation, and for which target it was chosen."""
         with self._lock:
+            self._stats.chosen = chosen
             self._stats.full_steps, self._stats.num_steps = full_steps, num_steps
 
     def set_ring_bytes(self, ring_bytes: int) -> None:
