@@ -19,11 +19,12 @@ __all__ = ["doubts"]
 
 
 def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = None) -> list[str]:
-    """A sentence each: other weights, an untrained number of full steps, a scheduler that cannot be
-    followed."""
+    """A sentence each: other weights, an untrained number of full steps, a PSNR of the fit's own
+    prompts, a scheduler that cannot be followed."""
     found = [
         *_of_weights(models, config.forecaster),
         *_of_count(config),
+        *_of_target(config),
         *_of_scheduler(config, scheduler),
     ]
     return list(dict.fromkeys(found))
@@ -53,6 +54,16 @@ def _of_count(config: LesaConfig) -> Iterator[str]:
         f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: it runs as "
         f"{done}, {worth}; train with full_steps={wanted}."
     )
+
+
+def _of_target(config: LesaConfig) -> Iterator[str]:
+    worths = [entry.worth for entry in getattr(config.forecaster, "calibrations", [])]
+    seen = any(worth is not None and not worth.validated for worth in worths)
+    if config.target_psnr is not None and seen:
+        yield (
+            f"{config.target}: it was measured on the prompts of the fit itself, and others may "
+            "come out worse; train with validation prompts."
+        )
 
 
 def _of_scheduler(config: LesaConfig, scheduler: Any) -> Iterator[str]:
