@@ -13,8 +13,10 @@ from lesa.evaluation.peers.cache_dit import DBCACHES
 from lesa.evaluation.peers.deepcache import UNETS
 from lesa.evaluation.peers.diffusers_caches import CACHES
 from lesa.evaluation.peers.disca import DISTILLED
+from lesa.evaluation.peers.dpcache import PLANNED
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
+from lesa.evaluation.peers.meancache import AVERAGED
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.evaluation.peers.tokenwise import TOKENWISE
 from lesa.forecasters.calibration import untrained
@@ -28,6 +30,8 @@ PEERS: dict[str, Peer] = {
     **DBCACHES,
     **ADAPTIVE,
     **LEARNED,
+    **PLANNED,
+    **AVERAGED,
     **TOKENWISE,
     **DISTILLED,
 }
