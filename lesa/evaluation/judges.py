@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.evaluation.metrics import lpips
+from lesa.evaluation.perceptual import lpips
 from lesa.testbed import part
 
 LPIPS = "lpips"  # the name of what `perceptual_distance` gives

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
 from math import log10
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +21,7 @@ def psnr(reference: Tensor, images: Tensor) -> Tensor:
 
     Raises: LesaError if the shapes differ or the pictures are not floats.
     """
-    _check(reference, images)
+    check(reference, images)
     squared = (float64(reference) - float64(images)).square().flatten(1).mean(1)  # [N]
     return -10 * torch.log10(squared)
 
@@ -36,7 +32,7 @@ def frame_psnr(reference: Tensor, videos: Tensor) -> Tensor:
 
     Raises: LesaError if the shapes differ or the videos are not floats.
     """
-    _check(reference, videos)
+    check(reference, videos)
     return psnr(reference.flatten(0, 1), videos.flatten(0, 1)).reshape(reference.shape[:2])
 
 
@@ -47,7 +43,7 @@ def temporal_psnr(reference: Tensor, videos: Tensor) -> Tensor:
 
     Raises: LesaError if the shapes differ, the videos are not floats or have a single frame.
     """
-    _check(reference, videos)
+    check(reference, videos)
     if reference.shape[1] < 2:
         raise LesaError("videos: a single frame has no motion; give at least 2 frames")
     return psnr(float64(reference).diff(dim=1), float64(videos).diff(dim=1))
@@ -60,7 +56,7 @@ def psnr_u8wrap(reference: Tensor, images: Tensor) -> Tensor:
     d^2 mod 256 over random d is 105.5, so it reads about 27.9 dB however different two pictures
     are, and every large error looks smaller than it is. Do not judge by it: use `psnr`.
     """
-    _check(reference, images)
+    check(reference, images)
     difference = _to_uint8(reference) - _to_uint8(images)  # uint8: wraps, on purpose
     squared = float64(difference * difference).flatten(1).mean(1)
     return 20 * log10(255) - 10 * torch.log10(squared)
@@ -74,7 +70,7 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
 
     Raises: LesaError if the shapes differ or torchmetrics is not installed.
     """
-    _check(reference, images)
+    check(reference, images)
     try:
         from torchmetrics.functional.image import structural_similarity_index_measure
     except ImportError as error:
@@ -88,52 +84,8 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
     return scores.reshape(len(images), -1).mean(1)
 
 
-def lpips(reference: Tensor, images: Tensor, net: str = "alex") -> Tensor:
-    """Learned perceptual distance (LPIPS), [N, 3, H, W] in [0, 1] -> [N]; 0 where equal.
-
-    Videos [N, F, 3, H, W] give the mean over their frames. Needs the extra `eval`, a torchvision
-    that fits the installed torch, and the trunk's published weights in torch's hub cache (the lpips
-    package downloads them on first use).
-
-    Raises: LesaError if one of those is missing or the shapes differ.
-    """
-    _check(reference, images)
-    model = _lpips_model(net)
-    a, b = (x.cpu().float().flatten(0, -4) for x in (reference, images))  # where the model lies
-    with torch.inference_mode():
-        distances: Tensor = model(a, b, normalize=True)
-    return distances.reshape(len(images), -1).mean(1)
-
-
-def lpips_is_missing(net: str = "alex") -> str | None:
-    """Why `lpips` cannot run without a download, or None."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    if find_spec("lpips") is None:
-        return "the package lpips is not installed (extra `eval`)"
-    if not any(folder.glob(f"{net}*.pth")):
-        return f"no {net} weights in torch's hub cache; lesa.evaluation.lpips fetches them once"
-    try:
-        _lpips_model(net)
-    except LesaError as error:
-        return str(error)
-    return None
-
-
-@cache
-def _lpips_model(net: str) -> Any:
-    try:
-        import lpips as package
-
-        return package.LPIPS(net=net, verbose=False)
-    # No package, a torchvision made for another torch, no weights:
-    except (ImportError, RuntimeError, OSError) as error:
-        raise LesaError(
-            f"lpips: net={net!r} is not usable ({error}); install the extra `eval` with a"
-            " torchvision made for this torch, and put the weights into torch's hub cache"
-        ) from None
-
-
-def _check(reference: Tensor, images: Tensor) -> None:
+def check(reference: Tensor, images: Tensor) -> None:
+    """Raises: LesaError if the shapes differ or the pictures are not floats."""
     if reference.shape != images.shape:
         raise LesaError(
             f"images: shape {tuple(images.shape)} differs from the reference's"

@@ -10,10 +10,10 @@ import torch
 from tiny_pipelines import build
 
 from lesa.errors import LesaError
-from lesa.evaluation import Bench, compare, frame_psnr, psnr, temporal_psnr
+from lesa.evaluation import Bench, compare, frame_psnr, lpips, psnr, temporal_psnr
 from lesa.evaluation import build as method
 from lesa.evaluation.methods import PEERS, parse
-from lesa.evaluation.metrics_row import COLUMNS, VIDEO_COLUMNS
+from lesa.evaluation.metrics_row import COLUMNS, LPIPS_COLUMNS, VIDEO_COLUMNS
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
 from lesa.util.progress import Bar, Progress
@@ -44,11 +44,24 @@ def test_videos_are_judged_whole_by_frame_and_by_motion(video):
     plain, cached = found.pictures["plain"], found.pictures["fora @3"]
     assert plain.shape == (3, 9, 3, 32, 32)
     row, full = found.rows
-    assert list(row) == [*COLUMNS, "full_step_list", *VIDEO_COLUMNS]
+    assert list(row) == [*COLUMNS, "full_step_list", *LPIPS_COLUMNS, *VIDEO_COLUMNS]
     assert row["psnr_mean"] == pytest.approx(psnr(plain, cached).mean().item())
     assert row["psnr_frame_min"] == pytest.approx(frame_psnr(plain, cached).min().item())
     assert row["temporal_psnr"] == pytest.approx(temporal_psnr(plain, cached).mean().item())
     assert row["psnr_frame_min"] < row["psnr_mean"] < float("inf") == full["psnr_frame_min"]
+    assert row["lpips_mean"] == pytest.approx(lpips(plain, cached).mean().item())
+    assert row["lpips_max"] == pytest.approx(lpips(plain, cached).max().item())
+    assert row["lpips_mean"] > full["lpips_mean"] == 0
+
+
+def test_pictures_too_small_for_lpips_are_measured_without_it():
+    pipe, settings = make("flux", 1)
+    small = settings | {"height": 16, "width": 16}
+    found = compare(pipe, ["a"], [method("fora", 3, Bench(STEPS))], small)
+    assert list(found.rows[0]) == [*COLUMNS, "full_step_list"]
+    assert found.notes == [
+        "LPIPS was not measured: images: 16 x 16 pixels are too few for LPIPS; give at least 31"
+    ]
 
 
 def test_each_prompt_gets_its_own_embedding_and_seed(video):

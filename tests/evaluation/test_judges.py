@@ -1,7 +1,7 @@
 """Judges against independent computations: the towers of CLIP in float64, and the checker itself.
 
-Published weights are not at hand: CLIP is a small random model, ImageReward and LPIPS are stand-ins
-that show which calls they get.
+Published weights are not at hand: CLIP is a small random model, ImageReward is a stand-in
+that shows which calls it gets.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from lesa.evaluation.judges import (
     ImageReward,
     attributes,
     named,
-    perceptual_distance,
 )
-from lesa.evaluation.metrics import lpips_is_missing
 
 TEXTS = ["a red circle", "two blue squares on a dark background", "a ring", "green"]
 
@@ -157,38 +155,3 @@ def test_an_unknown_judge_is_told(name):
 def test_a_judge_by_its_name(clip_folder):
     assert named("attributes") is attributes
     assert isinstance(named(f"clip={clip_folder}"), ClipScore)
-
-
-def test_lpips_says_why_it_is_missing_and_downloads_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("lesa.evaluation.metrics.find_spec", lambda name: None)
-    assert "not installed" in lpips_is_missing()
-    monkeypatch.setattr("lesa.evaluation.metrics.find_spec", lambda name: object())
-    assert "no alex weights" in lpips_is_missing()
-
-
-def test_lpips_is_used_where_package_and_weights_are(pictures, monkeypatch, tmp_path):
-    from lesa.evaluation import metrics
-
-    class Distance:
-        def __init__(self, net, verbose):
-            self.net = net
-
-        def __call__(self, a, b, normalize):
-            assert self.net == "alex" and normalize and a.ndim == 4
-            return (a - b).abs().mean((1, 2, 3), keepdim=True)
-
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "alexnet-owt-1234.pth").touch()
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=Distance, __spec__=object()))
-    metrics._lpips_model.cache_clear()
-    try:
-        assert lpips_is_missing() is None
-        other = pictures + torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None, None]
-        found = perceptual_distance(pictures, other, TEXTS)["lpips"]
-        assert found.tolist() == pytest.approx([0.1, 0.2, 0.3, 0.4], abs=1e-6)
-        video = perceptual_distance(pictures[None], other[None], TEXTS[:1])["lpips"]
-        assert video.tolist() == pytest.approx([0.25], abs=1e-6)
-    finally:
-        metrics._lpips_model.cache_clear()

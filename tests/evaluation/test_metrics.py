@@ -87,12 +87,6 @@ def test_wrong_input_is_named(pictures, metric):
         metric(pictures, (255 * pictures).byte())
 
 
-def test_lpips_says_what_it_needs(pictures, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lpips", None)  # as if it were not installed
-    with pytest.raises(LesaError, match="extra `eval`"):
-        lpips(pictures, pictures, net="vgg")
-
-
 def test_ssim_does_not_load_torchvision():
     """Its index wheels do not import beside a CPU-only torch."""
     code = (

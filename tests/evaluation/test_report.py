@@ -27,6 +27,7 @@ from lesa.util.strict_json import to_json
 
 STEPS = 8
 PROMPTS = testbed.captions(3, seed=5)
+LPIPS_COLUMNS = ["lpips_mean", "lpips_max", "lpips_mean_interval"]
 COLUMNS = [
     "method", "schedule", "full_steps", "psnr_mean", "psnr_p10", "psnr_min",
     "ssim_mean", "seconds", "speedup", "tflops", "cache_bytes",
@@ -54,8 +55,9 @@ def comparison(pipe, settings):
 
 
 def test_rows_have_exactly_the_agreed_columns(comparison):
-    listed = [*COLUMNS, "full_step_list"]  # a shorter run has none
-    assert [list(row) for row in comparison.rows] == [COLUMNS, listed, listed, listed]
+    shorter = [*COLUMNS, *LPIPS_COLUMNS]
+    listed = [*COLUMNS, "full_step_list", *LPIPS_COLUMNS]  # a shorter run has no such list
+    assert [list(row) for row in comparison.rows] == [shorter, listed, listed, listed]
     assert comparison.rows[2]["full_step_list"] == [0, 1, 2, 6]
     assert [row["full_steps"] for row in comparison.rows] == [4, 4, 4, STEPS]
 
