@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from lesa.cli import completion
-from lesa.cli.checks import check_at_least
+from lesa.cli.checks import check_at_least, check_finite
 from lesa.cli.names import choose
 from lesa.cli.options import FORECASTER, OUTPUT, PIPELINE, PROMPTS, Counts, Prompts, Steps
 from lesa.cli.run_request import RunRequest
@@ -17,6 +17,7 @@ from lesa.errors import LesaError
 from lesa.util.prompts import check_text, read_prompts
 
 FORMS, TAPS = ("continuous", "paper", "table"), ("hidden", "output")
+QUALITIES = ("best", "balanced", "fast")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +104,42 @@ class GenerateRequest(RunRequest):
             help="Instead: the paper's rule, every N-th step in full.", rich_help_panel=FORECASTER
         ),
     ] = None
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: the most trained full steps that are so many times faster.",
+            rich_help_panel=FORECASTER,
+        ),
+    ] = None
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead: the fewest with which 9 pictures of 10 reach so many dB.",
+            rich_help_panel=FORECASTER,
+        ),
+    ] = None
+    quality: Annotated[
+        str | None,
+        typer.Option(
+            help="Instead: best, balanced or fast, of those trained.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.among(QUALITIES),
+        ),
+    ] = None
     num_inference_steps: Steps = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, fps=self.fps, num_inference_steps=self.num_inference_steps)
+        check_finite(target_speedup=self.target_speedup, target_psnr=self.target_psnr)
+        if self.quality is not None:
+            choose(self.quality, QUALITIES, "quality")
+
+    @property
+    def full(self) -> dict[str, Any]:
+        """What was said of the full steps."""
+        names = "full_steps", "interval", "target_speedup", "target_psnr", "quality"
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def texts(self) -> list[str]:
         """All prompts; LesaError if there is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -21,6 +22,8 @@ from lesa.errors import LesaError
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 
+_GIVE = "give either --full-steps or --interval, or what shall be reached, as --target-speedup 4"
+
 
 def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
     """Save a picture of every prompt, print what it took and return all of it.
@@ -31,7 +34,7 @@ def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
     with Progress().bar("load", 0):
         pipe, settings, forecaster, cache = _prepare(request, texts)
     facts = make_pictures(pipe, texts, settings, request, forecaster, cache)
-    _tell(facts, len(texts), request, cache, console)
+    _tell(facts, len(texts), request, console)
     return facts | asdict(request.full_step)
 
 
@@ -44,7 +47,7 @@ def _prepare(
     steps = request.num_inference_steps
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
     steps = settings["num_inference_steps"]
-    cache = checked_schedule(forecaster, request.full_steps, request.interval, steps)
+    cache = checked_schedule(forecaster, request.full, steps)
     request.check_target()
     require_writable(request.out)
     check_json(request.json)
@@ -53,32 +56,46 @@ def _prepare(
     return pipe, settings, forecaster, cache
 
 
-def checked_schedule(
-    forecaster: Any, full_steps: int | None, interval: int | None, num_steps: int
-) -> dict[str, Any]:
+def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
     """Arguments of `lesa.enable` that say which steps are full.
 
     A forecaster that was trained has its own numbers, of which `full_steps_of` takes one.
 
-    Raises: LesaError where both are given, none without such a number, or one without a forecaster.
+    Args:
+        asked: of full_steps, interval, target_speedup, target_psnr and quality what was given.
+
+    Raises: LesaError where several are given, none without such a number, one without a
+        forecaster, or one that the forecaster cannot reach.
     """
+    given = [f"{name.replace('_', '-')}={value}" for name, value in asked.items()]
     if forecaster is None:
-        if full_steps is not None or interval is not None:
-            given = f"full-steps={full_steps}" if interval is None else f"interval={interval}"
-            raise LesaError(f"{given}: it needs a forecaster; give --forecaster too")
+        if given:
+            raise LesaError(f"{given[0]}: it needs a forecaster; give --forecaster too")
         return {}
-    if full_steps is None and interval is None:
-        full_steps = full_steps_of(forecaster, num_steps)
-    if (full_steps is None) == (interval is None):
-        raise LesaError(
-            f"full-steps={full_steps}: with interval={interval} it does not say which steps are"
-            " full; give either --full-steps or --interval with a forecaster"
-        )
-    if interval is not None:
-        return {"schedule": Schedule.every(interval).bind(num_steps)}
-    assert full_steps is not None
-    check_count(full_steps, num_steps, "full-steps")
-    return {"full_steps": full_steps}
+    asked = asked or {"full_steps": full_steps_of(forecaster, num_steps)}
+    if len(given) > 1:
+        raise LesaError(f"{given[0]}: {given[1]} says something else; {_GIVE}")
+    ((name, value),) = asked.items()
+    if value is None:
+        raise LesaError(f"full-steps=None: nothing says which steps are full; {_GIVE}")
+    if name == "interval":
+        return {"schedule": Schedule.every(value).bind(num_steps)}
+    if name == "full_steps":
+        check_count(value, num_steps, "full-steps")
+    else:
+        _check_reach(forecaster, asked, num_steps)
+    return dict(asked)
+
+
+def _check_reach(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> None:
+    """LesaError, in the words of the options, for a target that no list reaches."""
+    from lesa.engine.config import LesaConfig
+
+    try:
+        LesaConfig(forecaster, **asked).bound_schedule(num_steps)
+    except LesaError as error:
+        told = re.sub(r"\b(target|full)_(speedup|psnr|steps)\b", r"\1-\2", str(error))
+        raise LesaError(told) from None
 
 
 def make_pictures(
@@ -129,14 +146,12 @@ def _tell(
     facts: Mapping[str, Any],
     count: int,
     request: GenerateRequest,
-    cache: Mapping[str, Any],
     console: Console,
 ) -> None:
     """What was made and how: also what was taken from the forecaster without being asked for."""
     what = ("video" if facts["video"] else "picture") + "s" * (count > 1)
     steps = facts["settings"]["num_inference_steps"]
-    schedule = cache.get("schedule")
-    full = cache.get("full_steps") or (len(schedule.full_steps) if schedule else steps)
+    full = len((facts["stats"] or {}).get("full_steps", ())) or steps
     told = (
         f"{count} {what} in {request.out}, {facts['seconds']:.3g} s of denoising,"
         f" {full} of {steps} steps in full"

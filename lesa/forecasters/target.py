@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import floor
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -75,15 +76,9 @@ class Target:
                 f"{self}: {forecaster.name} was not trained on this model and has no {lacks}; give "
                 "full_steps or target_speedup, or train one with lesa.train"
             )
-        refusals = []
-        for num_steps in dict.fromkeys(entry.schedule.steps for entry in calibrations):
-            try:
-                self.choose(calibrations, num_steps)
-                return
-            except LesaError as refusal:
-                refusals.append(refusal)
-        if refusals:
-            raise refusals[0]
+        if calibrations:
+            steps = dict.fromkeys(entry.schedule.steps for entry in calibrations)
+            _first_of(partial(self.choose, calibrations, num_steps) for num_steps in steps)
 
     def choose(
         self,
@@ -95,8 +90,12 @@ class Target:
 
         What was calibrated for the nearest number of steps counts. Of a run of another number a
         speed-up keeps the share of full steps and quality their count, as `full_steps` does; no
-        PSNR was measured there. LesaError where no count reaches the target.
+        PSNR was measured there. Where the levels are not known yet, those of any calibration do.
+        LesaError where no count reaches the target.
         """
+        if sigmas is None:
+            runs = dict.fromkeys(entry.sigmas for entry in calibrations)
+            return _first_of(partial(self.choose, calibrations, num_steps, run) for run in runs)
         known = _nearest(calibrations, num_steps, sigmas)
         if self.psnr is not None:
             return self._by_psnr(calibrations, known, num_steps)
@@ -145,8 +144,19 @@ class Target:
         )
 
 
+def _first_of(attempts: Iterable[Callable[[], Chosen]]) -> Chosen:
+    """What the first attempt gives that does not fail; if all do, the first failure."""
+    refusals = []
+    for attempt in attempts:
+        try:
+            return attempt()
+        except LesaError as refusal:
+            refusals.append(refusal)
+    raise refusals[0]
+
+
 def _nearest(
-    calibrations: Sequence[Calibration], num_steps: int, sigmas: Sequence[float] | None
+    calibrations: Sequence[Calibration], num_steps: int, sigmas: Sequence[float]
 ) -> list[Calibration]:
     """Those of the nearest calibrated number of steps: of each count the one whose noise levels
     are nearest, the largest count first. `schedule_for` takes the same."""
@@ -154,11 +164,8 @@ def _nearest(
     found: dict[int, Calibration] = {}
     for entry in calibrations:
         count = len(entry.schedule.full_steps)
-        if entry.schedule.steps != steps:
-            continue
-        if count not in found or (
-            sigmas and entry.distance(sigmas) < found[count].distance(sigmas)
-        ):
+        nearer = count not in found or entry.distance(sigmas) < found[count].distance(sigmas)
+        if entry.schedule.steps == steps and nearer:
             found[count] = entry
     return [found[count] for count in sorted(found, reverse=True)]
 

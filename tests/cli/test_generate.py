@@ -11,13 +11,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lesa import Schedule, testbed
-from lesa.cli import app
+from lesa import LesaForecaster, Schedule, testbed
+from lesa.cli import app, requests
 from lesa.cli.calls import call_settings, full_steps_of, further_arguments
 from lesa.cli.pictures import NO_VIDEO, file_name
 from lesa.cli.rehearsal import rehearse
 from lesa.cli.saved import look_at
 from lesa.errors import LesaError
+from lesa.forecasters.target import QUALITIES
+from lesa.forecasters.worth import Worth
 
 
 def run(*args: object) -> str:
@@ -53,6 +55,31 @@ def test_what_is_not_given_is_as_in_training(trained, tmp_path):
     run(*common, "--out", tmp_path / "out", "--json", facts, "--height", 64, "--full-steps", 3)
     told = json.loads(facts.read_text())
     assert told["settings"]["height"] == 64 and told["stats"]["full"] == 3
+
+
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [(("--target-speedup", 2.7), 2), (("--target-psnr", 40), 3), (("--quality", "fast"), 2)],
+)
+def test_the_full_steps_that_reach_a_target(trained, tmp_path, target, count):
+    """With measurements made by hand, of which only 3 of 8 have 40 dB."""
+    forecaster = LesaForecaster.from_pretrained(trained)
+    for entry in forecaster.calibrations:
+        p10 = 15.0 * len(entry.schedule.full_steps)
+        entry.worth = Worth(p10 + 1, p10, p10 - 1, 8, True, share=0.01)
+    forecaster.save_pretrained(tmp_path / "measured")
+    facts = tmp_path / "facts.json"
+    text = run(
+        "generate", "flux", "--forecaster", tmp_path / "measured", "--prompt", "a red circle",
+        "--out", tmp_path / "out", "--json", facts, *target,
+    )  # fmt: skip
+    told = json.loads(facts.read_text())
+    assert told["stats"]["full"] == count and f"{count} of 8 steps in full" in text
+    assert told["stats"]["chosen"] in text and str(target[1]) in told["stats"]["chosen"]
+
+
+def test_words_for_quality_are_those_of_the_library():
+    assert requests.QUALITIES == QUALITIES
 
 
 def test_arguments_of_another_class_are_not_taken_from_a_forecaster():

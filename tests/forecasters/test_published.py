@@ -18,7 +18,7 @@ TAYLORSEER_10 = (0, 1, 2, 8, 14, 20, 26, 32, 38, 44)
 def test_taylor_follows_taylorseers_rule():
     config = LesaConfig(Taylor(order=1), full_steps=10)
     assert config.bound_schedule(50).full_steps == TAYLORSEER_10
-    cache = checked_schedule("taylorseer-1", 10, None, 50)
+    cache = checked_schedule("taylorseer-1", {"full_steps": 10}, 50)
     config = LesaConfig(load_forecaster("taylorseer-1"), **cache)
     assert config.bound_schedule(50).full_steps == TAYLORSEER_10
 
@@ -28,7 +28,7 @@ def test_taylor_follows_taylorseers_rule():
 def test_the_library_generate_and_compare_have_the_same_full_steps(name, count, steps):
     forecaster = load_forecaster(name)
     library = LesaConfig(forecaster, full_steps=count).bound_schedule(steps)
-    cache = checked_schedule(name, count, None, steps)
+    cache = checked_schedule(name, {"full_steps": count}, steps)
     command = LesaConfig(forecaster, **cache).bound_schedule(steps)
     contender = build(name, count, Bench(steps))
     assert library == command == contender.schedule

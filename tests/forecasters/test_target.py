@@ -166,6 +166,8 @@ def test_of_lists_at_two_sizes_the_nearer_one():
     assert target.choose(made.calibrations, 50, plain).full_steps == 10
     with pytest.raises(LesaError, match="reach 30.0 dB"):
         target.choose(made.calibrations, 50, shifted)
+    made.calibrations.reverse()
+    target.check(made)  # which of them runs is not known before the run
 
 
 @pytest.mark.parametrize(
