@@ -147,11 +147,12 @@ def inspect(
         str, typer.Argument(metavar="FOLDER", help="Folder or hub id of a trained forecaster.")
     ],
     picture: Annotated[
-        Path | None, typer.Option(help="Also draw the tables into this folder as PNG.")
+        Path | None,
+        typer.Option(help="Also draw the tables, and what they are worth, into this folder."),
     ] = None,
     json: Json = None,
 ) -> None:
-    """Show a forecaster: its full steps, its tables as pictures, and where it comes from.
+    """Show a forecaster: its full steps, what they are worth, its tables, where it comes from.
 
     Example: lesa inspect my-lesa --picture tables
     """

@@ -6,12 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
+from rich.table import Table
 from torch import Tensor
 
 from lesa.cli.output import say
+from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.worth import Worth, speedup
 
 SHADES = " ░▒▓█"
+_TITLE = "PSNR against the plain run, dB, and predicted speed-up of the denoising"
 
 
 def describe(forecaster: Any) -> dict[str, Any]:
@@ -25,6 +30,8 @@ def describe(forecaster: Any) -> dict[str, Any]:
                 "num_steps": entry.schedule.steps,
                 "full_steps": list(entry.schedule.full_steps),
                 "sigmas": list(entry.sigmas),
+                "worth": None if entry.worth is None else entry.worth.to_dict(),
+                "speedup": _speedup(entry),
                 "made_from": _made_from(_table(forecaster, entry, forecaster.branches[0])),
                 "tables": {
                     name: table.coefficients.tolist() for name, table in _tables(forecaster, entry)
@@ -40,6 +47,8 @@ def print_forecaster(forecaster: Any, console: Console) -> None:
     say(console, f"{forecaster.name}  tap {forecaster.tap}")
     for field, value in forecaster.metadata.items():
         say(console, f"  {field}: {_in_words(value)}")
+    if forecaster.calibrations:
+        console.print(worth_table(forecaster.calibrations))
     for entry in forecaster.calibrations:
         schedule = entry.schedule
         steps = "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
@@ -53,6 +62,57 @@ def print_forecaster(forecaster: Any, console: Console) -> None:
     say(console, "\n  darker: a larger coefficient; its sign and value: --picture or --json")
 
 
+def worth_table(calibrations: Sequence[Calibration]) -> Table:
+    """What each list is worth, for a terminal of 80 columns; a dash for what was not measured.
+
+    LPIPS has its column where any list has a value, "own" stands for the prompts of the fit.
+    """
+    worths = [entry.worth for entry in calibrations]
+    far = any(worth is not None and worth.lpips_mean is not None for worth in worths)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=_TITLE, caption=_caption(worths))
+    table.add_column("full", no_wrap=True)
+    table.add_column("at steps", overflow="fold")
+    for column in ("faster", "mean", "p10", "min", *["LPIPS", "max"] * far, "pictures"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for entry, worth in zip(calibrations, worths, strict=True):
+        schedule = entry.schedule
+        cells = ["-"] * (6 if far else 4)
+        if worth is not None:
+            cells = [f"{value:.1f}" for value in (worth.mean, worth.p10, worth.minimum)]
+            cells += [_three(value) for value in (worth.lpips_mean, worth.lpips_max)] * far
+            cells.append(f"{worth.pictures}" + ("" if worth.validated else " own"))
+        table.add_row(
+            f"{len(schedule.full_steps)} of {schedule.steps}",
+            " ".join(map(str, schedule.full_steps)),
+            f"{_speedup(entry):.2f}x",
+            *cells,
+        )
+    return table
+
+
+def _caption(worths: Sequence[Worth | None]) -> str | None:
+    """What the table cannot say for itself."""
+    measured = [worth for worth in worths if worth is not None]
+    told = []
+    if not measured:
+        told.append("not measured: train anew to have it")
+    if any(not worth.validated for worth in measured):
+        told.append("own: prompts of the fit, so that others may come out worse")
+    if any(worth is None or worth.share is None for worth in worths):
+        told.append("faster: where a skipped step takes no time")
+    return "; ".join(told) or None
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _speedup(entry: Calibration) -> float:
+    """Predicted, of the denoising."""
+    share = None if entry.worth is None else entry.worth.share
+    return speedup(len(entry.schedule.full_steps), entry.schedule.steps, share)
+
+
 def _in_words(value: Any) -> str:
     """A value of the metadata without the brackets of Python."""
     if isinstance(value, Mapping):
@@ -63,8 +123,9 @@ def _in_words(value: Any) -> str:
 
 
 def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
-    """A heat map for every calibrated list and branch; nothing without a folder."""
-    from lesa.evaluation.plots import table_png
+    """A heat map for every calibrated list and branch, and what the lists are worth where that was
+    measured; nothing without a folder."""
+    from lesa.evaluation.plots import table_png, worth_png
 
     if folder is None:
         return {}
@@ -74,7 +135,20 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
         for name, table in _tables(forecaster, entry):
             png = table_png(table, f"{count} of {steps} steps in full, {name}")
             drawn[folder / f"table-{count}-of-{steps}-{name.replace(' ', '-')}.png"] = png
+    if lines := _worth_lines(forecaster.calibrations):
+        drawn[folder / "worth.png"] = worth_png(lines)
     return drawn
+
+
+def _worth_lines(calibrations: Sequence[Calibration]) -> dict[str, list[dict[str, Any]]]:
+    """The points of the plot, by number of steps."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for entry in calibrations:
+        if entry.worth is not None:
+            point = {"full_steps": len(entry.schedule.full_steps), "speedup": _speedup(entry)}
+            line = lines.setdefault(f"of {entry.schedule.steps} steps", [])
+            line.append(point | entry.worth.to_dict())
+    return lines
 
 
 def _made_from(table: Any) -> list[str]:

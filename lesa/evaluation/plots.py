@@ -84,6 +84,34 @@ def table_png(table: Any, title: str = "") -> bytes:
     return figure_png(figure)
 
 
+def worth_png(lines: Mapping[str, Sequence[Mapping[str, float]]]) -> bytes:
+    """What calibrated lists are worth: PSNR (mean, p10, minimum) over the predicted speed-up, and
+    the number of full steps at each point; a colour per line, such as "of 50 steps".
+
+    The points of a line have mean, p10, minimum, speedup and full_steps.
+    """
+    figure, axis = canvas(1, 1, figsize=(7, 4.2))
+    looks = {"mean": ("-", "o"), "p10": ("--", "s"), "minimum": (":", "v")}
+    for number, (label, points) in enumerate(lines.items()):
+        ordered = sorted(points, key=lambda point: point["speedup"])
+        places = [point["speedup"] for point in ordered]
+        for key, (style, marker) in looks.items():
+            values = [point[key] for point in ordered]
+            axis.plot(
+                places, values, ls=style, marker=marker, color=f"C{number}", label=f"{key} {label}"
+            )
+        for point in ordered:
+            axis.annotate(
+                f"{point['full_steps']} full", (point["speedup"], point["mean"]),
+                xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8,
+            )  # fmt: skip
+    axis.set(xlabel="predicted speed-up of the denoising", ylabel="PSNR against the plain run, dB")
+    axis.margins(0.08, 0.12)
+    axis.grid(alpha=0.25)
+    axis.legend(fontsize=8.5, frameon=False)
+    return figure_png(figure)
+
+
 GAIN = 8  # of errors that are shown as pictures
 
 
