@@ -29,11 +29,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
+import fuzzed_folders  # noqa: E402
 import soak_kills  # noqa: E402
 import soak_threads  # noqa: E402
 import torch  # noqa: E402
 from _environment import RESULTS, environment, write  # noqa: E402
-from file_fuzz import Fuzz  # noqa: E402
 from saved_pipelines import save  # noqa: E402
 from soak_run import soak  # noqa: E402
 
@@ -82,8 +82,13 @@ def kill(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def files(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One changed file at a time."""
-    return Fuzz(folder).run(options.changes, options.seed, tell).to_dict()
+    """One changed file at a time, of a forecaster that was trained and of one with every part."""
+    found: dict[str, Any] = {}
+    for make in (fuzzed_folders.trained, fuzzed_folders.full):
+        place = folder / make.__name__
+        place.mkdir()
+        found[make.__name__] = make(place).run(options.changes, options.seed, tell).to_dict()
+    return found | {"faults": [fault for part in found.values() for fault in part.pop("faults")]}
 
 
 PARTS: dict[str, Part] = {
@@ -105,7 +110,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1000, help="of the soak")
     parser.add_argument("--seconds", type=float, default=3600.0, help="limit of the soak")
     parser.add_argument("--rounds", type=int, default=20, help="of threads, forks and kill")
-    parser.add_argument("--changes", type=int, default=2000, help="of files")
+    parser.add_argument("--changes", type=int, default=2000, help="of either folder of files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "soak.json")
     options = parser.parse_args()

@@ -1,10 +1,9 @@
-"""A short soak, and files that were changed by chance; benchmarks/soak.py has the long form."""
+"""A short soak; benchmarks/soak.py has the long form."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from file_fuzz import CONFIG, STATISTICS, WEIGHTS, Fuzz
 from soak_requests import Request, own_loop
 from soak_run import slope, soak
 from tiny_pipelines import build, run
@@ -48,12 +47,3 @@ def test_a_slope_is_told_with_its_noise():
     assert told["standard_error"] == pytest.approx(0, abs=1e-6)
     scattered = slope([(x, (x // 10) % 2) for x in range(0, 100, 10)])
     assert abs(scattered["per_100_requests"]) < 3 * scattered["standard_error"]
-
-
-def test_changed_files_work_or_are_refused_in_one_sentence(tmp_path):
-    fuzz = Fuzz(tmp_path).run(100, seed=1)
-    assert fuzz.faults == []
-    names = {kind.partition(":")[0] for kind, _ in fuzz.ended}
-    assert names == {CONFIG, WEIGHTS, STATISTICS}
-    ends = {ended for _, ended in fuzz.ended}
-    assert ends == {"works", "sentence"}
