@@ -11,7 +11,7 @@ one another. files: changed forecasters and statistics, which work or are refuse
 
 Ends with status 1 where anything differs. benchmarks/results/soak.json is written anew after each
 part, and keeps the parts that are not asked for. The short forms are tests/scenarios/test_soak.py,
-test_threads.py and test_kill.py.
+test_threads.py and test_kill.py, and tests/training/test_changed_files.py.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ def files(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         place = folder / make.__name__
         place.mkdir()
         found[make.__name__] = make(place).run(options.changes, options.seed, tell).to_dict()
-    return found | {"faults": [fault for part in found.values() for fault in part.pop("faults")]}
+    faults = [{"folder": made} | fault for made in found for fault in found[made].pop("faults")]
+    return found | {"faults": faults}
 
 
 PARTS: dict[str, Part] = {
