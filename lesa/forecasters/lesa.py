@@ -200,6 +200,7 @@ class LesaForecaster(FullPrecision):
             )
         entry = self.recommend(schedule, sigmas)
         entry.rows[branch] = table.coefficients
+        entry.worth = None  # was measured with other rows, if at all
         entry.split.pop(branch, None)
         if table.split is not None:
             entry.split[branch] = table.split

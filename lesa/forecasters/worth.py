@@ -78,7 +78,9 @@ class Worth:
         if not len(decibels):
             raise LesaError("decibels=[]: no picture was measured; give at least one")
         found = torch.tensor(list(decibels), dtype=torch.float64, device="cpu").clamp(max=IDENTICAL)
-        far = None if not lpips else torch.tensor(list(lpips), dtype=torch.float64, device="cpu")
+        far = (
+            None if lpips is None else torch.tensor(list(lpips), dtype=torch.float64, device="cpu")
+        )
         return cls(
             mean=float(found.mean()),
             p10=float(found.quantile(0.1)),

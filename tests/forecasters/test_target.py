@@ -67,7 +67,17 @@ def test_values_that_were_never_measured(wrong):
         replace(WORTH, **wrong)
 
 
+def test_other_rows_are_not_worth_the_same():
+    made = forecaster({50: {10: WORTH}})
+    (entry,) = made.calibrations
+    rows = made.table(entry.schedule, entry.sigmas).coefficients
+    made.correct(entry.schedule, entry.sigmas, "cond", rows)
+    assert entry.worth is None
+
+
 def test_nothing_was_measured():
+    with pytest.raises(LesaError, match="worth.mean=nan"):
+        Worth.of([40, nan], validated=True)
     with pytest.raises(LesaError, match="decibels=.*at least one"):
         Worth.of([], validated=True)
 
