@@ -29,22 +29,22 @@ class LesaConfig:
     Args:
         forecaster: makes the coefficients; first-order Taylor if not given. Also by name: the
             folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
-        full_steps: how many steps are computed in full. Exclusive with the next four. A forecaster
-            that its authors publish with a rule follows it, at the setting with the fewest full
-            steps that are not below. A trained one that does not know the count adds steps to the
-            next smaller list that it knows, or spreads the nearest one anew where that would grow
-            by more than half, and `enable` warns. With neither, the count of a trained forecaster's
-            first calibrated schedule, or its share of the steps in a run too short to skip any;
-            else `Schedule.every(5)`.
+        full_steps: how many steps are computed in full, instead of `schedule` or a target. A
+            forecaster that its authors publish with a rule follows it, at the setting with the
+            fewest full steps that are not below. A trained one that does not know the count adds
+            steps to the next smaller list that it knows, or spreads the nearest one anew where that
+            would grow by more than half, and `enable` warns. With none of these, the count of a
+            trained forecaster's first calibrated schedule, or its share of the steps in a run too
+            short to skip any; else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
-        target_speedup, target_psnr, quality: instead of a count, what it shall reach; see
-            `lesa.forecasters.target.Target`. The count is chosen when a generation begins.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
             graph where the model and the device allow it (see `lesa.engine.graphs.tail_graph`).
         num_inference_steps: steps of a custom loop around a bare model.
         sigmas: its `num_inference_steps + 1` noise levels in [0, 1].
         scheduler: the diffusers scheduler of a custom loop, instead of the two above.
+        target_speedup, target_psnr, quality: instead of a count, what it shall reach; see
+            `lesa.forecasters.target.Target`. The count is chosen when a generation begins.
 
     Raises:
         LesaError: a field is invalid or two contradict each other.
@@ -53,14 +53,14 @@ class LesaConfig:
     forecaster: Forecaster = field(default_factory=Taylor)
     full_steps: int | None = None
     schedule: Schedule | None = None
-    target_speedup: float | None = None
-    target_psnr: float | None = None
-    quality: Quality | None = None
     tap: Tap | None = None
     graph: Literal["auto", "off"] = "auto"
     num_inference_steps: int | None = None
     sigmas: Sequence[float] | None = None
     scheduler: Any = None
+    target_speedup: float | None = None
+    target_psnr: float | None = None
+    quality: Quality | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.forecaster, (str, PathLike)):
