@@ -4,7 +4,7 @@ from lesa.evaluation.compare import Comparison, compare
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import NAMES, build, build_all, parse
 from lesa.evaluation.metrics import frame_psnr, psnr, psnr_u8wrap, ssim, temporal_psnr
-from lesa.evaluation.perceptual import lpips
+from lesa.util.perceptual import lpips
 
 __all__ = [
     "NAMES",

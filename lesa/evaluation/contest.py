@@ -15,11 +15,11 @@ from lesa.evaluation.intervals import bootstrap, mean
 from lesa.evaluation.judges import LPIPS, Judge, perceptual_distance
 from lesa.evaluation.method import Method
 from lesa.evaluation.metrics_row import MetricsRow
-from lesa.evaluation.perceptual import lpips_is_missing
 from lesa.evaluation.ranking import Row, best_peer, wanted
 from lesa.evaluation.runner import Chunk, run_method, run_tflops
 from lesa.evaluation.runs import Run, levels_of, step_flops
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
+from lesa.util.perceptual import lpips_is_missing
 from lesa.util.progress import Bar
 
 WORST = 4  # prompts that are shown where lesa is worst

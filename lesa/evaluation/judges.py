@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.evaluation.perceptual import lpips
 from lesa.testbed import part
+from lesa.util.perceptual import lpips
 
 LPIPS = "lpips"  # the name of what `perceptual_distance` gives
 

