@@ -9,15 +9,19 @@ from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.adaptive import ADAPTIVE
+from lesa.evaluation.peers.budcache import ANNEALED
 from lesa.evaluation.peers.cache_dit import DBCACHES
 from lesa.evaluation.peers.deepcache import UNETS
+from lesa.evaluation.peers.dicache import PROBED
 from lesa.evaluation.peers.diffusers_caches import CACHES
 from lesa.evaluation.peers.disca import DISTILLED
 from lesa.evaluation.peers.dpcache import PLANNED
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.meancache import AVERAGED
+from lesa.evaluation.peers.sencache import SENSITIVE
 from lesa.evaluation.peers.solvers import SOLVERS
+from lesa.evaluation.peers.tc_pade import RATIONAL
 from lesa.evaluation.peers.tokenwise import TOKENWISE
 from lesa.forecasters.calibration import untrained
 from lesa.forecasters.published import canonical
@@ -32,12 +36,25 @@ PEERS: dict[str, Peer] = {
     **LEARNED,
     **PLANNED,
     **AVERAGED,
+    **ANNEALED,
+    **SENSITIVE,
+    **PROBED,
+    **RATIONAL,
     **TOKENWISE,
     **DISTILLED,
 }
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
 # Those whose `unfit` looks at the classes of a pipeline and its denoiser alone.
-BY_CLASS: tuple[str, ...] = (*UNETS, *ADAPTIVE, *TOKENWISE, *DISTILLED)
+BY_CLASS: tuple[str, ...] = (
+    *UNETS,
+    *ADAPTIVE,
+    *ANNEALED,
+    *SENSITIVE,
+    *PROBED,
+    *RATIONAL,
+    *TOKENWISE,
+    *DISTILLED,
+)
 
 
 def parse(names: str | Iterable[str], bench: Bench) -> tuple[str, ...]:

@@ -81,19 +81,20 @@ class StepCache(ABC, Generic[S]):
         args: tuple[Any, ...],
         kwargs: Any,
         forecast: Tensor,
-        residual: Tensor | None = None,
+        residual: Tensor | Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
         """Run the model without its blocks: output, tokens [B, L, C] and time embedding [B, C].
 
-        In front of the tail comes `forecast`, into which tokens + `residual` is written first where
-        that is given.
+        In front of the tail comes `forecast`, into which tokens + `residual` (a tensor, or what it
+        makes of the tokens) is written first where that is given.
         """
         seen: list[Tensor] = []
 
         def listen(module: nn.Module, given: tuple[Any, ...]) -> None:
             seen.extend(given[:2])
             if residual is not None:
-                torch.add(given[0], residual, out=forecast)
+                added = residual if isinstance(residual, Tensor) else residual(given[0])
+                torch.add(given[0], added, out=forecast)
 
         tail = self.spec.module(self.core, self.spec.tail)
         with tail.register_forward_pre_hook(listen, prepend=True):

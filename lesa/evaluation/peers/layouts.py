@@ -57,25 +57,26 @@ def unfit_layout(bench: Bench) -> str | None:
 
 def first_block(core: nn.Module, spec: ModelSpec) -> Any:
     """The block that runs first."""
-    return _blocks(core, spec)[0]
+    return all_blocks(core, spec)[0]
 
 
 def last_block(core: nn.Module, spec: ModelSpec) -> Any:
     """The block that runs last."""
-    return _blocks(core, spec)[-1]
+    return all_blocks(core, spec)[-1]
 
 
 def bound_arguments(
-    block: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+    forward: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """A block's arguments by name, however it was called."""
-    bound = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+    """The arguments of a block's forward by name, however it was called."""
+    bound = inspect.signature(forward).bind(*args, **kwargs).arguments
     extra = [name for name in ("args", "kwargs") if name in bound]
     named = {name: value for name, value in bound.items() if name not in extra}
     return named | bound.get("kwargs", {})
 
 
-def _blocks(core: nn.Module, spec: ModelSpec) -> list[nn.Module]:
+def all_blocks(core: nn.Module, spec: ModelSpec) -> list[Any]:
+    """The blocks in the order in which they run."""
     return [block for path in spec.blocks for block in core.get_submodule(path).children()]
 
 

@@ -75,7 +75,7 @@ class SpeCa(StepCache[_State]):
         """Run the whole model; its last block's inputs and output enter the history."""
 
         def note(block: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            state.arguments = bound_arguments(block, given, named)
+            state.arguments = bound_arguments(block.forward, given, named)
 
         with self._last.register_forward_pre_hook(note, with_kwargs=True):
             output, feature = self.full(denoiser, args, kwargs)
