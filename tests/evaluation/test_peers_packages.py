@@ -194,6 +194,22 @@ def test_a_mask_runs_the_listed_steps(name):
 
 
 @packaged
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("order", [0, 1])
+def test_dbcache_begins_every_generation_anew(name, order):
+    """The second generation under one cache is what it is alone, whatever the first one was."""
+    tools, call, _ = bench(name)
+    mask = [1, 1, 0, 0, 1, 0]
+    with_mask = partial(dbcache, num_steps=STEPS, order=order, mask=mask, two_calls=True)
+    alone, _ = with_cache(name, with_mask)
+    other = call(generator=torch.Generator().manual_seed(8))
+    with with_mask(tools.pipe) as use:
+        first, second = run(tools.pipe, other), run(tools.pipe, call())
+    assert use.full_steps() == 3
+    assert torch.equal(second, alone) and not torch.equal(first, alone)
+
+
+@packaged
 def test_dbcache_needs_an_adapter():
     assert "StableDiffusionXLPipeline" in unfit("dbcache", bench("sdxl")[0])
 

@@ -106,8 +106,10 @@ def dbcache(
 
     num_steps: of one generation. warmup: steps at its start that are full. order: of the Taylor
     calibrator, 0 without. mask: 1 for each full step; then no threshold is looked at. two_calls:
-    guidance is a call of its own, after the prompt's. The pipeline and its class are as before
-    afterwards.
+    guidance is a call of its own, after the prompt's. On a pipeline the package makes its context
+    anew for every call, so nothing of one generation enters the next (on a bare transformer
+    `cache_dit.refresh_context` would have to be called between them). The pipeline and its class
+    are as before afterwards.
     """
     import cache_dit
 
