@@ -41,6 +41,12 @@ WRITTEN = {  # as their authors write them
     "deepcache": "DeepCache",
     "spectrum": "Spectrum",
     "dbcache": "DBCache",
+    "dpcache": "DPCache",
+    "meancache": "MeanCache",
+    "budcache": "BudCache",
+    "sencache": "SenCache",
+    "dicache": "DiCache",
+    "tc-pade": "TC-Pade",
     "fewer-steps": "fewer steps",
     "lesa-paper": "the paper's LESA",
 }
