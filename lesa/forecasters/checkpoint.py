@@ -27,6 +27,7 @@ from lesa.forecasters.config_check import (
     check_tables,
     check_tensors,
 )
+from lesa.forecasters.disca import MOST_BYTES, DiscaForm
 from lesa.forecasters.source import locate
 from lesa.forecasters.worth import Worth
 from lesa.util.files import as_path, named_path, one_line, read_file, write_atomically
@@ -43,6 +44,7 @@ class Storable(Tabled, Protocol):
     """What a folder holds of a forecaster: settings, origin, parameters and calibrated rows."""
 
     metadata: dict[str, Any]
+    net: Any
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
@@ -105,7 +107,8 @@ def load(
     config_path, weights_path = locate(source, (CONFIG, WEIGHTS), revision)
     name = named_path(config_path)
     config = _read_config(read_file(config_path, MOST_CONFIG, _GIVE), name)
-    weights = read_file(weights_path, MOST_WEIGHTS, _GIVE)
+    most = MOST_BYTES if _form(config) == "disca" else MOST_WEIGHTS
+    weights = read_file(weights_path, most, _GIVE)
     whole = hashlib.sha256(weights).hexdigest() == config["weights_sha256"]
     try:
         tensors, metadata = read_tensors(weights, named_path(weights_path), "copy it again")
@@ -133,7 +136,7 @@ def _tensors(forecaster: Storable) -> dict[str, Tensor]:
     for i, entry in enumerate(forecaster.calibrations):
         tensors |= {f"rows.{i}.{name}": rows.contiguous() for name, rows in entry.rows.items()}
         tensors |= {f"split.{i}.{name}": rows.contiguous() for name, rows in entry.split.items()}
-    return tensors
+    return tensors | (forecaster.net.stored() if isinstance(forecaster.net, DiscaForm) else {})
 
 
 def _config(forecaster: Storable) -> dict[str, Any]:
@@ -189,6 +192,11 @@ def _read_config(data: bytes, name: str, digest: str = "weights_sha256") -> dict
     return config
 
 
+def _form(config: dict[str, Any]) -> Any:
+    settings = config.get("settings")
+    return settings.get("form") if isinstance(settings, dict) else None
+
+
 def _build(
     config: dict[str, Any], tensors: dict[str, Tensor], make: Callable[..., Stored]
 ) -> Stored:
@@ -206,6 +214,8 @@ def _build(
     forecaster.calibrations += [
         _calibration(i, listed, tensors) for i, listed in enumerate(config["calibrated"])
     ]
+    if isinstance(forecaster.net, DiscaForm):
+        forecaster.net.take(tensors)
     forecaster.to(dtype)
     forecaster.load_state_dict(tensors)
     check_moments(forecaster.moments)

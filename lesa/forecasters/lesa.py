@@ -17,6 +17,7 @@ from lesa.forecasters import checkpoint
 from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.damping import Rows, carried, damped, reuse
+from lesa.forecasters.disca import DiscaForm
 from lesa.forecasters.kan import FullPrecision
 from lesa.forecasters.mismatch import Mismatch, mismatch
 from lesa.forecasters.moments import Moments
@@ -25,6 +26,7 @@ from lesa.forecasters.settings import Settings
 
 _NETS: dict[str, type[TableForm] | type[PaperForm]] = {
     "continuous": ContinuousForm,
+    "disca": DiscaForm,
     "paper": PaperForm,
     "table": TableForm,
 }
@@ -36,7 +38,8 @@ class LesaForecaster(FullPrecision):
     `LesaForecaster(form="continuous", metadata=None, **fields)`, fields as in `Settings`.
     continuous: extrapolation in sigma + a KAN of continuous time, for any steps (untrained: the
     extrapolation). paper: eqs. 4-7, for one step count. table: only the calibrated rows, elsewhere
-    the extrapolation. For a calibrated (schedule, sigmas), `table` returns the calibrated rows.
+    the extrapolation. disca: rows and a network that runs on skipped steps, for one list
+    (`lesa.forecasters.disca`). For a calibrated (schedule, sigmas), `table` returns the calibrated rows.
     `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `moments` what training
     saw, `metadata` says what it was trained for. Raises LesaError for a wrong field.
     """
@@ -61,12 +64,12 @@ class LesaForecaster(FullPrecision):
         """ "lesa" for the default form, else "lesa-" and what differs."""
         s = self.settings
         if s.form != "paper":
-            return "lesa" if s.form == "continuous" else "lesa-table"
+            return "lesa" if s.form == "continuous" else f"lesa-{s.form}"
         return f"lesa-paper-{'mlp' if s.gate == 'mlp' else s.spline}"
 
     @property
     def form(self) -> str:
-        """ "continuous", "paper" or "table"."""
+        """ "continuous", "disca", "paper" or "table"."""
         return self.settings.form
 
     @property
@@ -124,6 +127,9 @@ class LesaForecaster(FullPrecision):
         levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
         if isinstance(self.net, PaperForm):
             return self._paper_table(self.net, schedule, levels, branch)
+        if isinstance(self.net, DiscaForm):
+            fitted = self.calibration(schedule, levels) is not None
+            self.net.check_run(schedule, fitted, self.calibrated)
         if noise:
             return Table(schedule, reuse(schedule, self._width), self.uses_latent)
         found = self._fitted(schedule, levels, branch)
@@ -173,7 +179,7 @@ class LesaForecaster(FullPrecision):
         """
         trained = str(self.metadata.get("scheduler", ""))
         noise = noise and not self.metadata.get("noise", sampler == trained)
-        known = [] if self.form == "paper" else self.calibrations
+        known = [] if self.form in ("paper", "disca") else self.calibrations
         return mismatch(known, trained, schedule, sigmas, sampler, noise)
 
     def correct(

@@ -11,7 +11,7 @@ from lesa.core.checks import MOST_STEPS
 from lesa.core.forecaster import Tap
 from lesa.errors import LesaError
 
-FORMS = ("continuous", "paper", "table")
+FORMS = ("continuous", "disca", "paper", "table")
 GATES = ("kan", "mlp")
 SPLINES = ("ridge", "edge")
 _BRANCH = re.compile(r"[A-Za-z_]\w*(#\d+)?")  # a second call without a name is "default#1"
@@ -40,7 +40,7 @@ FIELDS: dict[str, schema.Description] = {
 class Settings:
     """The fields of a LesaForecaster; LesaError names the wrong one.
 
-    form: "continuous", "paper" or "table". history: K cached features (continuous, table).
+    form: "continuous", "disca", "paper" or "table". history: K cached features (all but paper).
     uses_latent: weigh the current latent too (output tap only; None: wherever it is possible).
     stages: noise levels that part the experts, decreasing. branches: the guidance branches, each
     with parameters of its own. hidden: inner widths of the continuous KAN. intervals: of every
@@ -87,6 +87,11 @@ class Settings:
             raise LesaError(f"windows={self.windows} must hold one width for each stage")
 
     def _check_latent(self) -> None:
+        if self.form == "disca" and self.tap != "output":
+            raise LesaError(
+                f"tap={self.tap!r} does not go with form='disca', which forecasts what the model "
+                "returns; use tap='output'"
+            )
         possible = self.tap == "output" and self.form != "paper"
         if self.uses_latent and not possible:
             raise LesaError(
