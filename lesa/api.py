@@ -18,6 +18,7 @@ from lesa.engine.config import LesaConfig
 from lesa.engine.controller import CacheController
 from lesa.engine.doubts import doubts
 from lesa.engine.fit_to_model import check_model, controller_of, left_out, with_tap_of
+from lesa.engine.predicted import PredictedController, form_of
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
 from lesa.forecasters.named import named
@@ -183,7 +184,8 @@ def _install(
     left_out: Mapping[str, str] | None = None,
 ) -> None:
     """One clock and one controller for these models."""
-    clock, controller = _clock(config), CacheController(config)
+    made = PredictedController if form_of(config) else CacheController
+    clock, controller = _clock(config), made(config)
     controller.counters.set_left_out(left_out or {})
     for model in models:
         before = attached(model)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lesa.engine.config import LesaConfig
 from lesa.engine.controller import CacheController
+from lesa.engine.predicted import check_predictor
 from lesa.errors import LesaError
 from lesa.hooks.attach import attached, refuse_other_cache
 from lesa.hooks.denoiser import core_of
@@ -60,6 +61,7 @@ def check_model(model: nn.Module, config: LesaConfig) -> None:
     forecaster: Any = config.forecaster
     if hasattr(forecaster, "check_model"):
         forecaster.check_model(spec.name, tap=config.resolved_tap)
+    check_predictor(core, config)
 
 
 def controller_of(model: nn.Module) -> CacheController:

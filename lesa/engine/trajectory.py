@@ -161,6 +161,10 @@ class Trajectory:
         """Whether the table forecasts this step."""
         return self._table.rows[step.index - self.origin] is not None
 
+    def enters(self, step: Step) -> bool:
+        """Whether a later step needs the feature of this one."""
+        return self._table.pushes[step.index - self.origin]
+
     def disturbance(self, call: Call) -> str | None:
         """Why the cached features do not fit this call, if so."""
         return self._conditioning.change(call)
@@ -193,7 +197,7 @@ class Trajectory:
             Refusal: the model gave no such feature, or one that does not fit the ring.
         """
         feature, forecast = self._tap.take(call, run), self._forecast
-        if not self._table.pushes[call.step.index - self.origin]:
+        if not self.enters(call.step):
             return None
         if feature is None:
             raise Refusal(f"no single tensor at the {self._tap.name} tap")

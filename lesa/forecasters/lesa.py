@@ -39,8 +39,8 @@ class LesaForecaster(FullPrecision):
     continuous: extrapolation in sigma + a KAN of continuous time, for any steps (untrained: the
     extrapolation). paper: eqs. 4-7, for one step count. table: only the calibrated rows, elsewhere
     the extrapolation. disca: rows and a network that runs on skipped steps, for one list
-    (`lesa.forecasters.disca`). For a calibrated (schedule, sigmas), `table` returns the calibrated rows.
-    `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `moments` what training
+    (`lesa.forecasters.disca`). For a calibrated (schedule, sigmas), `table` returns the calibrated
+    rows. `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `moments` what training
     saw, `metadata` says what it was trained for. Raises LesaError for a wrong field.
     """
 
