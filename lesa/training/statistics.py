@@ -91,12 +91,14 @@ class Statistics:
         return identify(self.joint.mean(0), self.num_steps, sum(self.rows.values()))
 
     def weights(self, branch: str) -> Tensor | None:
-        """Guidance weights of a branch's rows, sum 1; None where they are unknown."""
+        """Guidance weights of a branch's rows, sum 1, by the steps whose outputs move the latent;
+        None where they are unknown."""
         if self.sampler is None:
             return None
         rates = self.sampler.rates[:, self.places(branch)]
-        shares = (rates / rates.sum(1, keepdim=True)).median(0).values
-        return shares / shares.sum()
+        shares = (rates / rates.sum(1, keepdim=True)).nanmedian(0).values
+        weights = shares / shares.sum()
+        return weights if weights.isfinite().all() else None
 
     def ways(self, branch: str) -> Tensor:
         """Row weights under which a branch is seen ``[N, rows]``: its guidance weights, or one row

@@ -167,6 +167,27 @@ def test_a_full_disk_is_told_and_keeps_what_there_was(path, monkeypatch):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("still", [(), (2,), tuple(range(STEPS))])
+def test_weights_are_those_of_the_steps_that_move_the_latent(still):
+    """An output of zeros, or a step that the sampler does not take, has no shares of its own."""
+    draw = torch.Generator().manual_seed(3)
+    outputs = torch.randn(2, STEPS, 300, dtype=torch.float64, generator=draw)
+    outputs[:, [*still]] = 0
+    latents = [torch.randn(300, dtype=torch.float64, generator=draw)]
+    for step in range(STEPS):
+        latents.append(latents[-1] - (3 * outputs[0, step] - 2 * outputs[1, step]) / STEPS)
+    ones = torch.ones(1, 300, dtype=torch.float64)
+    basis = torch.cat([outputs.flatten(0, 1), torch.stack(latents), ones])
+    found = Statistics(SIGMAS, "output", STEPS + 1, {"default": 2})
+    found.extend(inner_products(basis)[None], ["a prompt"])
+    assert found.mean("default").isfinite().all()
+    weights = found.weights("default")
+    if len(still) == STEPS:
+        assert weights is None
+    else:
+        assert weights is not None and weights.tolist() == pytest.approx([3, -2], abs=1e-6)
+
+
 def test_a_plain_run_that_is_not_finite_is_told():
     collector = Collector("output", Work())
     collector.sigmas = SIGMAS
