@@ -192,7 +192,8 @@ class _PredictedForecast:
         table: StepTable,
         ring: BridgedRing,
     ) -> None:
-        self.ring = ring
+        self.ring: Ring = ring
+        self._bridged = ring
         self._kind, self._network, self._gains, self._table = kind, network, gains, table
         self._mixer = Mixer(table, ring)
 
@@ -205,7 +206,7 @@ class _PredictedForecast:
             latent = latent.to(like.dtype)
         output = self._mixer(index, torch.empty_like(like), latent)
         core = core_of(denoiser.model)
-        with denoiser.turn, self._network.in_place_of_blocks(core, self.ring.bridge):
+        with denoiser.turn, self._network.in_place_of_blocks(core, self._bridged.bridge):
             predicted = read_sample(_run(call))
         assert predicted is not None  # as at the full step
         output.add_(predicted.to(output.dtype), alpha=self._gains[index])

@@ -96,7 +96,7 @@ class TwoBlocks(nn.Module):
         """In the dtype of the block, which may be trained in a wider one than the model has."""
         self._dtype = _named(block, args, kwargs)["hidden_states"].dtype
         own = self.join.weight.dtype
-        return tree_map(lambda part: _cast(part, self._dtype, own), (args, kwargs))  # type: ignore[no-any-return]
+        return tree_map(lambda part: _cast(part, self._dtype, own), (args, kwargs))
 
     def _cross(self, block: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """From the first block's output to the last one's input."""
