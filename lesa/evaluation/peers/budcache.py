@@ -17,11 +17,11 @@ from lesa.evaluation.peers.trajectories import Trial
 __all__ = ["ANNEALED", "Search"]
 
 PROMPTS = 2
-ANNEALING = 150  # lists tried; the release tries 200
+ANNEALING = 200  # lists tried; released
 HOTTEST, COLDEST = 0.05, 1e-5  # released temperatures, in the unit of the error
 CLIMBS = 20  # rounds at most; released
 RADIUS, JUMPS = 3, 2  # released: how far a full step moves in a round, and random moves of each
-MOST = 250  # lists tried in all; the release has no such limit
+MOST = 400  # lists tried in all; the release has no such limit
 Full = tuple[int, ...]
 
 
@@ -121,7 +121,7 @@ class Search:
 class BudCache:
     """Reuse of the residual, h_hat_s = x_s + r_p, on the list whose run ends nearest to the plain
     one: mean squared error of the final latents over 2 calibration prompts (the release takes one
-    or more), at most 250 lists per count. The optional second stage, which learns new noise levels,
+    or more), at most 400 lists per count. The optional second stage, which learns new noise levels,
     is left out: it changes the sampler, not the cache.
     Source: BudCache (arXiv 2606.13496).
     """

@@ -27,7 +27,7 @@ from lesa.hooks.step_clock import Step
 
 __all__ = ["SENSITIVE", "SenCache", "Sensitivity", "sencache", "sensitivities"]
 
-IN_A_ROW = 3  # skipped steps at most; released for 50 steps
+IN_A_ROW = 10  # skipped steps at most, as in the released script
 _TIME = "timestep"
 
 
@@ -174,7 +174,8 @@ def sencache(threshold: float, known: Sensitivities, longest: int) -> Applied:
 class SenCachePeer:
     """SenCache at the threshold that spends the wanted number of full steps.
 
-    At most 3 steps in a row are skipped, as released, unless `wanted` rules that out.
+    At most 10 steps in a row are skipped, the default of the released script, unless `wanted` rules
+    that out. (Its example of 3 would leave an even list at 13 of 50 full steps, and none below.)
     """
 
     takes_lists = False
