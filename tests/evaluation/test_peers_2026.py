@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import random
 from itertools import combinations
@@ -247,6 +248,23 @@ def test_dicache_is_its_formula(case, share):
     counted = sum(call.full for calls in branches for call in calls) / len(branches)
     assert use.full_steps() == counted < STEPS
     assert use.cache_bytes() > 0
+
+
+def test_a_forward_that_a_block_had_before_is_back_afterwards():
+    """As accelerate's, which brings the weights of an offloaded block."""
+    pipe, call = build("flux")
+    block, calls = pipe.transformer.transformer_blocks[0], []
+    plain = block.forward
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    counted.__signature__ = inspect.signature(plain)
+    block.forward = counted
+    with dicache(pipe, 1e9):
+        run(pipe, call())
+    assert len(calls) == 6 * 2 and block.forward is counted  # steps, guidance branches
 
 
 def test_the_scale_is_a_share_of_the_way():

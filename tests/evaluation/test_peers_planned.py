@@ -131,6 +131,12 @@ def test_costs_of_a_velocity_that_is_a_line():
             assert costs[place, a, b] == pytest.approx(float(wrong), abs=1e-12)
 
 
+def test_meancache_needs_the_latents_to_the_end():
+    outputs = {"cond": draw(STEPS, 2)}
+    with pytest.raises(lesa.LesaError, match="another size than the denoiser's, .* leave meancach"):
+        edge_costs(Trajectory((1.0, 0.0), outputs, torch.empty(0)))
+
+
 @pytest.mark.parametrize("exponent", [1, 4])
 @pytest.mark.parametrize("wanted", [1, 2, 4, STEPS])
 def test_the_path_is_the_shortest_of_all(wanted, exponent):

@@ -116,14 +116,17 @@ def dicache(pipe: Any, threshold: float) -> Iterator[Use]:
     model = find_denoiser(pipe)
     cache = DiCache(model, threshold)
     blocks = all_blocks(cache.core, cache.spec)
+    own = [vars(block).get("forward") for block in blocks]  # of accelerate, which offloads them
     with controlled([model], cache, pipe):
         for place, block in enumerate(blocks):
             block.forward = partial(cache.run_block, block.forward, place)
         try:
             yield Use(lambda: cache.cache_bytes, lambda: cache.full_steps)
         finally:
-            for block in blocks:
+            for block, before in zip(blocks, own, strict=True):
                 del block.forward
+                if before is not None:
+                    block.forward = before
 
 
 @dataclass(frozen=True)

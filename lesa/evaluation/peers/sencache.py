@@ -29,6 +29,7 @@ __all__ = ["SENSITIVE", "SenCache", "Sensitivity", "sencache", "sensitivities"]
 
 IN_A_ROW = 10  # skipped steps at most, as in the released script
 _TIME = "timestep"
+_TINY = 1e-12
 
 
 class Sensitivity(NamedTuple):
@@ -147,8 +148,8 @@ class _Probe(StepCache[_Before]):
             return float((sample - state.output).norm())
 
         return Sensitivity(
-            change(**{name: latent}) / float((latent - state.latent).norm()),
-            change(**{_TIME: call[_TIME]}) / abs(time - state.time),
+            change(**{name: latent}) / max(float((latent - state.latent).norm()), _TINY),
+            change(**{_TIME: call[_TIME]}) / max(abs(time - state.time), _TINY),
         )
 
 
