@@ -54,9 +54,10 @@ class SenCache(ResidualCache[_State]):
 
     p is the last full step, a_x and a_t are the output's calibrated sensitivities there, norms are
     Euclidean over the N elements of the latent, t is the model's own time. The released code has a
-    second, smaller threshold for the first fifth of the run, which alone would take more full steps
-    than 10 of 50, and lets the prompt's branch decide for both; here one threshold holds for all
-    steps and each guidance branch decides for itself.
+    second threshold for the first fifth of the run, 44 times smaller in its example, and lets the
+    prompt's branch decide for both; here one threshold holds for all steps, as in the formula, and
+    each guidance branch decides for itself. The sensitivities are taken on plain runs of the
+    calibration prompts, not on noised data.
     Source: SenCache (arXiv 2602.24208).
 
     longest: how many steps in a row are skipped at most.
