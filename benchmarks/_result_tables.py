@@ -49,6 +49,7 @@ WRITTEN = {  # as their authors write them
     "tc-pade": "TC-Pade",
     "fewer-steps": "fewer steps",
     "lesa-paper": "the paper's LESA",
+    "lesa-disca": "lesa with a network",
 }
 RESTS = {"dpm++": "DPM++", "unipc": "UniPC", "taylor": "Taylor", "mlp": "MLP gate"}
 

@@ -15,6 +15,7 @@ from lesa.evaluation.peers.deepcache import UNETS
 from lesa.evaluation.peers.dicache import PROBED
 from lesa.evaluation.peers.diffusers_caches import CACHES
 from lesa.evaluation.peers.disca import DISTILLED
+from lesa.evaluation.peers.disca_own import OWN_DISCA
 from lesa.evaluation.peers.dpcache import PLANNED
 from lesa.evaluation.peers.forecasters import FORECASTERS
 from lesa.evaluation.peers.learned import LEARNED
@@ -42,6 +43,7 @@ PEERS: dict[str, Peer] = {
     **RATIONAL,
     **TOKENWISE,
     **DISTILLED,
+    **OWN_DISCA,
 }
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
 # Those whose `unfit` looks at the classes of a pipeline and its denoiser alone.
@@ -54,6 +56,7 @@ BY_CLASS: tuple[str, ...] = (
     *RATIONAL,
     *TOKENWISE,
     *DISTILLED,
+    *OWN_DISCA,
 )
 
 

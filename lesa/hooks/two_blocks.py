@@ -16,7 +16,16 @@ from lesa.errors import LesaError
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 
-__all__ = ["Bridge", "Noted", "TwoBlocks", "blocks_of", "check_two_blocks", "ordinary", "unfit"]
+__all__ = [
+    "Bridge",
+    "Noted",
+    "TwoBlocks",
+    "blocks_of",
+    "check_two_blocks",
+    "ordinary",
+    "unfit",
+    "unfit_class",
+]
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # what blocks hand on, by their own names
 _BY_PLACE = ("ChromaTransformer2DModel",)  # whose forward modulates each block by its number
@@ -147,16 +156,21 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [block for name in spec.blocks for block in spec.module(model, name).children()]
 
 
-def unfit(model: nn.Module) -> str | None:
-    """Why the blocks of a model cannot run alone, or None."""
-    core = core_of(model)
-    spec = model_spec(core)
+def unfit_class(model: nn.Module) -> str | None:
+    """Why the blocks of a class cannot run alone, or None; asked of its name and row only."""
+    spec = model_spec(core_of(model))
     if "hidden" not in spec.taps or spec.identities or spec.last:
         return "it is no sequence of blocks that hand on one feature"
     if not all(name.startswith("single_") for name in spec.blocks[1:]):
         return f"{' and '.join(spec.blocks)} do not run one after the other"
-    if spec.name in _BY_PLACE:
-        return "what modulates a block goes by its number"
+    return "what modulates a block goes by its number" if spec.name in _BY_PLACE else None
+
+
+def unfit(model: nn.Module) -> str | None:
+    """Why the blocks of a model cannot run alone, or None."""
+    core = core_of(model)
+    if (reason := unfit_class(model)) is not None:
+        return reason
     blocks = blocks_of(core)
     if len(blocks) < 2:
         return f"it has {len(blocks)} block"

@@ -79,6 +79,7 @@ def train_disca(
         run = trainer.fitted(schedule.bind(statistics.num_steps))
     trainer.learn(run)
     _store(forecaster, run, statistics)
+    forecaster.metadata["network_share"] = trainer.share
     scores, full = trainer.scores(run, data.judged), run.schedule.full_steps
     told = "prompts that were held out" if data.apart else "the prompts of the fit"
     job.progress.line(
