@@ -44,12 +44,8 @@ def check_predictor(model: nn.Module, config: LesaConfig) -> None:
     if not form.weights:
         raise LesaError("forecaster: form='disca' is not trained; train it with lesa.train")
     known: list[Schedule] = getattr(forecaster, "calibrated", [])
-    counts = [len(schedule.full_steps) for schedule in known]
-    if config.full_steps is not None and config.full_steps not in counts:
-        raise LesaError(
-            f"full_steps={config.full_steps}: form='disca' is tied to the list that it was trained "
-            f"for ({' or '.join(map(str, counts))} full steps); leave it out, or train one for that"
-        )
+    if config.full_steps is not None:
+        form.check_count(config.full_steps, known)
     for schedule in known[:1] if config.schedule is not None else []:
         asked = config.schedule and config.schedule.bind(schedule.steps)
         form.check_run(asked or schedule, asked in known, known)
@@ -136,14 +132,7 @@ class PredictedTap:
         found = self._built.get(core)
         if found is None:
             with torch.inference_mode(False):
-                found = TwoBlocks(core).requires_grad_(False)
-                try:
-                    found.load_state_dict(self._form.weights)
-                except RuntimeError:
-                    raise LesaError(
-                        f"form='disca': the blocks of this {type(core).__name__} are not those that"
-                        " the forecaster was trained with; disable adapters, or train one for it"
-                    ) from None
+                found = TwoBlocks(core, self._form.weights).requires_grad_(False)
             self._built[core] = found
         return found
 

@@ -49,6 +49,16 @@ class DiscaForm(TableForm):
                 f"it was trained for, {lists}; run those, or train one for this"
             )
 
+    def check_count(self, full_steps: int, known: Iterable[Schedule]) -> None:
+        """LesaError for another number of full steps than those of the `known` lists."""
+        counts = [len(schedule.full_steps) for schedule in known]
+        if full_steps not in counts:
+            raise LesaError(
+                f"full_steps={full_steps}: form='disca' is tied to the list that it was trained "
+                f"for ({' or '.join(map(str, counts))} full steps); leave it out, or train one for "
+                "that"
+            )
+
     def stored(self) -> dict[str, Tensor]:
         """What a file holds of it."""
         gains = {_GAIN + name: part for name, part in self.gains.items()}

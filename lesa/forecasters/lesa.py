@@ -40,8 +40,8 @@ class LesaForecaster(FullPrecision):
     extrapolation). paper: eqs. 4-7, for one step count. table: only the calibrated rows, elsewhere
     the extrapolation. disca: rows and a network that runs on skipped steps, for one list
     (`lesa.forecasters.disca`). For a calibrated (schedule, sigmas), `table` returns the calibrated
-    rows. `net` holds the parameters (ContinuousForm, PaperForm or TableForm), `moments` what training
-    saw, `metadata` says what it was trained for. Raises LesaError for a wrong field.
+    rows. `net` holds the parameters (ContinuousForm, PaperForm, ...), `moments` what training saw,
+    `metadata` says what it was trained for. Raises LesaError for a wrong field.
     """
 
     net: TableForm | PaperForm
@@ -242,6 +242,8 @@ class LesaForecaster(FullPrecision):
         self, full_steps: int, num_steps: int, sigmas: Sequence[float] | None = None
     ) -> Schedule:
         """The calibrated schedule of that count; see `calibration.schedule_for`."""
+        if isinstance(self.net, DiscaForm):
+            self.net.check_count(full_steps, self.calibrated)
         return schedule_for(self.calibrations, full_steps, num_steps, sigmas)
 
     def branch(self, asked: str) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +29,16 @@ __all__ = [
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # what blocks hand on, by their own names
 _BY_PLACE = ("ChromaTransformer2DModel",)  # whose forward modulates each block by its number
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+_PATCHED = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")  # by accelerate, diffusers
 Bridge = Mapping[str, Tensor]
 
 
@@ -46,15 +56,27 @@ class TwoBlocks(nn.Module):
     Source: two blocks on the current latent and the cached feature: DisCa (arXiv 2602.05449). Which
     blocks they begin as, and the bridge between them, are not published there and decided here.
 
+    Args:
+        model: the denoiser.
+        weights: what it has learned, as its state dict.
+
     Raises:
-        LesaError: the blocks of this class cannot run alone.
+        LesaError: the blocks of this class cannot run alone, or are others than the weights', or
+            there is nothing to begin with, since the model's own weights are offloaded.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         core = core_of(model)
         check_two_blocks(core)
         first, *_, last = blocks_of(core)
+        if weights is None and any(
+            part.is_meta for part in (*first.parameters(), *last.parameters())
+        ):
+            raise LesaError(
+                f"model: the weights of this {type(core).__name__} are offloaded part by part; "
+                "train with enable_model_cpu_offload, or on a device that holds it"
+            )
         self.first, self.last = _trainable(first), _trainable(last)
         like = next(self.last.parameters())
         self.join = nn.Linear(2 * (width := _width(core)), width, dtype=like.dtype)
@@ -62,12 +84,23 @@ class TwoBlocks(nn.Module):
             self.join.weight.zero_()
             self.join.bias.zero_()
         self.to(like.device).eval()
+        if weights is not None:
+            self._load(core, weights)
         self._bridge: Bridge = {}
         self._dtype: torch.dtype | None = None
         self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.last.register_forward_pre_hook(self._cross, with_kwargs=True)
         for block in (self.first, self.last):
             block.register_forward_hook(self._leave)
+
+    def _load(self, core: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        try:
+            self.load_state_dict(weights)
+        except RuntimeError:
+            raise LesaError(
+                f"form='disca': the blocks of this {type(core).__name__} are not those that the "
+                "forecaster was trained with; disable adapters, or train one for it"
+            ) from None
 
     def bridge(self, model: nn.Module, noted: Noted, run: Callable[[], Any]) -> Bridge:
         """The bridge of a full step that was noted; `run` calls the model as that step did.
@@ -237,15 +270,29 @@ def _width(core: nn.Module) -> int:
 
 
 def _trainable(block: nn.Module) -> nn.Module:
-    """A copy of a block; weights that were loaded in inference mode know no gradients."""
-    made = copy.deepcopy(block)
-    for module in made.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = nn.Parameter(ordinary(parameter.detach()))
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = ordinary(buffer)
+    """A plain copy of a block: without hooks of others, offloading's among them, and with weights
+    that know gradients, whatever mode they were loaded in. Those that are elsewhere become memory
+    on the host."""
+    made: nn.Module = object.__new__(type(block))
+    made.__dict__.update({k: v for k, v in block.__dict__.items() if k not in _PATCHED})
+    for name in _HOOKS:
+        made.__dict__[name] = OrderedDict()
+    made._parameters = {
+        name: part if part is None else nn.Parameter(ordinary(_here(part.detach().clone())))
+        for name, part in block._parameters.items()
+    }
+    made._buffers = {
+        name: part if part is None else ordinary(_here(part.clone()))
+        for name, part in block._buffers.items()
+    }
+    made._modules = {
+        name: part if part is None else _trainable(part) for name, part in block._modules.items()
+    }
     return made
+
+
+def _here(part: Tensor) -> Tensor:
+    return torch.empty_like(part, device="cpu") if part.is_meta else part
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def train_disca(
     job.progress.line(
         f"fitted: {len(full)} of {run.schedule.steps} steps in full ({', '.join(map(str, full))}), "
         f"two blocks of {100 * trainer.share:.1f} % of the parameters on the others: final "
-        f"latents {scores.mean():.1f} dB mean, {scores.quantile(0.1):.1f} dB p10 above their error, "
+        f"latents {scores.mean():.1f} dB mean, {scores.quantile(0.1):.1f} dB p10 above their error "
         f"on {told}"
     )
 
