@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lesa.core.schedule import Schedule
-from lesa.evaluation.method import Bench, Method, Peer
+from lesa.evaluation.method import Bench, Method, Origin, Peer
 from lesa.evaluation.peers.layouts import unfit_layout
 from lesa.evaluation.peers.residual import residual_reuse
 from lesa.evaluation.peers.thresholds import needs_calibration
@@ -146,12 +146,12 @@ class BudCache:
             )
             schedule = Schedule.explicit(search.best(), steps)
             note = f"best of {len(search.known)} lists"
-        origin = "own" if searched is None else "searched"
+        origin: Origin = "own" if searched is None else "searched"
         return Method(
             name,
             steps,
             schedule=schedule,
-            origin=origin,  # type: ignore[arg-type]
+            origin=origin,
             applied=residual_reuse(schedule),
             note=note,
         )

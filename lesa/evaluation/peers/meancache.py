@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -162,10 +161,12 @@ class MeanCachePeer:
         forecaster = MeanCache(costs.min(0).indices + SPANS[0])
         if searched is not None:
             return Method(name, steps, forecaster, searched.bind(steps), "searched")
-        lists = {shortest_path(costs.min(0).values, wanted, p): p for p in EXPONENTS}
+        best = costs.min(0).values
+        lists = {shortest_path(best, wanted, p): p for p in EXPONENTS}
         schedules = {Schedule.explicit(full, steps): p for full, p in lists.items()}
-        best = min(schedules, key=partial(_error, bench, forecaster)) if len(lists) > 1 else None
-        schedule = best or next(iter(schedules))
+        schedule = next(iter(schedules))
+        if len(schedules) > 1:
+            schedule = min(schedules, key=partial(_error, bench, forecaster))
         note = f"exponent {schedules[schedule]}"
         return Method(name, steps, forecaster, schedule, note=note)
 
@@ -173,10 +174,7 @@ class MeanCachePeer:
 def _error(bench: Bench, forecaster: MeanCache, schedule: Schedule) -> float:
     from lesa.api import accelerate
 
-    def applied(pipe: Any) -> Any:
-        return accelerate(pipe, forecaster, schedule=schedule)
-
-    return _trial(bench).error(applied)
+    return _trial(bench).error(partial(accelerate, forecaster=forecaster, schedule=schedule))
 
 
 @once_per_bench
