@@ -46,9 +46,8 @@ def check_predictor(model: nn.Module, config: LesaConfig) -> None:
     known: list[Schedule] = getattr(forecaster, "calibrated", [])
     if config.full_steps is not None:
         form.check_count(config.full_steps, known)
-    for schedule in known[:1] if config.schedule is not None else []:
-        asked = config.schedule and config.schedule.bind(schedule.steps)
-        form.check_run(asked or schedule, asked in known, known)
+    if config.schedule is not None and known:
+        form.check_run(config.schedule.bind(known[0].steps) in known, known)
 
 
 class PredictedController(CacheController):

@@ -40,13 +40,14 @@ class DiscaForm(TableForm):
         self.weights = {name: _kept(part) for name, part in weights.items()}
         self.gains = {branch: _kept(part) for branch, part in gains.items()}
 
-    def check_run(self, schedule: Schedule, fitted: bool, known: Iterable[Schedule]) -> None:
-        """LesaError where nothing was `fitted` to a run on this list; `known` are the others."""
+    def check_run(self, fitted: bool, known: Iterable[Schedule]) -> None:
+        """LesaError where nothing was `fitted` to a run; `known` are the lists of others. One
+        sentence for all of them: an engine counts how often it hears it."""
         if not fitted:
             lists = " or ".join(map(str, known)) or "no list yet"
             raise LesaError(
-                f"schedule={schedule}: form='disca' is tied to the list and the noise levels that "
-                f"it was trained for, {lists}; run those, or train one for this"
+                f"form='disca': it is tied to the list and the noise levels that it was trained "
+                f"for, {lists}; run those undisturbed, or train one for this run"
             )
 
     def check_count(self, full_steps: int, known: Iterable[Schedule]) -> None:

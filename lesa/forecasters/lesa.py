@@ -129,7 +129,7 @@ class LesaForecaster(FullPrecision):
             return self._paper_table(self.net, schedule, levels, branch)
         if isinstance(self.net, DiscaForm):
             fitted = self.calibration(schedule, levels) is not None
-            self.net.check_run(schedule, fitted, self.calibrated)
+            self.net.check_run(fitted, self.calibrated)
         if noise:
             return Table(schedule, reuse(schedule, self._width), self.uses_latent)
         found = self._fitted(schedule, levels, branch)

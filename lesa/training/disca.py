@@ -26,8 +26,9 @@ from lesa.training.search import balanced, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
 PICTURES = 256  # of the fit, over all draws of noise for its prompts
+JUDGES = 32  # of those that judge
 HELD_OUT = 4  # one prompt in so many judges and is not fitted to, where there are at least HELD_OUT
-FITTED = 64  # pictures that rows are solved on
+FITTED = 48  # pictures that rows are solved on
 ROWS_FIRST, TOGETHER = 30, 160  # rounds of one batch: rows alone, then rows and blocks
 ROW_RATE, RATE = 1e-2, 5e-4  # of Adam, at the beginning
 WARM_UP = 10  # rounds
@@ -111,21 +112,23 @@ class _Data:
 
     @classmethod
     def of(cls, job: Job, num_steps: int) -> _Data:
-        """Record them, the fit's with several draws of noise."""
+        """Record them, with several draws of noise for each prompt."""
         every = range(len(job.prompts))
         apart = len(every) >= HELD_OUT
         judges = [row for row in every if apart and row % HELD_OUT == HELD_OUT - 1]
         learns = [row for row in every if row not in judges]
-        draws = max(1, round(PICTURES / (len(learns) * job.pictures)))
-        runs = draws * len(learns) + len(judges)
+        draws = _draws(PICTURES, learns, job), _draws(JUDGES, judges, job)
+        runs = draws[0] * len(learns) + draws[1] * len(judges)
         with job.phase("plain runs", runs * job.pictures * num_steps * job.work.width) as bar:
-            bar.detail = f"{len(learns)} prompts x {draws} noises, {len(judges)} held out"
-            fitted = [
-                record(_drawn(job, draw), rows, num_steps)
-                for draw in range(draws)
-                for rows in _groups(learns, job.batch_size)
-            ]
-            judged = [record(job, rows, num_steps) for rows in _groups(judges, job.batch_size)]
+            bar.detail = f"{runs} draws, {len(learns)} prompts to fit, {len(judges)} to judge"
+            fitted, judged = (
+                [
+                    record(_drawn(job, draw), rows, num_steps)
+                    for draw in range(count)
+                    for rows in _groups(of, job.batch_size)
+                ]
+                for count, of in zip(draws, (learns, judges), strict=True)
+            )
         return cls(fitted, judged or fitted[: FITTED // job.batch_size], apart)
 
 
@@ -249,6 +252,11 @@ def _quality(state: tuple[float, dict[str, Tensor]]) -> float:
 def _drawn(job: Job, draw: int) -> Job:
     """The job with another noise for every picture."""
     return replace(job, seed=job.seed + draw * len(job.prompts) * job.pictures)
+
+
+def _draws(pictures: int, rows: Sequence[int], job: Job) -> int:
+    """How often each of these prompts is drawn, to have about so many pictures."""
+    return max(1, round(pictures / (len(rows) * job.pictures))) if rows else 0
 
 
 def _groups(rows: Sequence[int], size: int) -> list[Sequence[int]]:

@@ -76,6 +76,8 @@ class Accelerated(nn.Module):
     Attributes:
         blocks: P, in float32; several runs may share them.
         rows: guidance branch -> float32 [S, K + 2]; the last column is the gain.
+        spares_memory: whether a full step is run again for its gradients, instead of keeping what
+            its blocks made; on the host, where memory is cheap, it is not.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class Accelerated(nn.Module):
         self._latent, self.schedule, self.statistics = latent, schedule, statistics
         self.sampler: Sampler = statistics.sampler
         self.history = history
+        self.spares_memory = self._device.type != "cpu"
 
     def forward(self, batch: Batch, *, fit: bool = False) -> Tensor:
         """The final latents [pictures, ...] of a run from the batch's noise."""
@@ -148,8 +151,8 @@ class Accelerated(nn.Module):
                 output = run()
             return output, self.blocks.bridge(self.model, noted, run)
 
-        if torch.is_grad_enabled() and state.latent.requires_grad and self._device.type != "cpu":
-            made = checkpoint(computed, state.latent, use_reentrant=False)  # memory of one step
+        if self.spares_memory and torch.is_grad_enabled() and state.latent.requires_grad:
+            made = checkpoint(computed, state.latent, use_reentrant=False)
         else:
             made = computed(state.latent)
         output, state.bridges[branch] = made
