@@ -52,7 +52,7 @@ Counts = Annotated[
     str | None,
     typer.Option(
         "--full-steps",
-        help="Steps that run the whole model, by default 13,10,8 (--form paper: 10).",
+        help="Steps that run the whole model, by default 13,10,8 (--form paper or disca: 10).",
         rich_help_panel=FORECASTER,
     ),
 ]

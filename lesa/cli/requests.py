@@ -16,7 +16,7 @@ from lesa.cli.run_request import RunRequest
 from lesa.errors import LesaError
 from lesa.util.prompts import check_text, read_prompts
 
-FORMS, TAPS = ("continuous", "paper", "table"), ("hidden", "output")
+FORMS, TAPS = ("continuous", "disca", "paper", "table"), ("hidden", "output")
 QUALITIES = ("best", "balanced", "fast")
 
 

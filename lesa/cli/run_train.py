@@ -75,17 +75,20 @@ def _prepare(
     return pipe, settings, steps, counts
 
 
+ONE_LIST = ("paper", "disca")  # forms that are tied to one step list
+
+
 def _full_steps(request: TrainRequest, steps: tuple[int, ...]) -> tuple[int, ...]:
     """The numbers of full steps to train for; LesaError where the form takes one list only."""
     if request.full_steps is None:
         counts = usual_full_steps(min(steps))
-        counts = counts[-2:-1] or counts if request.form == "paper" else counts  # it knows one list
+        counts = counts[-2:-1] or counts if request.form in ONE_LIST else counts
     else:
         counts = parse_counts(request.full_steps, min(steps))
     for field, numbers in (("num-inference-steps", steps), ("full-steps", counts)):
-        if request.form == "paper" and len(numbers) > 1:
+        if request.form in ONE_LIST and len(numbers) > 1:
             listed = ",".join(map(str, numbers))
-            raise LesaError(f"{field}={listed!r}: --form paper takes one number; give one")
+            raise LesaError(f"{field}={listed!r}: --form {request.form} takes one number; give one")
     return counts
 
 

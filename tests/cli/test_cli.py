@@ -147,6 +147,7 @@ def test_train_hands_its_options_on(prompts, tmp_path, monkeypatch):
     schnell = ("train", "schnell", "--prompts", prompts, "--out", tmp_path)  # 4 steps
     assert refused(*schnell).endswith("continuous (2, 1)")
     assert refused(*schnell, "--form", "paper").endswith("paper (2,)")
+    assert refused(*schnell, "--form", "disca").endswith("disca (2,)")
 
 
 @pytest.mark.parametrize(
