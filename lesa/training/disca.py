@@ -148,12 +148,14 @@ class _Trainer:
         steps = self.statistics.num_steps
         told = search_schedule(self.statistics, full_steps).full_steps
         tried: dict[tuple[int, ...], tuple[float, Accelerated]] = {}
+        # a few coefficients are not fitted too closely to judge; the rest is in those held out
+        judges = [*self.few, *self.data.judged] if self.data.apart else self.few
 
         def best(lists: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
             for full in lists:
                 if full not in tried:
                     run = self.fitted(Schedule.explicit(full, steps))
-                    tried[full] = balanced(self.scores(run, self.data.judged)), run
+                    tried[full] = balanced(self.scores(run, judges)), run
                     bar.advance(1)
             return max(tried, key=lambda full: tried[full][0])
 
