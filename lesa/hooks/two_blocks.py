@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
+from lesa.hooks.plain_copy import plain_copy
 
 __all__ = [
     "Bridge",
@@ -22,23 +22,12 @@ __all__ = [
     "TwoBlocks",
     "blocks_of",
     "check_two_blocks",
-    "ordinary",
     "unfit",
     "unfit_class",
 ]
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # what blocks hand on, by their own names
 _BY_PLACE = ("ChromaTransformer2DModel",)  # whose forward modulates each block by its number
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_PATCHED = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")  # by accelerate, diffusers
 Bridge = Mapping[str, Tensor]
 
 
@@ -77,7 +66,7 @@ class TwoBlocks(nn.Module):
                 f"model: the weights of this {type(core).__name__} are offloaded part by part; "
                 "train with enable_model_cpu_offload, or on a device that holds it"
             )
-        self.first, self.last = _trainable(first), _trainable(last)
+        self.first, self.last = plain_copy(first), plain_copy(last)
         like = next(self.last.parameters())
         self.join = nn.Linear(2 * (width := _width(core)), width, dtype=like.dtype)
         with torch.no_grad():
@@ -225,11 +214,6 @@ def check_two_blocks(model: nn.Module) -> None:
         )
 
 
-def ordinary(value: Any) -> Any:
-    """A tensor of inference mode as an ordinary one; everything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
-
-
 class _Given(nn.Module):
     """Stands for a block whose output is known; notes what it gets."""
 
@@ -267,32 +251,6 @@ def _width(core: nn.Module) -> int:
         config: Any = core.config
         inner = config.num_attention_heads * config.attention_head_dim
     return int(inner)
-
-
-def _trainable(block: nn.Module) -> nn.Module:
-    """A plain copy of a block: without hooks of others, offloading's among them, and with weights
-    that know gradients, whatever mode they were loaded in. Those that are elsewhere become memory
-    on the host."""
-    made: nn.Module = object.__new__(type(block))
-    made.__dict__.update({k: v for k, v in block.__dict__.items() if k not in _PATCHED})
-    for name in _HOOKS:
-        made.__dict__[name] = OrderedDict()
-    made._parameters = {
-        name: part if part is None else nn.Parameter(ordinary(_here(part.detach().clone())))
-        for name, part in block._parameters.items()
-    }
-    made._buffers = {
-        name: part if part is None else ordinary(_here(part.clone()))
-        for name, part in block._buffers.items()
-    }
-    made._modules = {
-        name: part if part is None else _trainable(part) for name, part in block._modules.items()
-    }
-    return made
-
-
-def _here(part: Tensor) -> Tensor:
-    return torch.empty_like(part, device="cpu") if part.is_meta else part
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from math import cos, pi
 
 import torch
@@ -20,15 +19,12 @@ from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.two_blocks import TwoBlocks, check_two_blocks
-from lesa.training.disca_run import Accelerated, Batch, check_sampler, record
+from lesa.training.disca_data import FITTED, Batch, Data
+from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job
 from lesa.training.search import balanced, even, neighbours, search_schedule
 from lesa.training.statistics import Statistics
 
-PICTURES = 256  # of the fit, over all draws of noise for its prompts
-JUDGES = 32  # of those that judge
-HELD_OUT = 4  # one prompt in so many judges and is not fitted to, where there are at least HELD_OUT
-FITTED = 48  # pictures that rows are solved on
 ROWS_FIRST, TOGETHER = 30, 160  # rounds of one batch: rows alone, then rows and blocks
 ROW_RATE, RATE = 1e-2, 5e-4  # of Adam, at the beginning
 WARM_UP = 10  # rounds
@@ -72,7 +68,7 @@ def train_disca(
         LesaError: the latent cannot be followed from step to step.
     """
     check_sampler(job, statistics)
-    data = _Data.of(job, statistics.num_steps)
+    data = Data.of(job, statistics.num_steps)
     trainer = _Trainer(job, statistics, data, forecaster.net.history)
     if schedule is None:
         run = trainer.searched(full_steps)
@@ -102,40 +98,10 @@ def _store(forecaster: LesaForecaster, run: Accelerated, statistics: Statistics)
     forecaster.net.learn(run.blocks.state_dict(), gains)
 
 
-@dataclass
-class _Data:
-    """Plain runs in batches: of the fit, and those that judge; `apart` if they share no prompt."""
-
-    fitted: list[Batch]
-    judged: list[Batch]
-    apart: bool
-
-    @classmethod
-    def of(cls, job: Job, num_steps: int) -> _Data:
-        """Record them, with several draws of noise for each prompt."""
-        every = range(len(job.prompts))
-        apart = len(every) >= HELD_OUT
-        judges = [row for row in every if apart and row % HELD_OUT == HELD_OUT - 1]
-        learns = [row for row in every if row not in judges]
-        draws = _draws(PICTURES, learns, job), _draws(JUDGES, judges, job)
-        runs = draws[0] * len(learns) + draws[1] * len(judges)
-        with job.phase("plain runs", runs * job.pictures * num_steps * job.work.width) as bar:
-            bar.detail = f"{runs} draws, {len(learns)} prompts to fit, {len(judges)} to judge"
-            fitted, judged = (
-                [
-                    record(_drawn(job, draw), rows, num_steps)
-                    for draw in range(count)
-                    for rows in _groups(of, job.batch_size)
-                ]
-                for count, of in zip(draws, (learns, judges), strict=True)
-            )
-        return cls(fitted, judged or fitted[: FITTED // job.batch_size], apart)
-
-
 class _Trainer:
     """Makes accelerated runs, fits them and counts what that costs."""
 
-    def __init__(self, job: Job, statistics: Statistics, data: _Data, history: int) -> None:
+    def __init__(self, job: Job, statistics: Statistics, data: Data, history: int) -> None:
         self.job, self.statistics, self.data, self.history = job, statistics, data, history
         self.model = core_of(job.models[0])
         assert attached(self.model) is None
@@ -249,20 +215,6 @@ def _fading(turn: int, turns: int) -> float:
 
 def _quality(state: tuple[float, dict[str, Tensor]]) -> float:
     return state[0]
-
-
-def _drawn(job: Job, draw: int) -> Job:
-    """The job with another noise for every picture."""
-    return replace(job, seed=job.seed + draw * len(job.prompts) * job.pictures)
-
-
-def _draws(pictures: int, rows: Sequence[int], job: Job) -> int:
-    """How often each of these prompts is drawn, to have about so many pictures."""
-    return max(1, round(pictures / (len(rows) * job.pictures))) if rows else 0
-
-
-def _groups(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _numbers(module: torch.nn.Module) -> int:

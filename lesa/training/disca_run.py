@@ -13,58 +13,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Denoiser, read_sample
-from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks, ordinary
-from lesa.training.job import Job, followed
+from lesa.hooks.denoiser import read_sample
+from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
+from lesa.training.disca_data import Batch
+from lesa.training.job import Job
 from lesa.training.row_fit import ridge_fit
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics
 
 RIDGE = 1e-4  # ties rows to the network's output alone, relative to the regressors' mean energy
-
-
-@dataclass
-class Batch:
-    """The plain run of some pictures: what every call of the denoiser got and gave, on the host.
-
-    calls: (step, branch) -> arguments, without the latent. outputs: the same, [rows, ...].
-    latents: the denoiser's at each step, [pictures, ...], then the final one.
-    """
-
-    calls: dict[tuple[int, str], tuple[Any, Any]] = field(default_factory=dict)
-    outputs: dict[tuple[int, str], Tensor] = field(default_factory=dict)
-    latents: list[Tensor] = field(default_factory=list)
-
-
-class Recorder:
-    """Controller that runs every step in full and keeps what it saw of one batch."""
-
-    def __init__(self, job: Job, pictures: int) -> None:
-        self.job, self.pictures, self.batch = job, pictures, Batch()
-
-    def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step, batch = followed(denoiser, kwargs), self.batch
-        latent, output = denoiser.latent(args, kwargs), denoiser.run(args, kwargs).output
-        sample = read_sample(output)
-        assert sample is not None  # the collection has refused other models
-        if len(batch.latents) == step.index:
-            batch.latents.append(_kept(latent[: self.pictures]))
-        given = denoiser.named(args, kwargs)
-        others = {name: part for name, part in given.items() if name != denoiser.spec.latent}
-        batch.calls[step.index, step.branch] = tree_map(_kept, others)
-        batch.outputs[step.index, step.branch] = _kept(sample)
-        self.job.work.computed(len(sample))
-        return output
-
-
-def record(job: Job, rows: Sequence[int], num_steps: int) -> Batch:
-    """The plain run of some prompts."""
-    recorder = Recorder(job, len(rows) * job.pictures)
-    with job.controlled(recorder):
-        final = job.run(rows, num_steps)
-    batch = recorder.batch
-    batch.latents.append(_kept(final).reshape(batch.latents[-1].shape))
-    return batch
 
 
 class Accelerated(nn.Module):
@@ -210,7 +167,3 @@ def check_sampler(job: Job, statistics: Statistics) -> None:
             "step to step, which this one's outputs alone do not tell; use a first-order scheduler "
             "as FlowMatchEulerDiscreteScheduler, or form='continuous'"
         )
-
-
-def _kept(part: Any) -> Any:
-    return ordinary(part.detach().to("cpu")) if isinstance(part, Tensor) else part

@@ -10,9 +10,10 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.runs import generate
-from lesa.training import disca
+from lesa.training import disca, disca_data
 from lesa.training.collect import collect
-from lesa.training.disca_run import Accelerated, record
+from lesa.training.disca_data import record
+from lesa.training.disca_run import Accelerated
 from lesa.training.job import Job
 from lesa.util.progress import Progress
 
@@ -22,7 +23,9 @@ PROMPTS = 4
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    for name, value in {"PICTURES": 6, "JUDGES": 2, "ROWS_FIRST": 4, "TOGETHER": 24}.items():
+    for name, value in {"PICTURES": 6, "JUDGES": 2}.items():
+        monkeypatch.setattr(disca_data, name, value)
+    for name, value in {"ROWS_FIRST": 4, "TOGETHER": 24}.items():
         monkeypatch.setattr(disca, name, value)
 
 

@@ -1,0 +1,113 @@
+"""Plain runs for the form "disca": what its fit is fitted to, and what judges it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.hooks.plain_copy import ordinary
+from lesa.training.job import Job, followed
+
+__all__ = ["FITTED", "Batch", "Data", "record"]
+
+PICTURES = 256  # of the fit, over all draws of noise for its prompts
+JUDGES = 32  # of those that judge
+HELD_OUT = 4  # one prompt in so many judges and is not fitted to, where there are at least HELD_OUT
+FITTED = 48  # pictures that rows are solved on
+
+
+@dataclass
+class Batch:
+    """The plain run of some pictures: what every call of the denoiser got and gave, on the host.
+
+    calls: (step, branch) -> arguments, without the latent. outputs: the same, [rows, ...].
+    latents: the denoiser's at each step, [pictures, ...], then the final one.
+    """
+
+    calls: dict[tuple[int, str], tuple[Any, Any]] = field(default_factory=dict)
+    outputs: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    latents: list[Tensor] = field(default_factory=list)
+
+
+class Recorder:
+    """Controller that runs every step in full and keeps what it saw of one batch."""
+
+    def __init__(self, job: Job, pictures: int) -> None:
+        self.job, self.pictures, self.batch = job, pictures, Batch()
+
+    def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step, batch = followed(denoiser, kwargs), self.batch
+        latent, output = denoiser.latent(args, kwargs), denoiser.run(args, kwargs).output
+        sample = read_sample(output)
+        assert sample is not None  # the collection has refused other models
+        if len(batch.latents) == step.index:
+            batch.latents.append(_kept(latent[: self.pictures]))
+        given = denoiser.named(args, kwargs)
+        others = {name: part for name, part in given.items() if name != denoiser.spec.latent}
+        batch.calls[step.index, step.branch] = tree_map(_kept, others)
+        batch.outputs[step.index, step.branch] = _kept(sample)
+        self.job.work.computed(len(sample))
+        return output
+
+
+def record(job: Job, rows: Sequence[int], num_steps: int) -> Batch:
+    """The plain run of some prompts."""
+    recorder = Recorder(job, len(rows) * job.pictures)
+    with job.controlled(recorder):
+        final = job.run(rows, num_steps)
+    batch = recorder.batch
+    batch.latents.append(_kept(final).reshape(batch.latents[-1].shape))
+    return batch
+
+
+@dataclass
+class Data:
+    """Plain runs in batches: of the fit, and those that judge; `apart` if they share no prompt."""
+
+    fitted: list[Batch]
+    judged: list[Batch]
+    apart: bool
+
+    @classmethod
+    def of(cls, job: Job, num_steps: int) -> Data:
+        """Record them, with several draws of noise for each prompt."""
+        every = range(len(job.prompts))
+        apart = len(every) >= HELD_OUT
+        judges = [row for row in every if apart and row % HELD_OUT == HELD_OUT - 1]
+        learns = [row for row in every if row not in judges]
+        draws = _draws(PICTURES, learns, job), _draws(JUDGES, judges, job)
+        runs = draws[0] * len(learns) + draws[1] * len(judges)
+        with job.phase("plain runs", runs * job.pictures * num_steps * job.work.width) as bar:
+            bar.detail = f"{runs} draws, {len(learns)} prompts to fit, {len(judges)} to judge"
+            fitted, judged = (
+                [
+                    record(_drawn(job, draw), rows, num_steps)
+                    for draw in range(count)
+                    for rows in _groups(of, job.batch_size)
+                ]
+                for count, of in zip(draws, (learns, judges), strict=True)
+            )
+        return cls(fitted, judged or fitted[: FITTED // job.batch_size], apart)
+
+
+def _drawn(job: Job, draw: int) -> Job:
+    """The job with another noise for every picture."""
+    return replace(job, seed=job.seed + draw * len(job.prompts) * job.pictures)
+
+
+def _draws(pictures: int, rows: Sequence[int], job: Job) -> int:
+    """How often each of these prompts is drawn, to have about so many pictures."""
+    return max(1, round(pictures / (len(rows) * job.pictures))) if rows else 0
+
+
+def _groups(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _kept(part: Any) -> Any:
+    return ordinary(part.detach().to("cpu")) if isinstance(part, Tensor) else part
