@@ -15,6 +15,7 @@ from lesa.forecasters.paper import PaperForm
 from lesa.training import arguments
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
+from lesa.training.disca import check_disca, train_disca
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job
 from lesa.training.on_policy import visited_gram
@@ -54,7 +55,8 @@ def train(
             without text encoders.
         num_inference_steps: step count, or several (one checkpoint serves all).
         full_steps: number of full steps to calibrate, or several.
-        form: "continuous", "table" or "paper" (one step count, one number of full steps).
+        form: "continuous" or "table"; "paper" or "disca" (a network on skipped steps, for few-step
+            models): one step count, one number of full steps.
         tap: "output" (the returned velocity) or "hidden" (before the last norm).
         schedule: calibrate this step list (bound or a rule) instead of searching one per count.
         refine: rounds of search by true accelerated runs after the search on statistics.
@@ -79,6 +81,8 @@ def train(
     wanted = arguments.whole_numbers("full_steps", full_steps)
     arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
     arguments.check_schedule(schedule, counts)
+    if form == "disca":
+        check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
     arguments.check_at_least(0, refine=refine, polish=polish)
     seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)
@@ -94,9 +98,11 @@ def train(
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
     if form == "paper":
         _train_paper(job, forecaster, collected[0], schedule, wanted)
+    elif form == "disca":
+        train_disca(job, forecaster, collected[0], schedule, wanted[0])
     elif form == "continuous":
         fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
-    for statistics in collected if form != "paper" else ():
+    for statistics in collected if form not in ("paper", "disca") else ():
         calibrator = Calibrator(job, forecaster, statistics)
         if schedule is not None:
             rollouts = calibrator.fit([schedule.bind(statistics.num_steps)])
