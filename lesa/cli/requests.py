@@ -46,9 +46,31 @@ class TrainRequest(RunRequest):
     polish: Annotated[
         int,
         typer.Option(
-            help="Rounds of the last fit, the longest part; 0: none.", rich_help_panel=FORECASTER
+            help="Rounds of the last fit, of all gaps together; 0: none.",
+            rich_help_panel=FORECASTER,
         ),
-    ] = 2
+    ] = 1
+    validation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prompts to choose and judge by; default: a quarter of --prompts.",
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help='At most so many plain generations, or so long: 40, "20min".',
+            rich_help_panel=FORECASTER,
+        ),
+    ] = None
+    target_psnr: Annotated[
+        float | None,
+        typer.Option(
+            help="Find the fewest full steps that hold so many dB at p10.",
+            rich_help_panel=FORECASTER,
+        ),
+    ] = None
     num_inference_steps: Annotated[
         str | None,
         typer.Option(
@@ -62,12 +84,21 @@ class TrainRequest(RunRequest):
         if self.tap is not None:
             choose(self.tap, TAPS, "tap")
         check_at_least(0, polish=self.polish)
+        from lesa.training.arguments import checked_target
+        from lesa.training.budget import Budget
+
+        Budget.parse(self.budget)
+        checked_target(self.target_psnr, self.form, None)
 
     def texts(self) -> list[str]:
         """The calibration prompts; LesaError if there is none."""
         if self.prompts is None:
             raise LesaError("prompts=None: none given; give --prompts FILE")
         return read_prompts(self.prompts)
+
+    def validation_texts(self) -> list[str] | None:
+        """The prompts of --validation; None where a share of the others is to serve."""
+        return None if self.validation is None else read_prompts(self.validation)
 
 
 @dataclass(frozen=True, kw_only=True)

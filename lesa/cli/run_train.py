@@ -23,7 +23,7 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
 
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
-    texts = request.texts()
+    texts, validation = request.texts(), request.validation_texts()
     with Progress().bar("load", 0):
         pipe, settings, steps, counts = _prepare(request, texts)
     import lesa
@@ -36,6 +36,9 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
         full_steps=counts,
         form=request.form,
         polish=request.polish,
+        validation=validation,
+        budget=request.budget,
+        target_psnr=request.target_psnr,
         batch_size=request.batch_size,
         call=settings,
         seed=request.seed,

@@ -18,6 +18,8 @@ from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 from lesa.util.progress import Progress
 
+UNLIMITED = 1e9  # full steps of a prompt: all settings compete
+
 
 def add_limits(
     pipe: Any,
@@ -76,5 +78,5 @@ def _fitted(
     )
     assert method.schedule is not None  # a forecaster always has one
     calibrator = Calibrator(job, table, statistics)
-    calibrator.store(calibrator.fit([method.schedule], shrinkages=[0.0]))
+    calibrator.store(calibrator.fit([method.schedule.full_steps], UNLIMITED))
     return Method("limit", method.num_steps, table, method.schedule, "searched")

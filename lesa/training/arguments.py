@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -17,6 +18,8 @@ from lesa.training.job import call_arguments, pipeline_arguments
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
+MOST_PSNR = 100  # dB, above which two runs differ by rounding alone
+ENOUGH = 8  # prompts, of which some can be held out
 FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
 
 
@@ -100,12 +103,52 @@ def checked_prompts(prompts: Iterable[str] | None, call: Mapping[str, Any]) -> l
     """
     if prompts is None:
         return [f"embedding {row}" for row in range(count_prompts(call))]
-    several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
-    texts = list(prompts) if several else []
+    return _texts("prompts", prompts)
+
+
+def _texts(name: str, given: Any) -> list[str]:
+    several = isinstance(given, Iterable) and not isinstance(given, (str, bytes, Mapping))
+    texts = list(given) if several else []
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        told = shown(texts if several else prompts)
-        raise LesaError(f"prompts={told}: not a list of non-empty strings; pass 5 to 32 prompts")
+        told = shown(texts if several else given)
+        raise LesaError(f"{name}={told}: not a list of non-empty strings; pass 5 to 32 prompts")
     return texts
+
+
+def held_out(
+    validation: Iterable[str] | int | None, texts: Sequence[str], call: Mapping[str, Any]
+) -> tuple[list[str], frozenset[int]]:
+    """All prompts, and the numbers of those that nothing is fitted to: every fourth of at least
+    `ENOUGH` where nothing is said.
+
+    Raises:
+        LesaError: fewer prompts than are to be held out, or validation prompts beside embeddings.
+    """
+    count = len(texts)
+    if validation is None:
+        if count < ENOUGH:
+            warnings.warn(
+                f"{count} prompts are too few to hold some out, so that lists are chosen on those "
+                f"that were fitted; give {ENOUGH} prompts, or validation=",
+                stacklevel=2,
+            )
+        return [*texts], frozenset(range(3, count, 4) if count >= ENOUGH else ())
+    if isinstance(validation, int) and not isinstance(validation, bool):
+        whole("validation", validation, 0)
+        if validation and count - validation < 2:
+            raise LesaError(
+                f"validation={validation}: of {count} prompts {max(0, count - validation)} would "
+                f"be left to fit; hold out at most {max(0, count - 2)}, or give more prompts"
+            )
+        places = [round((i + 1) * count / validation) - 1 for i in range(validation)]
+        return [*texts], frozenset(places)
+    if "prompt_embeds" in call:
+        raise LesaError(
+            f"validation={shown(validation)}: prompts are given as embeddings; say how many of "
+            "their rows are to be held out"
+        )
+    more = _texts("validation", validation)
+    return [*texts, *more], frozenset(range(count, count + len(more)))
 
 
 def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
@@ -158,6 +201,25 @@ def check_at_least(least: int, **numbers: int) -> None:
     """LesaError for what is no whole number, or below the least."""
     for name, value in numbers.items():
         whole(name, value, least)
+
+
+def checked_target(target: float | None, form: str, schedule: Schedule | None) -> float | None:
+    """The PSNR that is to be reached; LesaError for an impossible one, or where nothing is
+    searched."""
+    if target is None:
+        return None
+    if form == "paper" or schedule is not None:
+        other = "form='paper'" if schedule is None else "schedule=..."
+        raise LesaError(
+            f"target_psnr={shown(target)}: {other} calibrates one number of full steps; leave one "
+            "of the two out"
+        )
+    number = real("target_psnr", target, "give dB, such as 40")
+    if not 0 < number <= MOST_PSNR:
+        raise LesaError(
+            f"target_psnr={shown(target)}: no dB that a forecast reaches; give 20 to {MOST_PSNR}"
+        )
+    return number
 
 
 def _told(where: str, name: str, value: Any) -> str:

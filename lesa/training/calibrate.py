@@ -1,9 +1,9 @@
-"""Per step list: search the full steps, fit the closed loop, search again by accelerated runs."""
+"""Per number of full steps: find the step list, fit its rows in the closed loop, then all gaps
+together; as much of each as a budget pays for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import product
 
 import torch
@@ -11,117 +11,160 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
+from lesa.forecasters.worth import Worth
 from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
-from lesa.training.joint_fit import joint_fit, joint_steps
-from lesa.training.rollout import Rollout, RolloutSpec, quality
-from lesa.training.search import STARTS, OpenLoop, Steps, even, neighbours, search_schedule
+from lesa.training.joint_fit import joint_fit
+from lesa.training.objective import quality
+from lesa.training.race import Halving
+from lesa.training.rollout import Rollout, RolloutSpec
+from lesa.training.search import (
+    REACH,
+    OpenLoop,
+    Steps,
+    candidates,
+    handicap,
+    judge_of,
+    neighbours,
+    second_steps,
+)
 from lesa.training.statistics import Statistics
 
-DRIFTS = (0.3, 1.0)  # values of beta that compete: which is best depends on the step list
+DRIFTS = (1.0, 0.5)  # values of beta that compete: which is best depends on the step list
 GENTLE = (0.0, 0.5)  # where the sampler is known in part, steering may do harm
-SHRINKAGES = (0.0, 0.4)  # that compete as well
+SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
-CANDIDATES = 4  # neighbours of each leader that a round of refinement runs
+RACING = 0.45  # share of a count's budget for races of step lists
+FINAL = 0.15  # share for the fits on all prompts; the rest is for the joint fit
+FIRST = 0.6  # of the races' share for the first one
+RACERS, NEAR = 16, 8  # lists in the first race, neighbours of its winner in the second
+LEFT = 0.6  # of a race's full steps that are run, since losers stop
+FEWEST = 3  # prompts in a race
 
 
 class Calibrator:
-    """Finds and fits step lists of one step count for a forecaster."""
+    """Finds and fits step lists of one step count for a forecaster.
+
+    Budgets are full steps of a prompt.
+    """
 
     def __init__(self, job: Job, forecaster: LesaForecaster, statistics: Statistics) -> None:
         self.job, self.forecaster, self.statistics = job, forecaster, statistics
-        self.judge = OpenLoop(statistics, forecaster.settings.history)
-        self.base: Tensor | None = None  # final latents of the plain run, once rollouts have run
+        self.judge = judge_of(statistics, forecaster.settings.history)
+        self.plain = OpenLoop(statistics, forecaster.settings.history)
 
-    def search(self, counts: Sequence[int]) -> list[Schedule]:
-        """The best step list on the statistics for each number of full steps."""
-        with self.job.progress.bar("schedule search", STARTS * len(counts)) as bar:
+    def search(self, counts: Sequence[int]) -> list[list[Steps]]:
+        """Step lists for each number of full steps, the best on the statistics first."""
+        lists = [len(second_steps(count, self._steps)) for count in counts]
+        with self.job.progress.bar("schedule search", sum(lists)) as bar:
             bar.detail = f"{len(counts)} counts on the statistics, {self._steps} steps"
-            return [
-                search_schedule(self.statistics, count, judge=self.judge, advance=bar.advance)
-                for count in counts
-            ]
+            return [candidates(self.judge, count, bar.advance) for count in counts]
 
-    def fit(
-        self, plans: Sequence[Schedule], shrinkages: Sequence[float] = SHRINKAGES
-    ) -> list[Rollout]:
-        """The best rollout of each step list over the strengths of steering and shrinkage."""
-        history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
-        pairs = list(product(self._drifts(), shrinkages))
-        rollouts = [
-            Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage))
-            for plan in plans
-            for drift, shrinkage in pairs
-        ]
-        with self.job.phase("fit on accelerated runs", self._rows(rollouts)) as bar:
+    def race(self, lists: Sequence[Steps], budget: float) -> list[Steps]:
+        """The lists in the order in which they end on some prompts, as true accelerated runs, after
+        those that come out of the winner where one full step moves."""
+        lists = [*lists[:RACERS]]
+        first = self._raced(lists, RACING * FIRST * budget)
+        if first is None:
+            return lists
+        near = set(neighbours(first[0], self._steps, REACH)) - set(lists)
+        likely = sorted(near, key=self.judge.quality, reverse=True)[:NEAR]
+        second = self._raced([first[0], *likely], RACING * (1 - FIRST) * budget)
+        return [*dict.fromkeys([*(second or []), *first])]
+
+    def _raced(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:
+        """Lists in the order in which they end; None where the budget pays for too few prompts."""
+        rollouts = [self._rollout(self._plan(steps)) for steps in lists]
+        each = LEFT * steps_computed(rollouts)
+        prompts = self.job.mixed(int(budget / each))
+        if len(prompts) < FEWEST or len(lists) < 2:
+            return None
+        halving = Halving(lists, self.judge, self.job.pictures_of(prompts))
+        expected, before = self.job.rows(round(each), len(prompts)), self.job.work.rows
+        with self.job.phase("race of step lists", expected) as bar:
+            bar.detail = f"{len(lists)} lists on {len(prompts)} prompts, {self._steps} steps"
+            self._run(rollouts, prompts, halving)
+            bar.extend(self.job.work.rows - before - expected)
+        late = (handicap(steps, self._steps) for steps in lists)
+        ahead = [quality(rollout) - dB for rollout, dB in zip(rollouts, late, strict=True)]
+        return [lists[i] for i in sorted(range(len(lists)), key=lambda i: -ahead[i])]
+
+    def fit(self, lists: Sequence[Steps], budget: float) -> Rollout:
+        """The best rollout on all prompts over the first lists and strengths of steering and
+        shrinkage, as many as the budget pays for."""
+        settings = [*product(self._drifts(), SHRINKAGES)]
+        order = sorted(product(range(len(lists)), range(len(settings))), key=lambda ij: sum(ij))
+        each = len(lists[0]) * len(self.job.prompts)
+        count = max(1, int(min(len(order), budget * FINAL / each)))
+        rollouts = [self._rollout(self._plan(lists[i]), *settings[j]) for i, j in order[:count]]
+        work = self.job.rows(steps_computed(rollouts))
+        with self.job.phase("fit on accelerated runs", work) as bar:
             self._run(rollouts)
-            bar.detail = f"{len(plans)} step lists x {len(pairs)} settings, {self._steps} steps"
-        return [
-            max((x for x in rollouts if x.spec.schedule == plan), key=quality) for plan in plans
+            bar.detail = f"{len(rollouts)} step lists and settings, {self._steps} steps"
+        return max(rollouts, key=quality)
+
+    def joint_fit(self, leader: Rollout, rounds: int, budget: float) -> Rollout:
+        """All gaps of a rollout fitted together, on the final latents."""
+        share = (1 - RACING - FINAL) * budget
+        return joint_fit(self.job, leader, self.statistics.sigmas, rounds, share)
+
+    def store_open_loop(self, full_steps: Steps) -> None:
+        """Put a list with the rows that the statistics alone give into the forecaster."""
+        plan, sigmas = self._plan(full_steps), self.statistics.sigmas
+        for branch in self.statistics.branches:
+            self.forecaster.correct(plan, sigmas, branch, self._prior(plan, sigmas, branch))
+
+    def forget(self, count: int) -> None:
+        """Take the calibration of a number of full steps out of the forecaster."""
+        sigmas = self.statistics.sigmas
+        self.forecaster.calibrations[:] = [
+            entry
+            for entry in self.forecaster.calibrations
+            if len(entry.schedule.full_steps) != count or not entry.matches(entry.schedule, sigmas)
         ]
 
-    def refine(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
-        """Local search by true accelerated runs: the likeliest neighbours race their leader, and
-        at first even lists: statistics say little of long gaps, and of two guidance branches."""
-        best = list(leaders)
-        if not rounds:
-            return best
-        tried = {leader.spec.schedule.full_steps for leader in leaders}
-        expected = self._rows(CANDIDATES * best)  # of a round: who races is not yet known
-        with self.job.phase("search by accelerated runs", rounds * expected) as bar:
-            bar.detail = f"{rounds} rounds, {self._steps} steps"
-            for turn in range(rounds):
-                groups = [self._rivals(leader, tried, with_even=turn == 0) for leader in best]
-                racing = [rollout for group in groups for rollout in group]
-                bar.extend(self._rows(racing) - expected)
-                self._run(racing)
-                best = [
-                    max([leader, *group], key=quality)
-                    for leader, group in zip(best, groups, strict=True)
-                ]
-        return best
+    def store(self, rollout: Rollout, worth: Worth | None = None) -> None:
+        """Put a rollout's coefficients, and what they are worth, into the forecaster, in the place
+        of others of as many full steps."""
+        spec, result = rollout.spec, rollout.result
+        self.forget(len(spec.schedule.full_steps))
+        for branch, rows in result.coefficients.items():
+            shared = result.shared.get(branch)
+            known = (rows, None) if shared is None else (shared, rows)
+            self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
+        self.forecaster.recommend(spec.schedule, self.statistics.sigmas).worth = worth
 
-    def _rivals(self, leader: Rollout, tried: set[Steps], with_even: bool) -> list[Rollout]:
-        """Rollouts of step lists that nobody has tried, which are then tried."""
-        schedule = leader.spec.schedule
-        near = neighbours(schedule.full_steps, self.statistics.num_steps, reach=2)
-        fresh = sorted((steps for steps in near if steps not in tried), key=self.judge.quality)
-        chosen = fresh[-CANDIDATES:]
-        if with_even:
-            chosen += even(len(schedule.full_steps), schedule.steps)
-            chosen = [steps for steps in dict.fromkeys(chosen) if steps not in tried]
-        tried.update(chosen)
-        return [Rollout(replace(leader.spec, schedule=self._plan(steps))) for steps in chosen]
-
-    def joint_fit(self, leaders: Sequence[Rollout], rounds: int) -> list[Rollout]:
-        """All gaps of each rollout fitted together, on the final latents."""
-        if not rounds:
-            return [*leaders]
-        sigmas = self.statistics.sigmas
-        work = sum(joint_steps(self.job, leader, sigmas, rounds, self.base) for leader in leaders)
-        with self.job.phase("fit on final latents", work * self.job.work.width) as bar:
-            bar.detail = f"{len(leaders)} step lists, {rounds} rounds, {self._steps} steps"
-            return [joint_fit(self.job, leader, sigmas, rounds, self.base) for leader in leaders]
-
-    def store(self, rollouts: Sequence[Rollout]) -> None:
-        """Put each rollout's coefficients into the forecaster and say how good they are."""
-        for rollout in rollouts:
-            spec, result = rollout.spec, rollout.result
-            assert result.score is not None
-            for branch, rows in result.coefficients.items():
-                shared = result.shared.get(branch)
-                known = (rows, None) if shared is None else (shared, rows)
-                self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
-            full = ", ".join(map(str, spec.schedule.full_steps))
-            self.job.progress.line(
-                f"fitted: {len(spec.schedule.full_steps)} of {spec.schedule.steps} steps in full "
-                f"({full}): final latents {result.score.mean():.1f} dB mean, "
-                f"{result.score.quantile(0.1):.1f} dB p10 above their error against the plain run"
+    def tell(self, rollout: Rollout, worth: Worth | None) -> None:
+        """Say how good a list is."""
+        plan, score = rollout.spec.schedule, rollout.result.score
+        assert score is not None
+        told = f"latents {score.mean():.1f} dB mean"
+        if worth is not None:
+            kind = "held-out" if worth.validated else "calibration"
+            told = (
+                f"{worth.pictures} {kind} pictures {worth.mean:.1f} dB mean, {worth.minimum:.1f} dB"
+                " minimum"
             )
+        full = ", ".join(map(str, plan.full_steps))
+        self.job.progress.line(
+            f"fitted: {len(plan.full_steps)} of {plan.steps} steps in full ({full}): {told} "
+            "against the plain run"
+        )
 
-    def _run(self, rollouts: Sequence[Rollout]) -> None:
-        if rollouts:
-            self.base = run_rollouts(self.job, rollouts, self._prior, self._steps, self.statistics)
+    def _run(
+        self,
+        rollouts: Sequence[Rollout],
+        prompts: Sequence[int] | None = None,
+        race: Halving | None = None,
+    ) -> None:
+        run_rollouts(self.job, rollouts, self._prior, self._steps, self.statistics, prompts, race)
+
+    def _rollout(
+        self, plan: Schedule, drift: float | None = None, shrinkage: float = SHRINKAGES[0]
+    ) -> Rollout:
+        history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
+        drift = self._drifts()[0] if drift is None else drift
+        return Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage))
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""
@@ -130,10 +173,16 @@ class Calibrator:
             return (0.0,)
         return DRIFTS if sampler.misfit < EXACT else GENTLE
 
-    def _prior(self, plan: Schedule, sigmas: tuple[float, ...], branch: str) -> Tensor:
-        with torch.no_grad():
-            rows = self.forecaster.net.rows(plan, sigmas, self.forecaster.branch(branch))[0]
-        return rows.cpu()
+    def _prior(self, plan: Schedule, _sigmas: tuple[float, ...], branch: str) -> Tensor:
+        """The rows that the statistics alone give."""
+        history = self.forecaster.settings.history
+        rows = torch.zeros(plan.steps, history + self.forecaster.uses_latent).double()
+        for step in plan.skipped_steps:
+            cached = plan.cached_before(step, history)
+            weights = torch.from_numpy(self.plain.coefficients(branch, step, cached)[1])
+            rows[step, : len(cached)] = weights[: len(cached)]
+            rows[step, history:] = weights[len(cached) :]
+        return rows
 
     def _plan(self, full_steps: tuple[int, ...]) -> Schedule:
         return Schedule.explicit(full_steps, self._steps)
@@ -141,8 +190,3 @@ class Calibrator:
     @property
     def _steps(self) -> int:
         return self.statistics.num_steps
-
-    def _rows(self, rollouts: Sequence[Rollout]) -> int:
-        """Rows of the denoiser that `_run` computes for these."""
-        base = 0 if self.job.kept_base(self._steps) else self._steps
-        return self.job.rows(steps_computed(rollouts, base)) if rollouts else 0

@@ -1,15 +1,15 @@
-"""Phase 3: fit coefficients in lock-step with the base run, on the states that the accelerated
-run really visits.
+"""Phase 3: fit coefficients on the states that the accelerated run really visits.
 
-One call of the plain pipeline carries several copies of the calibration prompts in its batch: the
-base run and one *rollout* per step list. At a step that a rollout skips, its rows of the
-denoiser's output are replaced by the forecast that has just been fitted, so the sampler, the
-guidance and everything else of the pipeline act on all rollouts alike. A rollout's full steps and
-the base rows are the only ones that are computed.
+One call of the plain pipeline carries several copies of the calibration prompts in its batch, one
+per *rollout*, that is per step list and setting. At a step that a rollout skips, its rows of the
+denoiser's output are replaced by the forecast that has just been fitted to the plain run, which has
+been kept, so the sampler, the guidance and everything else of the pipeline act on all rollouts
+alike. Only full steps are computed, and those that several rollouts have in common only once.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -22,20 +22,25 @@ from lesa.core.schedule import Schedule
 from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 from lesa.training.base_run import BaseRun
+from lesa.training.collect import collect
 from lesa.training.job import Job, followed, parts_of
-from lesa.training.rollout import Rollout, RolloutState, Visit
+from lesa.training.prefixes import Prefixes
+from lesa.training.rollout import Rollout, RolloutState, Tails, Visit
 from lesa.training.row_fit import Tail
 from lesa.training.statistics import Statistics
+from lesa.util.numerics import free_memory
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
+# A step and the latents' mean squared errors there, [rollouts, pictures] -> who has lost
+Race = Callable[[int, Tensor], Sequence[int]]
+MEMORY = 0.4  # share of the free memory that rollouts of one call may take
 
 
 class LockStep:
-    """Controller of the shared call: computes base rows and full rows, forecasts the others.
+    """Controller of the shared call: computes full rows, forecasts the others.
 
-    The rows of a call are ``[parts, 1 + rollouts, pictures]``: a batched guidance part holds the
-    base run's pictures, then every rollout's. A rollout that still follows the first one is handed
-    that one's outputs.
+    The rows of a call are ``[parts, rollouts, pictures]``: a batched guidance part holds every
+    rollout's pictures. A rollout that has lost the race goes on along the base run, at no cost.
     """
 
     def __init__(
@@ -45,58 +50,58 @@ class LockStep:
         prior: Prior | None,
         statistics: Statistics | None,
         prompts: Sequence[int],
-        base: BaseRun | None,
-        with_base: bool,
+        base: BaseRun,
+        race: Race | None = None,
     ) -> None:
-        self.job, self.rollouts, self.prior, self.with_base = job, rollouts, prior, with_base
-        self.statistics, self.base = statistics, base
-        self.which = job.pictures_of(prompts)
-        self.pictures = len(self.which)
+        self.job, self.rollouts, self.prior, self.base = job, rollouts, prior, base
+        self.statistics, self.race = statistics, race
+        self.which, self.fitted = job.pictures_of(prompts), job.fitted_among(prompts)
+        self.prefixes = Prefixes([rollout.spec for rollout in rollouts])
+        self.asked = -1  # the last step at which the race was asked
         self.last: dict[tuple[str, int], tuple[type | ListOf, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
         batch = _Batch(denoiser, args, kwargs, len(latent))
         places = self._places(len(latent))
-        full = [True, *(each.spec.schedule.is_full(step.index) for each in self.rollouts)]
-        source = [self._source(copy, step.index) for copy in range(len(full))]
-        own = [full[copy] and source[copy] == copy for copy in range(len(full))]
-        kind, output, feature = self._compute(batch, step.branch, places[:, own])
-        outputs, features, latents = (
-            part.unflatten(0, places.shape) for part in (output, feature, latent)
-        )
+        latents = latent.unflatten(0, places.shape)
+        self._drop_losers(step, latents)
+        full = self.prefixes.computed(step.index)
+        kind, output, feature = self._compute(batch, step.branch, places[:, full])
         at = self._visit(step, steers=latent.shape == output.shape)
-        base_latent, base_output = self._base(step, latents, outputs)
-        for copy, rollout in enumerate(self.rollouts, 1):
-            if full[copy]:
-                rollout.push(step.branch, features[:, source[copy]])
-            if source[copy] != copy:
-                outputs[:, copy] = outputs[:, source[copy]]
-            elif not full[copy]:
+        outputs, features = (part.unflatten(0, places.shape) for part in (output, feature))
+        features = {copy: features[:, copy].clone() for copy in full}
+        base = self.base.at(step.index, step.branch, self.which, latents.device)
+        for copy, rollout in enumerate(self.rollouts):
+            source = self.prefixes.source(copy, step.index)
+            if source is None:
+                outputs[:, copy] = base[1]
+                continue
+            if rollout.spec.schedule.is_full(step.index):
+                rollout.push(step.branch, features[source])
+            else:
                 self._start(rollout, step, parts=len(places))
-                tail = self._tail(batch, places[:, copy])
-                outputs[:, copy] = rollout.forecast(
-                    at, latents[:, copy], base_latent, base_output, tail
-                )
-        outputs[:, 0] = outputs[:, source[0]]
+            if source != copy:
+                outputs[:, copy] = outputs[:, source]
+                rollout.follow(self.rollouts[source], at)
+            elif copy not in features:
+                tails = self._tails(batch, places[:, copy])
+                outputs[:, copy] = rollout.forecast(at, latents[:, copy], base, tails, self.fitted)
         return make_output(kind, output)
 
-    def _base(self, step: Step, latents: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Latent ``[1 or parts, pictures, ...]`` and output ``[parts, pictures, ...]`` of the base
-        run, which is at work or has been kept; of rollouts that fit nothing nobody asks for them.
-        """
-        if self.with_base or self.base is None:
-            if self.base is not None:
-                self.base.put(step.index, step.branch, self.which, latents[0, 0], outputs[:, 0])
-            return latents[:, 0], outputs[:, 0]
-        latent, output = self.base.at(step.index, step.branch, self.which, latents.device)
-        return latent[None], output
+    def _drop_losers(self, step: Step, latents: Tensor) -> None:
+        """Ask the race, once a step."""
+        if self.race is None or step.index == self.asked:
+            return
+        self.asked = step.index
+        latent, _ = self.base.at(step.index, step.branch, self.which, latents.device)
+        error = (latents[0] - latent).float().square().flatten(2).mean(2)
+        self.prefixes.drop(self.race(step.index, error.cpu().double()))
 
     def _places(self, rows: int) -> Tensor:
-        """The rows of a call, ``[parts, copies, pictures]``."""
-        copies = 1 + len(self.rollouts)
-        parts = parts_of(rows, copies * self.pictures)
-        return torch.arange(rows).reshape(parts, copies, self.pictures)
+        """The rows of a call, ``[parts, rollouts, pictures]``."""
+        copies, pictures = len(self.rollouts), len(self.which)
+        return torch.arange(rows).reshape(parts_of(rows, copies * pictures), copies, pictures)
 
     def _start(self, rollout: Rollout, step: Step, parts: int) -> None:
         """Give a rollout the prior's rows where it has none of this branch."""
@@ -106,9 +111,14 @@ class LockStep:
             apart = step.parts == parts and self._knows_guidance()
             rollout.start(step.branch, rows, parts if apart else 1)
 
-    def _tail(self, batch: _Batch, places: Tensor) -> Tail | None:
-        """What leads from a forecast to an output; None where the output itself is forecast."""
-        return batch.tail(places.flatten().tolist()) if self.job.tap == "hidden" else None
+    def _tails(self, batch: _Batch, places: Tensor) -> Tails | None:
+        """What makes that which leads from a forecast to an output; None where the output itself
+        is forecast."""
+        if self.job.tap != "hidden":
+            return None
+        return lambda some: batch.tail(
+            (places if some is None else places[:, [*some]]).flatten().tolist()
+        )
 
     def _compute(
         self, batch: _Batch, branch: str, rows: Tensor
@@ -119,12 +129,6 @@ class LockStep:
             self.last[key] = batch.compute(rows.flatten().tolist() or [0], self.job)
         kind, output, feature = self.last[key]
         return kind, output.clone(), feature
-
-    def _source(self, copy: int, step: int) -> int:
-        """The copy whose states this one has at a step: the first rollout's until it leaves, and in
-        the base run's place where that is not run."""
-        follows = not self.with_base if copy == 0 else step < self.rollouts[copy - 1].spec.leaves
-        return 1 if follows else copy
 
     def _knows_guidance(self) -> bool:
         """Whether the weights are known by which the tapped features of a picture are summed."""
@@ -177,6 +181,7 @@ class _Batch:
             rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)
         ]
         output = feature = None
+        started = time.perf_counter()
         for part in parts:
             args, kwargs = self.rows(part)
             result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
@@ -190,6 +195,8 @@ class _Batch:
             output[index], feature[index] = sample, tapped
             job.work.computed(len(part))
         assert output is not None and feature is not None
+        output.flatten()[:1].cpu()  # waits for a device
+        job.work.took(len(rows), time.perf_counter() - started)
         return kind_of(result), output, feature
 
 
@@ -216,14 +223,11 @@ def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[s
     return taken(value)
 
 
-def steps_computed(rollouts: Sequence[Rollout], base_steps: int = 0) -> int:
-    """How many steps of each picture `run_rollouts` computes in full: the base run's, and of every
-    rollout the full ones since it left the first."""
-    return base_steps + sum(
-        step >= rollout.spec.leaves
-        for rollout in rollouts
-        for step in rollout.spec.schedule.full_steps
-    )
+def steps_computed(rollouts: Sequence[Rollout]) -> int:
+    """How many steps of each picture `run_rollouts` computes in full, where nobody loses."""
+    prefixes = Prefixes([rollout.spec for rollout in rollouts])
+    steps = rollouts[0].spec.schedule.steps if rollouts else 0
+    return sum(len(prefixes.computed(step)) for step in range(steps))
 
 
 def run_rollouts(
@@ -232,40 +236,64 @@ def run_rollouts(
     prior: Prior | None,
     num_inference_steps: int,
     statistics: Statistics | None = None,
-    base: Tensor | None = None,
     prompts: Sequence[int] | None = None,
-) -> Tensor:
-    """Run base and rollouts side by side; fills each rollout's result.
+    race: Callable[[Sequence[int]], Race] | None = None,
+) -> None:
+    """Run rollouts side by side; fills each one's result.
 
-    With ``statistics`` the fits know guidance weights and sampler. The score of a picture is
-    10 log10 of the base latent's mean square over the mean squared error of the rollout's final
-    latent, in dB. Returns the base run's final latents, ``[pictures, elements]``; with them as
-    ``base`` rollouts that fit nothing run without it. The base run itself is kept, and run once.
-    ``prompts`` are the rows of those that run.
+    With ``statistics`` the fits know guidance weights and sampler. ``prompts`` are the numbers of
+    those that run; rows are fitted to those among them that are not held out. The plain run is
+    collected first where it has not been kept. With a ``race``, which is given the numbers of those
+    that run together, some are dropped on the way: they have no result.
+
+    Of every rollout, picture and guidance part there are in memory K + `lesa.training.job.HELD`
+    features and the picture's own arguments of the denoiser; where all rollouts together would take
+    more than `MEMORY` of what is free they run in several calls.
 
     Final latents, and with them errors and scores, lie on the host in float64, wherever the
     pipeline is: they are copied once per run.
     """
-    rows, copies = [*(range(len(job.prompts)) if prompts is None else prompts)], 1 + len(rollouts)
-    for rollout in rollouts:
-        rollout.begin()
-    kept, known = job.kept_base(num_inference_steps), base is not None
-    if kept is None and not known and prompts is None:
-        kept = job.new_base(num_inference_steps)
-    with_base = not known and (kept is None or kept.final is None)
-    step = LockStep(job, rollouts, prior, statistics, rows, kept, with_base)
+    if not rollouts:
+        return
+    rows = [*(range(len(job.prompts)) if prompts is None else prompts)]
+    if job.kept_base(num_inference_steps) is None:
+        collect(job, num_inference_steps)
+    base = job.kept_base(num_inference_steps)
+    assert base is not None and base.final is not None  # collected
+    for group in _groups(job, rollouts, len(rows)):
+        some = [rollouts[i] for i in group]
+        for rollout in some:
+            rollout.begin()
+        lost = None if race is None else race(group)
+        step = LockStep(job, some, prior, statistics, rows, base, lost)
+        with job.controlled(step):
+            final = job.run(rows * len(some), num_inference_steps)
+        ends = final.cpu().double().reshape(len(some), len(rows) * job.pictures, -1)
+        target = base.final[job.pictures_of(rows)]
+        for copy, (rollout, end) in enumerate(zip(some, ends, strict=True)):
+            rollout.state = RolloutState()
+            if copy not in step.prefixes.dropped:
+                rollout.result.error = (end - target) / target.square().mean(1, keepdim=True).sqrt()
+
+
+def _groups(job: Job, rollouts: Sequence[Rollout], prompts: int) -> list[range]:
+    """Rollouts that run in one call: as many as `MEMORY` of what is free has room for."""
+    each = prompts * job.pictures * job.work.bytes_of(max(r.spec.history for r in rollouts))
+    free = free_memory(next(job.models[0].parameters()).device)
+    size = max(1, min(len(rollouts), int(MEMORY * free / max(1, each))))
+    return [range(at, min(at + size, len(rollouts))) for at in range(0, len(rollouts), size)]
+
+
+def replay(job: Job, rollout: Rollout, prompt: int) -> Any:
+    """What the pipeline decodes for one prompt, ``[2 x pictures, ...]``: the plain run from what
+    was kept of it, at no cost, and a rollout with given rows."""
+    steps = rollout.spec.schedule.steps
+    base = job.kept_base(steps)
+    assert base is not None  # the rollout was fitted against it
+    twice = [Rollout(rollout.spec), Rollout(rollout.spec)]
+    for each in twice:
+        each.begin()
+    step = LockStep(job, twice, None, None, [prompt], base)
+    step.prefixes.drop([0])
     with job.controlled(step):
-        final = job.run(rows * copies, num_inference_steps)
-    ends = final.cpu().double().reshape(copies, len(rows) * job.pictures, -1)
-    if kept is not None and with_base:
-        kept.final = ends[0]
-    if base is None and kept is not None and kept.final is not None:
-        base = kept.final[job.pictures_of(rows)]
-    elif base is None:
-        base = ends[0]
-    for rollout, end in zip(rollouts, ends[1:], strict=True):
-        rollout.state = RolloutState()
-        error = (end - base) / base.square().mean(1, keepdim=True).sqrt()
-        rollout.result.error = error
-        rollout.result.score = -10 * torch.log10(error.square().mean(1) + 1e-12)
-    return base
+        return job.run([prompt] * 2, steps, output_type="pt")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from lesa.core.checks import shown
 from lesa.errors import LesaError
@@ -50,6 +53,8 @@ class Collector:
         rows = parts_of(len(feature), self.pictures)
         known = self.features.setdefault(step.branch, [])
         known.append(feature.detach().reshape(rows, self.pictures, -1).clone())
+        self.work.feature_bytes = feature[0].nbytes
+        self.work.argument_bytes = _row_bytes((args, kwargs), len(feature))
         begins = step.branch == next(iter(self.features))
         self.work.computed(len(feature), done=self.pictures * begins)
         latent = denoiser.latent(args, kwargs)
@@ -102,6 +107,16 @@ class Collector:
         return Trajectories(rows, len(parts) - steps * sum(rows.values()), joint)
 
 
+def _row_bytes(arguments: Any, rows: int) -> int:
+    """Bytes of the tensors of a call, however nested, that hold so many rows; of one row."""
+    leaves = tree_leaves(arguments)
+    return sum(
+        leaf.nbytes // rows
+        for leaf in leaves
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == rows
+    )
+
+
 class Trajectories(NamedTuple):
     """One batch: rows per branch, number of latents, Gram matrices ``[pictures, M, M]``."""
 
@@ -110,19 +125,22 @@ class Trajectories(NamedTuple):
     joint: Tensor
 
 
-def collect(job: Job, num_inference_steps: int) -> Statistics:
+def collect(
+    job: Job, num_inference_steps: int, told: Callable[[float], None] | None = None
+) -> Statistics:
     """Statistics of the base trajectories at one step count.
 
     With ``job.folder`` the file is rewritten after every batch, and an interrupted collection
-    continues where it stopped. At most one batch's features are in memory. Raises LesaError when
-    the folder holds statistics of other prompts or settings.
+    continues where it stopped. At most one batch's features are in memory. After the first batch
+    ``told`` is given the seconds that a prompt took. Raises LesaError when the folder holds
+    statistics of other prompts or settings.
     """
     name = f"statistics-{num_inference_steps}.safetensors"
     path = None if job.folder is None else job.folder / name
     found = _resumed(path, job, job.fingerprint(num_inference_steps))
     each, probed = job.pictures * num_inference_steps, job.tap == "hidden"
     with job.phase("collect", (len(job.prompts) + probed) * each) as bar:
-        found, peak = _collect_rest(job, num_inference_steps, found, path)
+        found, peak = _collect_rest(job, num_inference_steps, found, path, told)
         if probed:
             found.probed = _probe_sampler(job, num_inference_steps)
         size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
@@ -136,7 +154,11 @@ def collect(job: Job, num_inference_steps: int) -> Statistics:
 
 
 def _collect_rest(
-    job: Job, num_inference_steps: int, found: Statistics | None, path: Path | None
+    job: Job,
+    num_inference_steps: int,
+    found: Statistics | None,
+    path: Path | None,
+    told: Callable[[float], None] | None,
 ) -> tuple[Statistics, int]:
     """The statistics with the prompts that they lack, and the most bytes of features held.
 
@@ -150,9 +172,12 @@ def _collect_rest(
         for batch in [*_batches(known, total, job), *_batches(0, known, job)]:
             collector.pictures = len(batch) * job.pictures
             collector.first = batch.start * job.pictures
+            started = time.perf_counter()
             final = job.run(batch, num_inference_steps)
             ends[batch.start] = final.cpu().double().flatten(1)
             rows, num_latents, joint = collector.reduce(final)
+            if told is not None and len(ends) == 1:
+                told((time.perf_counter() - started) / len(batch))
             if batch.start < known:
                 continue
             if found is None:

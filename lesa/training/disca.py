@@ -22,7 +22,8 @@ from lesa.hooks.two_blocks import TwoBlocks, check_two_blocks
 from lesa.training.disca_data import FITTED, Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job
-from lesa.training.search import balanced, even, neighbours, search_schedule
+from lesa.training.objective import objective
+from lesa.training.search import BENDS, neighbours, search_schedule, spread_from
 from lesa.training.statistics import Statistics
 
 ROWS_FIRST, TOGETHER = 30, 160  # rounds of one batch: rows alone, then rows and blocks
@@ -121,12 +122,12 @@ class _Trainer:
             for full in lists:
                 if full not in tried:
                     run = self.fitted(Schedule.explicit(full, steps))
-                    tried[full] = balanced(self.scores(run, judges)), run
+                    tried[full] = objective(self.scores(run, judges)), run
                     bar.advance(1)
             return max(tried, key=lambda full: tried[full][0])
 
         with self.job.phase("choose the list", 0) as bar:
-            found = best([told, *even(full_steps, steps)])
+            found = best([told, *_even(full_steps, steps)])
             found = best(neighbours(found, steps, reach=1))
             bar.detail = f"{len(tried)} lists with rows around untrained blocks"
         return tried[found][1]
@@ -192,7 +193,7 @@ class _Trainer:
         self._count(run, [batch], 1 + BACKWARD)
 
     def _state(self, run: Accelerated) -> tuple[float, dict[str, Tensor]]:
-        quality = balanced(self.scores(run, self.data.judged))
+        quality = objective(self.scores(run, self.data.judged))
         return quality, copy.deepcopy(run.state_dict())
 
     def _count(self, run: Accelerated, batches: Sequence[Batch], times: int = 1) -> None:
@@ -232,3 +233,10 @@ def _fixed(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for part in asked:
             part.requires_grad_(True)
+
+
+def _even(full_steps: int, steps: int) -> list[tuple[int, ...]]:
+    """Lists at equal distances, and ones that are denser towards both ends."""
+    second = round(steps / full_steps)
+    few = full_steps < 2
+    return [(0,)] if few else [spread_from(second, full_steps, steps, bend) for bend in BENDS]

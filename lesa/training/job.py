@@ -29,6 +29,8 @@ from lesa.hooks.weights_hash import weights_hash
 from lesa.training.base_run import BaseRun
 from lesa.util.progress import Bar, Progress
 
+HELD = 4  # features of a row beside the K that are cached: latents, outputs, what is being fitted
+
 
 @dataclass
 class Work:
@@ -39,14 +41,20 @@ class Work:
         width: rows that a step of one picture is, over all guidance branches; 0 until known.
         plain: rows of one plain generation per prompt, at all step counts.
         bar: of the phase that goes on.
-        base: the plain run that has been kept, if any.
+        timed_rows, seconds: rows whose time was taken, and how long they took together.
+        argument_bytes, feature_bytes: of a row of the denoiser's call, and of its tapped feature.
+        bases: the plain runs that have been kept, by their number of steps.
     """
 
     rows: int = 0
     width: int = 0
     plain: int = 0
     bar: Bar | None = None
-    base: BaseRun | None = None
+    timed_rows: int = 0
+    seconds: float = 0.0
+    argument_bytes: int = 0
+    feature_bytes: int = 0
+    bases: dict[int, BaseRun] = field(default_factory=dict)
 
     def computed(self, rows: int, done: float | None = None) -> None:
         """The denoiser has computed so many more rows; `done` is that in the bar's unit."""
@@ -54,12 +62,22 @@ class Work:
         if self.bar is not None:
             self.bar.advance(rows if done is None else done)
 
+    def bytes_of(self, history: int) -> int:
+        """Bytes of a picture in a rollout, over all guidance branches."""
+        return self.width * (self.argument_bytes + (history + HELD) * self.feature_bytes)
+
+    def took(self, rows: int, seconds: float) -> None:
+        """So many rows took so long."""
+        self.timed_rows += rows
+        self.seconds += seconds
+
 
 @dataclass(frozen=True)
 class Job:
     """A pipeline, its calibration prompts, and the arguments of every call of it.
 
-    call: further arguments of ``pipe(...)``; embeddings hold one row per prompt. tap: the feature
+    held_out: the numbers of the prompts that nothing is fitted to, only judged on. call: further
+    arguments of ``pipe(...)``; embeddings hold one row per prompt. tap: the feature
     to forecast. seed: picture i starts from noise seed + i, whatever batch it runs in. batch_size:
     rows that the denoiser computes at once. folder: where statistics are kept, or None.
     """
@@ -73,6 +91,7 @@ class Job:
     folder: Path | None = None
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     work: Work = field(default_factory=Work)
+    held_out: frozenset[int] = frozenset()
 
     @property
     def models(self) -> list[torch.nn.Module]:
@@ -84,10 +103,13 @@ class Job:
         """Pictures or videos per prompt."""
         return pictures_per_prompt(self.call)
 
-    def run(self, rows: Sequence[int], num_inference_steps: int) -> torch.Tensor:
+    def run(
+        self, rows: Sequence[int], num_inference_steps: int, output_type: str = "latent"
+    ) -> torch.Tensor:
         """Final latents of one call of the pipeline for some prompts, ``[len(rows) x pictures,
-        ...]``; every picture of prompt ``i`` from a noise source of its own, always the same."""
-        fixed = {"output_type": "latent", "return_dict": False}
+        ...]``, or what else it returns for an ``output_type``; every picture of prompt ``i`` from a
+        noise source of its own, always the same."""
+        fixed = {"output_type": output_type, "return_dict": False}
         arguments = prompt_arguments(self.prompts, self.call, rows)
         arguments |= fixed | {"num_inference_steps": num_inference_steps}
         seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
@@ -98,21 +120,34 @@ class Job:
 
     def kept_base(self, num_inference_steps: int) -> BaseRun | None:
         """The plain run at this number of steps, where all of it has been kept."""
-        kept = self.work.base
-        if kept is None or kept.final is None or kept.steps != num_inference_steps:
-            return None
-        return kept
+        kept = self.work.bases.get(num_inference_steps)
+        return kept if kept is not None and kept.final is not None else None
 
     def new_base(self, num_inference_steps: int) -> BaseRun:
-        """An empty plain run at this number of steps, in the place of one that was kept."""
-        self.work.base = None  # before there is memory for another one
+        """An empty plain run at this number of steps."""
         total = len(self.prompts) * self.pictures
-        self.work.base = BaseRun(num_inference_steps, total, self.folder)
-        return self.work.base
+        self.work.bases[num_inference_steps] = BaseRun(num_inference_steps, total, self.folder)
+        return self.work.bases[num_inference_steps]
 
     def pictures_of(self, prompts: Sequence[int]) -> list[int]:
         """The numbers of the pictures of some prompts."""
         return [i * self.pictures + n for i in prompts for n in range(self.pictures)]
+
+    @property
+    def fitted(self) -> list[int]:
+        """The numbers of the prompts that rows are fitted to."""
+        return [i for i in range(len(self.prompts)) if i not in self.held_out]
+
+    def mixed(self, count: int) -> list[int]:
+        """So many prompts at most, of which about half are held out where any are."""
+        apart = sorted(self.held_out)
+        held = apart[: max(count // 2, count - len(self.fitted))]
+        return sorted(self.fitted[: max(0, count - len(held))] + held)
+
+    def fitted_among(self, prompts: Sequence[int]) -> list[int]:
+        """The places, among the pictures of some prompts, of those that rows are fitted to."""
+        own = enumerate(i for i in prompts for _ in range(self.pictures))
+        return [place for place, i in own if i not in self.held_out]
 
     def rows(self, steps: int, prompts: int | None = None) -> int:
         """Rows of the denoiser that so many steps of each prompt are; of all prompts by default."""

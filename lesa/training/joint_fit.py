@@ -16,65 +16,68 @@ from torch import Tensor
 
 from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
-from lesa.training.rollout import EARLY, Rollout, quality
+from lesa.training.objective import quality
+from lesa.training.rollout import EARLY, Rollout
 
 MOVE = 0.02  # of a coefficient, for its derivative
 TOGETHER = 16  # rollouts in one call
-PROMPTS = 8  # that a round takes its derivatives on
-RACE = ((1e-3, 0.5), (1e-2, 0.5), (1e-2, 1.0), (1e-1, 1.0))  # damping, share of the step
+DERIVATIVES = 0.7  # share of the budget; the rest is for what races
+FEWEST = 4  # prompts that judge what races
+MOST = 8  # prompts that a round takes its derivatives on
+RACE = ((1e-2, 1.0), (1e-2, 0.5), (1e-1, 1.0), (1e-3, 0.5))  # damping, share of the step
 
 # branch, step, column; where parts have rows (column, part), and the column alone for all of them
 Place = tuple[str, int, int | tuple[int, int]]
 
 
 def joint_fit(
-    job: Job, rollout: Rollout, sigmas: Sequence[float], rounds: int = 2, base: Tensor | None = None
+    job: Job, rollout: Rollout, sigmas: Sequence[float], rounds: int, budget: float
 ) -> Rollout:
     """A rollout whose final latents are nearer to the base run's, or the same rollout.
 
-    Minimises sum_p log |x_T - x_T^base|^2 over pictures, that is their mean dB: Gauss-Newton with
-    each picture weighted by the inverse of its own squared error. The derivatives of each round
-    are taken on another part of the prompts, so that a round costs no more with many of them; what
-    races is judged like all rollouts, on all prompts, by mean and 10th percentile. Early rows
-    keep their shrinkage: what the final latents of a few prompts would make of them fails the odd
-    one. ``base`` are the final latents of the plain run, where they are known.
+    Minimises sum_p |x_T - x_T^base|^2 over pictures by Gauss-Newton. The derivatives of each round
+    are taken on another part of the fitted prompts. What races is judged like all rollouts, on
+    prompts that are fitted and on those that are not. Early rows keep their shrinkage: what the
+    final latents of a few prompts would make of them fails the odd one. The ``budget``, in full
+    steps of a prompt, says on how many prompts all this runs.
     """
-    best, num_steps = rollout.fixed(), len(sigmas) - 1
-    places = _places(best, sigmas)
-    if not places or not rounds:
+    places = _places(rollout.fixed(), sigmas)
+    for turn in range(rounds if places else 0):
+        rollout = _round(job, rollout, places, len(sigmas) - 1, turn, budget / rounds)
+    return rollout
+
+
+def _round(
+    job: Job,
+    rollout: Rollout,
+    places: Sequence[Place],
+    num_steps: int,
+    turn: int,
+    budget: float,
+) -> Rollout:
+    """One step of Gauss-Newton, on as many prompts as the budget pays for."""
+    here = rollout.fixed()
+    each = _slope_steps(here, places)
+    some = _some(job.fitted, min(MOST, int(DERIVATIVES * budget / each)), turn)
+    if not some:
         return rollout
-    base = run_rollouts(job, [best], None, num_steps, base=base)
-    for turn in range(rounds):
-        some = _some(len(job.prompts), turn)
-        error, slopes = _slopes(job, best, places, num_steps, base, some)
-        moves = [share * _step(error, slopes, damping) for damping, share in RACE]
-        tried = [_moved(best, dict(zip(places, move.tolist(), strict=True))) for move in moves]
-        run_rollouts(job, tried, None, num_steps, base=base)
-        best = max([best, *tried], key=quality)
-    return best if rollout.result.score is None or quality(best) > quality(rollout) else rollout
+    with job.phase("derivatives of the final latents", job.rows(each, len(some))) as bar:
+        bar.detail = f"{len(places)} coefficients, {len(some)} prompts, {num_steps} steps"
+        error, slopes = _slopes(job, here, places, num_steps, some)
+    found = [(share, _step(error, slopes, damping)) for damping, share in RACE]
+    tried = [_moved(here, places, share * step) for share, step in found]
+    each = steps_computed([here, *tried])
+    judges = job.mixed(max(FEWEST, int((1 - DERIVATIVES) * budget / each)))
+    with job.phase("fit on final latents", job.rows(each, len(judges))) as bar:
+        bar.detail = f"{len(tried)} steps of Gauss-Newton on {len(judges)} prompts"
+        run_rollouts(job, [here, *tried], None, num_steps, prompts=judges)
+    return max([here, *tried], key=quality)
 
 
-def joint_steps(
-    job: Job, rollout: Rollout, sigmas: Sequence[float], rounds: int, base: Tensor | None
-) -> int:
-    """How many steps of a picture `joint_fit` computes in full, over all prompts."""
-    here, places = rollout.fixed(), _places(rollout.fixed(), sigmas)
-    if not places or not rounds:
-        return 0
-    prompts, found = len(job.prompts), 0
-    for some in (_some(prompts, turn) for turn in range(rounds)):
-        near = [_moved(here, {place: MOVE}, leaves=place[1]) for place in places]
-        shared = -(-len(places) // TOGETHER) * steps_computed([here])
-        found += len(some) * (shared + steps_computed(near))
-        found += prompts * steps_computed([here] * len(RACE))
-    first = steps_computed([here], 0 if base is not None else len(sigmas) - 1)
-    return (found + prompts * first) * job.pictures
-
-
-def _some(prompts: int, turn: int) -> range:
-    """The prompts that a round takes its derivatives on."""
-    parts = -(-prompts // PROMPTS)
-    return range(turn % parts, prompts, parts)
+def _some(fitted: Sequence[int], count: int, turn: int) -> list[int]:
+    """The prompts that a round takes its derivatives on: so many after those of the last one."""
+    count = min(count, len(fitted))
+    return [fitted[(turn * count + i) % len(fitted)] for i in range(count)]
 
 
 def _places(rollout: Rollout, sigmas: Sequence[float]) -> list[Place]:
@@ -96,11 +99,25 @@ def _places(rollout: Rollout, sigmas: Sequence[float]) -> list[Place]:
     return found
 
 
-def _moved(rollout: Rollout, moves: dict[Place, float], leaves: int = 0) -> Rollout:
-    rows = {branch: rows.clone() for branch, rows in _rows(rollout).items()}
-    for (branch, step, column), move in moves.items():
+def _moved(rollout: Rollout, places: Sequence[Place], moves: Tensor) -> Rollout:
+    rows = {branch: row.clone() for branch, row in _rows(rollout).items()}
+    for (branch, step, column), move in zip(places, moves.tolist(), strict=True):
         rows[branch][step][column] += move
-    return Rollout(replace(rollout.spec, rows=rows, leaves=leaves))
+    return Rollout(replace(rollout.spec, rows=rows))
+
+
+def _nearby(rollout: Rollout, places: Sequence[Place]) -> list[list[Rollout]]:
+    """The rollout and those with one coefficient moved, as they run together."""
+    one = torch.full((1,), MOVE)
+    return [
+        [rollout, *(_moved(rollout, [place], one) for place in places[at : at + TOGETHER])]
+        for at in range(0, len(places), TOGETHER)
+    ]
+
+
+def _slope_steps(rollout: Rollout, places: Sequence[Place]) -> int:
+    """Full steps of each prompt that the derivatives take."""
+    return sum(steps_computed(group) for group in _nearby(rollout, places))
 
 
 def _slopes(
@@ -108,28 +125,21 @@ def _slopes(
     rollout: Rollout,
     places: Sequence[Place],
     num_steps: int,
-    base: Tensor,
     prompts: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
     """Error ``[pictures, elements]`` on some prompts, and for each place its derivative by the
     coefficient, ``[places, pictures, elements]``."""
-    here, found = Rollout(rollout.spec), []
-    target = base.unflatten(0, (len(job.prompts), -1))[list(prompts)].flatten(0, 1)
-    for start in range(0, len(places), TOGETHER):
-        near = [
-            _moved(rollout, {place: MOVE}, leaves=place[1])
-            for place in places[start : start + TOGETHER]
-        ]
-        run_rollouts(job, [here, *near], None, num_steps, base=target, prompts=prompts)
+    found = []
+    for here, *near in _nearby(Rollout(rollout.spec), places):
+        run_rollouts(job, [here, *near], None, num_steps, prompts=prompts)
         found += [(_error(other) - _error(here)) / MOVE for other in near]
     return _error(here), torch.stack(found)
 
 
 def _step(error: Tensor, slopes: Tensor, damping: float) -> Tensor:
     """Gauss-Newton's step; damping is relative to the mean of the normal matrix's diagonal."""
-    weights = 1 / error.square().sum(1, keepdim=True).clamp(min=1e-20)
-    scaled = (slopes * weights).flatten(1)
-    matrix, onto = scaled @ slopes.flatten(1).T, scaled @ error.flatten()
+    flat = slopes.flatten(1)
+    matrix, onto = flat @ flat.T, flat @ error.flatten()
     pull = damping * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
     return -torch.linalg.solve(matrix + pull, onto)
 

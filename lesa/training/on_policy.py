@@ -12,8 +12,8 @@ from lesa.core.schedule import Schedule
 from lesa.forecasters.paper import PaperForm
 from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
-from lesa.training.rollout import Rollout, RolloutSpec, Visit
-from lesa.training.row_fit import Tail, mixed
+from lesa.training.rollout import Rollout, RolloutSpec, Tails, Visit
+from lesa.training.row_fit import mixed
 from lesa.training.statistics import inner_products
 
 PROMPTS = 4  # of the calibration prompts
@@ -39,15 +39,15 @@ class _Recorder(Rollout):
         self,
         at: Visit,
         latent: Tensor,
-        base_latent: Tensor,
-        base: Tensor,
-        tail: Tail | None = None,
+        base: tuple[Tensor, Tensor],
+        tails: Tails | None = None,
+        fitted: Sequence[int] | None = None,
     ) -> Tensor:
         window, (weights, bias) = self.windows[at.branch], self.biased[at.branch]
         feature = mixed(weights[at.step, : len(window)].tolist(), window) + float(bias[at.step])
         feature = feature.to(window[0].dtype)
         self._enter(at.branch, feature)
-        return feature if tail is None else tail(feature)
+        return feature if tails is None else tails(None)(feature)
 
     def _enter(self, branch: str, feature: Tensor) -> None:
         window = self.windows.setdefault(branch, [])
@@ -66,8 +66,7 @@ def visited_gram(
     base = _Recorder(RolloutSpec(every, net.history))
     fast = _Recorder(RolloutSpec(schedule, net.history), biased=rows)
     prompts = range(min(PROMPTS, len(job.prompts)))
-    extra = 0 if job.kept_base(schedule.steps) else schedule.steps
-    work = job.rows(steps_computed([base, fast], extra), len(prompts))
+    work = job.rows(steps_computed([base, fast]), len(prompts))
     with job.phase("run with own forecasts", work):
         run_rollouts(job, [base, fast], lambda *_: torch.empty(0), schedule.steps, prompts=prompts)
     found = {}

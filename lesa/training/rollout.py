@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -12,7 +12,8 @@ from torch import Tensor
 from lesa.core.schedule import Schedule
 from lesa.forecasters.taylor import lagrange
 from lesa.training.row_fit import Tail, applied, fit_parts, fit_row, fit_row_behind, guided
-from lesa.training.search import balanced
+
+Tails = Callable[[Sequence[int] | None], Tail]  # for some pictures; None for all
 
 EARLY = 0.85  # noise level above which a row is shrunk towards a straight line
 
@@ -50,7 +51,6 @@ class RolloutSpec:
             which knows no prompt. At high noise the picture is decided on, and what most
             calibration prompts do there is wrong for the odd one.
         frozen: the coefficients are run as they are, without a fit.
-        leaves: until this step it has the states of the first rollout of its run, at no cost.
         rows: coefficients to run, branch -> ``[steps, K + uses_latent (, parts)]``; None where the
             run begins with a prior.
         shared: with them, the rows for all parts.
@@ -63,7 +63,6 @@ class RolloutSpec:
     ridge: float = 1e-5
     shrinkage: float = 0.0
     frozen: bool = False
-    leaves: int = 0
     rows: Mapping[str, Tensor] | None = None
     shared: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -88,14 +87,20 @@ class RolloutResult:
     Attributes:
         coefficients: branch -> ``[steps, K + uses_latent]``, with a third dimension for parts.
         shared: branch -> the rows for all parts, where parts have separate ones.
-        error: of the final latents, ``[pictures, elements]``, relative to the base run's RMS.
-        score: dB per picture.
+        error: of the final latents, ``[pictures, elements]``, relative to the base run's RMS; None
+            where the rollout has not run to the end.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
     error: Tensor | None = None
-    score: Tensor | None = None
+
+    @property
+    def score(self) -> Tensor | None:
+        """dB per picture: the base latent's mean square over the error's; higher is better."""
+        return (
+            None if self.error is None else -10 * torch.log10(self.error.square().mean(1) + 1e-12)
+        )
 
 
 @dataclass
@@ -133,31 +138,45 @@ class Rollout:
     def push(self, branch: str, feature: Tensor) -> None:
         """Keep the feature ``[rows, pictures, ...]`` of a full step, newest first."""
         ring = self.state.rings.setdefault(branch, [])
-        ring.insert(0, feature.clone())
+        ring.insert(0, feature)
         del ring[self.spec.history :]
+
+    def follow(self, other: Rollout, at: Visit) -> None:
+        """Take over what another rollout of the same states so far has found for a step."""
+        for mine, theirs in (
+            (self.result.coefficients, other.result.coefficients),
+            (self.result.shared, other.result.shared),
+        ):
+            if at.branch in mine:
+                mine[at.branch][at.step] = theirs[at.branch][at.step]
+        self.state.carried_residual = other.state.carried_residual
 
     def forecast(
         self,
         at: Visit,
         latent: Tensor,
-        base_latent: Tensor,
-        base: Tensor,
-        tail: Tail | None = None,
+        base: tuple[Tensor, Tensor],
+        tails: Tails | None = None,
+        fitted: Sequence[int] | None = None,
     ) -> Tensor:
         """Fit the row of a skipped step on the states at hand, store it, and apply it.
 
-        All tensors are ``[rows, pictures, ...]``: the current latent and the base run's, the base
-        run's output, and the forecast output. ``tail`` leads from a forecast feature to an output;
-        None where the output itself is forecast.
+        All tensors are ``[rows, pictures, ...]``: the current latent, the base run's latent (of one
+        row, without that dimension) and output, and the forecast output. ``tails`` makes what
+        leads from a forecast feature of some pictures to their outputs; None where the output
+        itself is forecast. ``fitted`` are the pictures that the row is fitted to; None for all.
         """
         ring, rows = self.state.rings[at.branch], self.result.coefficients[at.branch]
         regressors = [*ring, latent] if self.spec.uses_latent else ring
         columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.spec.uses_latent else [])]
         if not self.spec.frozen:
-            target = self._target(at, guided(base, at.shares), latent, base_latent)
-            self._fit(at, target, regressors, columns, tail)
+            target = self._target(at, guided(base[1], at.shares), latent[0] - base[0])
+            some = slice(None) if fitted is None else [*fitted]
+            tail = None if tails is None else tails(fitted)
+            wanted = target[:, some] if at.shares is None else target[some]
+            self._fit(at, wanted, [part[:, some] for part in regressors], columns, tail)
         output = applied(rows[at.step, columns], regressors).to(ring[0].dtype)
-        output = output if tail is None else tail(output)
+        output = output if tails is None else tails(None)(output)
         if at.rate and not self.spec.frozen:
             residual = at.rate * (target - guided(output, at.shares))
             self.state.carried_residual = at.step, residual
@@ -167,7 +186,7 @@ class Rollout:
         """This rollout's coefficients, to be run as they are."""
         rows = {branch: row.clone() for branch, row in self.result.coefficients.items()}
         shared = dict(self.result.shared)
-        return Rollout(replace(self.spec, frozen=True, leaves=0, rows=rows, shared=shared))
+        return Rollout(replace(self.spec, frozen=True, rows=rows, shared=shared))
 
     def _fit(
         self,
@@ -187,7 +206,7 @@ class Rollout:
             fitted = fit_row_behind(tail, regressors, target, prior, at.shares)
         if rows.ndim == 3:
             assert at.shares is not None  # parts are told apart where their weights are known
-            ring = self.state.rings[at.branch]
+            ring = regressors[:-1] if self.spec.uses_latent else regressors
             latent = regressors[-1] if self.spec.uses_latent else None
             parts = fit_parts(ring, latent, target, fitted, at.shares)
             rows[at.step] = 0
@@ -209,17 +228,12 @@ class Rollout:
         weights = lagrange(min(step, farthest), cached)
         return torch.tensor(weights + [0.0] * (columns - len(weights)), dtype=torch.float64)
 
-    def _target(self, at: Visit, truth: Tensor, latent: Tensor, base_latent: Tensor) -> Tensor:
-        """v_base, what steers back, and the residual that an earlier branch of this step left."""
+    def _target(self, at: Visit, truth: Tensor, error: Tensor) -> Tensor:
+        """v_base, what steers an error of the latent back, and the residual that an earlier branch
+        of this step left."""
         target, carried = truth, self.state.carried_residual
         if at.pull:
-            target = target - at.pull * self.spec.drift * (latent[0] - base_latent[0]).float()
+            target = target - at.pull * self.spec.drift * error.float()
         if carried is not None and carried[0] == at.step:
             target = target + carried[1] / at.rate
         return target
-
-
-def quality(rollout: Rollout) -> float:
-    """Mean and 10th percentile of a rollout's scores, equally weighted, in dB."""
-    assert rollout.result.score is not None
-    return balanced(rollout.result.score)

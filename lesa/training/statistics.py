@@ -115,6 +115,12 @@ class Statistics:
         found = self.sampler.influence()
         return {branch: found[:, self.places(branch)].sum(1).numpy() for branch in self.branches}
 
+    def final_energy(self) -> npt.NDArray[np.float64]:
+        """Mean square of the last latent per picture ``[P]``; 1 where there are no latents."""
+        if not self.has_latent:
+            return np.ones(len(self.joint))
+        return self.joint[:, -2, -2].numpy()
+
     def embed(self, branch: str, weights: Tensor) -> Tensor:
         """A branch's basis in the joint one, ``[joint_size, size]``, for some row weights."""
         steps, total = self.num_steps, self.num_steps * sum(self.rows.values())

@@ -13,8 +13,8 @@ from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
 from lesa.training import arguments
-from lesa.training.calibrate import Calibrator
-from lesa.training.collect import collect
+from lesa.training.aims import Aim, calibrate, collect_all
+from lesa.training.budget import Budget
 from lesa.training.disca import check_disca, train_disca
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job
@@ -36,8 +36,11 @@ def train(
     form: str = "continuous",
     tap: str = "output",
     schedule: Schedule | None = None,
-    refine: int = 3,
-    polish: int = 2,
+    refine: int = 1,
+    polish: int = 1,
+    validation: Iterable[str] | int | None = None,
+    budget: float | str | None = None,
+    target_psnr: float | None = None,
     batch_size: int = 8,
     seed: int = 0,
     call: Mapping[str, Any] | None = None,
@@ -55,12 +58,19 @@ def train(
             without text encoders.
         num_inference_steps: step count, or several (one checkpoint serves all).
         full_steps: number of full steps to calibrate, or several.
-        form: "continuous" or "table"; "paper" or "disca" (a network on skipped steps, for few-step
-            models): one step count, one number of full steps.
+        form: "continuous", "table", "paper" or "disca", of which the last two take one step count
+            and one number of full steps.
         tap: "output" (the returned velocity) or "hidden" (before the last norm).
         schedule: calibrate this step list (bound or a rule) instead of searching one per count.
-        refine: rounds of search by true accelerated runs after the search on statistics.
+        refine: 1 lets step lists race each other as accelerated runs; 0 takes the one that is best
+            on the statistics of the plain runs.
         polish: rounds of fitting all gaps together on the final latents, after all else.
+        validation: prompts that nothing is fitted to, on which lists are chosen and judged, or how
+            many of ``prompts`` are held out for that; every fourth of 8 or more by default.
+        budget: what all may cost: a number of plain generations, or a time ("20min"). By default
+            1 + 1.5 to 3 per number of full steps for each prompt.
+        target_psnr: find the smallest number of full steps whose 10th percentile of PSNR on those
+            prompts holds so many dB; ``full_steps`` is where the search begins.
         batch_size: prompts that the denoiser computes at once.
         seed: prompt i is generated from noise seed + i (picture n of N: seed + i N + n).
         call: further arguments of ``pipe(...)`` (height, guidance_scale, ...).
@@ -81,9 +91,8 @@ def train(
     wanted = arguments.whole_numbers("full_steps", full_steps)
     arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
     arguments.check_schedule(schedule, counts)
-    if form == "disca":
-        check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
     arguments.check_at_least(0, refine=refine, polish=polish)
+    target = arguments.checked_target(target_psnr, form, schedule)
     seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
@@ -91,9 +100,14 @@ def train(
     texts = arguments.checked_prompts(prompts, taken)
     where = None if folder is None else require_writable(folder, "folder")
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
-    job = Job(pipe, texts, taken, tap, seed, batch_size, where, report)
+    everyone, held = arguments.held_out(validation, texts, taken)
+    aim = Aim(counts, wanted, schedule, bool(refine), polish, Budget.parse(budget), target)
+    aim.budget.check(len(everyone), wanted, counts[0])
+    job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, held_out=held)
     _check_tap(job)
-    collected = [collect(job, count) for count in counts]
+    if form == "disca":
+        check_disca(pipe, counts, wanted)
+    collected = collect_all(job, aim)
     forecaster = _untrained(job, collected[0], form, fields)
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
     if form == "paper":
@@ -102,13 +116,8 @@ def train(
         train_disca(job, forecaster, collected[0], schedule, wanted[0])
     elif form == "continuous":
         fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
-    for statistics in collected if form not in ("paper", "disca") else ():
-        calibrator = Calibrator(job, forecaster, statistics)
-        if schedule is not None:
-            rollouts = calibrator.fit([schedule.bind(statistics.num_steps)])
-        else:
-            rollouts = calibrator.refine(calibrator.fit(calibrator.search(wanted)), refine)
-        calibrator.store(calibrator.joint_fit(rollouts, polish))
+    if form in ("continuous", "table"):
+        calibrate(job, forecaster, collected, aim)
     _tell_cost(job)
     return forecaster
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["float64", "gradients"]
+__all__ = ["float64", "free_memory", "gradients"]
 
 
 def float64(values: Tensor) -> Tensor:
@@ -31,3 +31,12 @@ def gradients() -> Iterator[None]:
     """Gradients for a fit, also under `no_grad`, `inference_mode` or `set_grad_enabled(False)`."""
     with torch.inference_mode(False), torch.enable_grad():
         yield
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device; for those that cannot tell, on the host."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil  # of accelerate
+
+    return int(psutil.virtual_memory().available)

@@ -13,7 +13,12 @@ from training_jobs import STEPS, make
 
 import lesa
 from lesa.errors import LesaError
-from lesa.training.arguments import checked_prompts, sorted_arguments
+from lesa.training.arguments import (
+    checked_prompts,
+    checked_target,
+    held_out,
+    sorted_arguments,
+)
 from lesa.util.progress import Progress
 
 
@@ -115,6 +120,54 @@ def test_settings_and_more_train_the_same_forecaster():
     assert one.settings == other.settings and one.settings.history == 2
     assert first.schedule == second.schedule
     full = ", ".join(map(str, first.schedule.full_steps))
-    sentence = rf"fitted: 3 of {STEPS} steps in full \({full}\): final latents [\d.]+ dB mean, "
-    assert any(re.match(sentence + r"[\d.]+ dB p10 above their error", line) for line in told.lines)
+    sentence = rf"fitted: 3 of {STEPS} steps in full \({full}\): 2 calibration pictures [\d.]+ dB"
+    assert any(re.match(sentence + r" mean, [\d.]+ dB minimum", line) for line in told.lines)
     assert all(torch.equal(rows, second.rows[name]) for name, rows in first.rows.items())
+
+
+def test_a_quarter_of_enough_prompts_is_held_out():
+    texts = [f"prompt {i}" for i in range(17)]
+    assert held_out(None, texts, {}) == (texts, {3, 7, 11, 15})
+    with pytest.warns(UserWarning, match="7 prompts are too few to hold some out"):
+        assert held_out(None, texts[:7], {}) == (texts[:7], frozenset())
+
+
+def test_prompts_to_validate_on_come_behind_or_are_held_out_by_number():
+    texts = [f"prompt {i}" for i in range(6)]
+    assert held_out(["x", "y"], texts, {}) == ([*texts, "x", "y"], {6, 7})
+    assert held_out(2, texts, {}) == (texts, {2, 5})
+    assert held_out(0, texts, {}) == (texts, frozenset())  # and no warning
+    for count in range(1, 5):
+        assert len(held_out(count, texts, {})[1]) == count
+
+
+@pytest.mark.parametrize(
+    ("validation", "call", "sentence"),
+    [
+        (5, {}, "validation=5: of 6 prompts 1 would be left to fit; hold out at most 4"),
+        (9, {}, "validation=9: of 6 prompts 0 would be left"),
+        (-1, {}, "validation=-1"),
+        (True, {}, "validation=True"),
+        ("a prompt", {}, "validation='a prompt': not a list of non-empty strings"),
+        (["a", ""], {}, "validation=.*not a list of non-empty strings"),
+        (["a"], {"prompt_embeds": 1}, "prompts are given as embeddings"),
+    ],
+)
+def test_what_cannot_be_held_out_is_told(validation, call, sentence):
+    with pytest.raises(LesaError, match=sentence):
+        held_out(validation, [f"prompt {i}" for i in range(6)], call)
+
+
+@pytest.mark.parametrize(
+    ("target", "more", "sentence"),
+    [
+        (0, {}, "target_psnr=0: no dB"),
+        (400, {}, "target_psnr=400: no dB that a forecast reaches; give 20 to 100"),
+        ("x", {}, "target_psnr='x'"),
+        (40, {"form": "paper"}, "form='paper' calibrates one number of full steps"),
+        (40, {"schedule": lesa.Schedule.every(3)}, "schedule=... calibrates one number"),
+    ],
+)
+def test_targets_that_cannot_be_are_told(target, more, sentence):
+    with pytest.raises(LesaError, match=sentence):
+        checked_target(target, more.get("form", "table"), more.get("schedule"))

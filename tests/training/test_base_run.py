@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from itertools import pairwise
 
 import pytest
 import torch
@@ -25,8 +24,8 @@ def fitted(job, statistics):
     rollouts = [Rollout(RolloutSpec(plan, 3, uses_latent=job.tap == "output")) for plan in PLANS]
     before = job.work.rows
     width = 4 if job.tap == "output" else 3
-    base = run_rollouts(job, rollouts, reuse(width), STEPS, statistics)
-    return rollouts, base, job.work.rows - before
+    run_rollouts(job, rollouts, reuse(width), STEPS, statistics)
+    return rollouts, job.kept_base(STEPS).final, job.work.rows - before
 
 
 @pytest.mark.parametrize("mapped", [False, True])
@@ -45,11 +44,12 @@ def test_fits_against_the_kept_run_are_those_against_the_run_itself(
         object.__setattr__(job, field, value)
     statistics = collect(job, STEPS)
     kept, base, rows = fitted(job, statistics)
-    full = sum(len(plan.full_steps) for plan in PLANS)
+    full = sum(len(plan.full_steps) for plan in PLANS) - 1  # step 0 of both is one
+    probe = STEPS * (job.tap == "hidden") / len(job.prompts)
     assert rows == job.rows(full)
-    job.work.base = None  # as after an interrupted collection: it is run once more, and kept
+    job.work.bases.clear()  # of a job that has not collected: it is run once more, and kept
     again, same, more_rows = fitted(job, statistics)
-    assert more_rows == job.rows(full + STEPS)
+    assert more_rows == job.rows(full + STEPS + probe)
     assert fitted(job, statistics)[2] == job.rows(full)
     torch.testing.assert_close(base, same, rtol=1e-4, atol=1e-5)
     for one, other in zip(kept, again, strict=True):
@@ -78,11 +78,15 @@ def test_what_is_put_is_there(share, monkeypatch):
     assert run.nbytes == latents.nbytes + outputs.nbytes
 
 
-def test_another_number_of_steps_takes_the_place():
+def test_every_number_of_steps_is_kept():
     job = make_job("flux")
-    for before, steps in pairwise([STEPS + 1, STEPS, STEPS + 1]):
+    for steps in (STEPS + 1, STEPS):
         collect(job, steps)
-        assert job.kept_base(steps) is not None and job.kept_base(before) is None
+    before = job.work.rows
+    for steps in (STEPS + 1, STEPS):
+        rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), steps), 3))
+        run_rollouts(job, [rollout], reuse(4), steps)
+    assert job.work.rows - before == job.rows(2 * 3)
 
 
 def test_a_disk_without_room_for_the_plain_run_is_told_first(monkeypatch, tmp_path):

@@ -13,12 +13,14 @@ from lesa.training import closed_loop
 from lesa.training import joint_fit as fitting
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.joint_fit import joint_fit
-from lesa.training.rollout import Rollout, RolloutSpec, quality
+from lesa.training.objective import quality
+from lesa.training.rollout import Rollout, RolloutSpec
 
+UNLIMITED = 1e9
 LATE = tuple(0.8 * (1 - step / STEPS) for step in range(STEPS + 1))  # no step at high noise
 
 
-def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
+def test_a_step_solves_the_least_squares_of_a_linear_run():
     """Errors that are linear in two coefficients: one step, float64 closed form."""
     torch.manual_seed(0)
     slopes, target = torch.randn(2, 3, 50).double(), torch.randn(3, 50).double()
@@ -34,11 +36,9 @@ def test_a_step_solves_the_weighted_least_squares_of_a_linear_run():
     places = fitting._places(here, LATE)
     assert places == [("cond", 1, 0), ("cond", 3, 0)]
     step = fitting._step(here.result.error, slopes, damping=0.0)
-    weights = 1 / here.result.error.norm(dim=1)
-    design = (slopes * weights[:, None]).flatten(1).T
-    exact = torch.linalg.lstsq(design, (target * weights[:, None]).flatten()[:, None]).solution
+    exact = torch.linalg.lstsq(slopes.flatten(1).T, target.flatten()[:, None]).solution
     torch.testing.assert_close(torch.tensor([0.3, -0.2]).double() + step, exact[:, 0])
-    tried = fitting._moved(here, dict(zip(places, step.tolist(), strict=True)))
+    tried = fitting._moved(here, places, step)
     torch.testing.assert_close(tried.spec.rows["cond"][1::2, 0], exact[:, 0])
     assert here.spec.rows["cond"][1, 0] == pytest.approx(0.3)  # left alone
 
@@ -48,7 +48,7 @@ def test_a_jointly_fitted_rollout_ends_nearer_to_the_base_run(name, gain):
     job = make_job(name)
     rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     run_rollouts(job, [rollout], reuse(4), STEPS)
-    better = joint_fit(job, rollout, LATE)
+    better = joint_fit(job, rollout, LATE, 2, UNLIMITED)
     assert quality(better) > quality(rollout) + gain
     again = better.fixed()
     run_rollouts(job, [again], None, STEPS)  # what is stored gives the same run
@@ -58,28 +58,36 @@ def test_a_jointly_fitted_rollout_ends_nearer_to_the_base_run(name, gain):
 def test_some_of_the_prompts_run_as_they_do_among_all():
     job = make_job("qwen", prompts=3)
     fitted = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
-    base = run_rollouts(job, [fitted], reuse(4), STEPS)
+    run_rollouts(job, [fitted], reuse(4), STEPS)
     rollout = fitted.fixed()
     run_rollouts(job, [rollout], None, STEPS)
     everyone = rollout.result.error
-    run_rollouts(job, [rollout], None, STEPS, base=base[[0, 2]], prompts=(0, 2))
+    run_rollouts(job, [rollout], None, STEPS, prompts=(0, 2))
     torch.testing.assert_close(rollout.result.error, everyone[[0, 2]], rtol=1e-5, atol=1e-6)
 
 
-def test_rounds_take_their_derivatives_on_the_prompts_in_turn(monkeypatch):
-    monkeypatch.setattr(fitting, "PROMPTS", 2)
-    seen, slopes = [], fitting._slopes
+def test_derivatives_are_taken_on_the_fitted_prompts_in_turn_as_the_budget_pays(monkeypatch):
+    seen, judged, slopes, run = [], [], fitting._slopes, fitting.run_rollouts
 
     def watched(*args):
         seen.append(list(args[-1]))
         return slopes(*args)
 
+    def running(*args, prompts):
+        judged.append(list(prompts))
+        return run(*args, prompts=prompts)
+
     monkeypatch.setattr(fitting, "_slopes", watched)
-    job = make_job("sdxl", prompts=3)
+    monkeypatch.setattr(fitting, "run_rollouts", running)
+    job = replace(make_job("sdxl", prompts=4), held_out=frozenset([1]))
     rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     run_rollouts(job, [rollout], reuse(4), STEPS)
-    assert quality(joint_fit(job, rollout, LATE, rounds=3)) >= quality(rollout)
-    assert seen == [[0, 2], [1], [0, 2]]
+    each = fitting._slope_steps(rollout.fixed(), fitting._places(rollout.fixed(), LATE))
+    assert quality(joint_fit(job, rollout, LATE, 2, 2 * 2 * each / 0.7 + 1)) >= -100
+    assert seen == [[0, 2], [3, 0]]
+    assert set(judged[-1]) == {0, 1, 2, 3}
+    seen.clear()
+    assert joint_fit(job, rollout, LATE, 1, 0.5 * each) is rollout and not seen
 
 
 def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
@@ -94,34 +102,24 @@ def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
 
 
 @pytest.mark.parametrize("name", ["sdxl", "qwen"])
-def test_a_rollout_follows_the_first_one_until_it_leaves(name, monkeypatch):
-    """The same end as a run of its own, with and without the base run, and fewer model calls."""
+def test_what_rollouts_have_in_common_is_computed_once(name, monkeypatch):
+    """The same end as a run of its own, and fewer model calls."""
     rows, compute = [], closed_loop._Batch.compute
 
     def counted(self, chosen, job):
         rows.append(len(chosen))
         return compute(self, chosen, job)
 
-    monkeypatch.setattr(closed_loop._Batch, "compute", counted)
     job = make_job(name)
     fitted = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
-    base = run_rollouts(job, [fitted], reuse(4), STEPS)
+    run_rollouts(job, [fitted], reuse(4), STEPS)
     first = fitted.fixed()
-    other = fitting._moved(first, {(next(iter(first.spec.rows)), 3, 0): 0.1})
-    run_rollouts(job, [first, other], None, STEPS)
+    place = (next(iter(first.spec.rows)), 3, 0)
+    other = fitting._moved(first, [place], torch.tensor([0.1]))
+    run_rollouts(job, [other], None, STEPS)
     wanted = other.result.error
+    monkeypatch.setattr(closed_loop._Batch, "compute", counted)
+    run_rollouts(job, [first, other], None, STEPS)
     assert not torch.allclose(wanted, first.result.error)
-    for known in (None, base):
-        late = Rollout(replace(other.spec, leaves=3))
-        rows.clear()
-        run_rollouts(job, [first, late], None, STEPS, base=known)
-        torch.testing.assert_close(late.result.error, wanted, rtol=1e-5, atol=1e-6)
-        full = 3 + 1  # of the first rollout, of the late one: the base run has been kept
-        assert sum(rows) == full * len(job.prompts) * 2  # guidance doubles every picture
-
-
-def test_what_cannot_be_bettered_is_returned_as_it_was():
-    job = make_job("sdxl")
-    rollout = Rollout(RolloutSpec(Schedule.explicit(range(STEPS), STEPS), 3))
-    run_rollouts(job, [rollout], reuse(4), STEPS)
-    assert joint_fit(job, rollout, LATE) is rollout
+    torch.testing.assert_close(other.result.error, wanted, rtol=1e-5, atol=1e-6)
+    assert sum(rows) == (3 + 1) * len(job.prompts) * 2  # guidance doubles every picture

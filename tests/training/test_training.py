@@ -17,8 +17,17 @@ from lesa.training.closed_loop import run_rollouts, take_rows
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash
+from lesa.training.objective import objective
 from lesa.training.rollout import Rollout, RolloutSpec
-from lesa.training.search import OpenLoop, balanced, climb, search_schedule, starts
+from lesa.training.search import (
+    OpenLoop,
+    candidates,
+    climb,
+    judge_of,
+    search_schedule,
+    second_steps,
+    spread_from,
+)
 from lesa.training.statistics import Statistics, inner_products
 
 STEPS = 12
@@ -152,17 +161,41 @@ def test_open_loop_coefficients_are_least_squares(statistics):
     np.testing.assert_allclose(weights, exact, rtol=1e-3, atol=1e-5)
 
 
-def test_search_beats_every_start_and_its_neighbours(statistics):
-    judge = OpenLoop(statistics, history=3)
-    found = search_schedule(statistics, 5).full_steps
-    assert len(found) == 5 and found[0] == 0
-    assert all(judge.quality(found) >= judge.quality(start) for start in starts(5, STEPS))
-    assert climb(found, STEPS, judge.quality)[0] == found
+def test_search_has_a_spread_and_a_list_that_no_neighbour_beats_for_every_second_step(statistics):
+    judge, told = judge_of(statistics, history=3), []
+    lists = candidates(judge, 5, lambda: told.append(1))
+    seconds = second_steps(5, STEPS)
+    assert len(told) == len(seconds) and {1, 2} <= set(seconds) and max(seconds) <= STEPS - 4
+    for second in seconds:
+        here = [steps for steps in lists if steps[1] == second]
+        assert all(len(steps) == 5 and steps[0] == 0 for steps in here)
+        best = max(here, key=judge.quality)
+        assert climb(best, STEPS, judge.quality, held=2)[0] == best
+        spreads = [spread_from(second, 5, STEPS, bend) for bend in (0.0, 0.5, 0.8)]
+        assert max(spreads, key=judge.quality) in here
+    assert search_schedule(statistics, 5).full_steps == lists[0]
 
 
-def test_balanced_weighs_the_tail():
-    flat, spread = torch.full((10,), 30.0), torch.tensor([35.0] * 8 + [14.0] * 2)
-    assert spread.mean() > flat.mean() and balanced(spread) < balanced(flat)
+@pytest.mark.parametrize("count", (1, 2, STEPS - 1, STEPS))
+def test_search_of_few_and_of_nearly_all_steps(statistics, count):
+    for steps in candidates(judge_of(statistics, 3), count):
+        assert len(steps) == count and steps[0] == 0 and steps[-1] < STEPS
+
+
+def test_the_objective_weighs_the_tail_and_is_between_mean_and_dB_of_the_mean_error():
+    flat, spread = torch.full((10,), 30.0), torch.tensor([32.0] * 8 + [22.5] * 2)
+    assert spread.mean() > flat.mean() and objective(spread) < objective(flat)
+    assert objective(flat) == pytest.approx(30)
+    error = -10 * torch.log10((10 ** (-spread / 10)).mean())
+    assert error < objective(spread) < spread.mean()
+    exact = (10 ** (-spread.double() / 40)).mean()
+    assert objective(spread) == pytest.approx(float(-40 * torch.log10(exact)))
+
+
+def test_nothing_remains_after_the_last_gap(statistics):
+    judge, steps = OpenLoop(statistics, history=3), (0, 3, *range(4, STEPS))
+    np.testing.assert_allclose(judge.remaining(steps, 3), 0, atol=1e-12)
+    assert (judge.remaining(steps, 0) > 0).all()
 
 
 @pytest.mark.parametrize("count", (0, STEPS + 1))
@@ -200,7 +233,7 @@ def test_rollouts_are_what_the_engine_does(pipe):
     ]
     run_rollouts(job, rollouts, reuse, STEPS)
     assert rollouts[2].result.score.min() > 80  # float32 noise of another batch size
-    assert balanced(rollouts[1].result.score) > balanced(rollouts[0].result.score)
+    assert objective(rollouts[1].result.score) > objective(rollouts[0].result.score)
     plain = job.run(range(2), STEPS).double().flatten(1)
     with lesa.accelerate(pipe, lesa.Reuse(), schedule=schedule):
         fast = job.run(range(2), STEPS).double().flatten(1)

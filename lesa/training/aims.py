@@ -1,0 +1,147 @@
+"""From statistics to calibrations: one per number of full steps, or what a target needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from lesa.core.schedule import Schedule
+from lesa.forecasters import LesaForecaster
+from lesa.forecasters.worth import Worth
+from lesa.training.budget import Budget
+from lesa.training.calibrate import Calibrator
+from lesa.training.collect import collect
+from lesa.training.job import Job
+from lesa.training.search import Steps, spread_from
+from lesa.training.statistics import Statistics
+from lesa.training.worth import measure
+
+__all__ = ["Aim", "calibrate", "collect_all"]
+
+
+@dataclass
+class Aim:
+    """What a training is to find, and what it may cost.
+
+    Attributes:
+        num_steps: numbers of steps.
+        full_steps: numbers of full steps; where there is a target the search begins at the first.
+        schedule: a step list that is calibrated instead of searching one.
+        race: whether step lists race each other as accelerated runs.
+        polish: rounds of the fit of all gaps together.
+        budget: what all of it may cost.
+        target_psnr: dB that the 10th percentile of the pictures is to hold.
+    """
+
+    num_steps: Sequence[int]
+    full_steps: Sequence[int]
+    schedule: Schedule | None = None
+    race: bool = True
+    polish: int = 1
+    budget: Budget = field(default_factory=Budget)
+    target_psnr: float | None = None
+
+
+def collect_all(job: Job, aim: Aim) -> list[Statistics]:
+    """The plain runs at every number of steps; after the first batch says what the whole will
+    cost, and fixes a budget of seconds."""
+
+    def told(seconds: float) -> None:
+        each = seconds * sum(aim.num_steps) / aim.num_steps[0]
+        about = (len(job.prompts), aim.full_steps, aim.num_steps[0])
+        aim.budget = aim.budget.known(each, *about)
+        job.progress.line(aim.budget.estimate(each, *about))
+
+    first, *others = aim.num_steps
+    return [collect(job, first, told), *(collect(job, steps) for steps in others)]
+
+
+def calibrate(
+    job: Job, forecaster: LesaForecaster, collected: Sequence[Statistics], aim: Aim
+) -> None:
+    """Fit and store every list; an interrupt ends it with the best found so far.
+
+    What the statistics alone say is stored first. Raises KeyboardInterrupt where there is nothing
+    to keep yet.
+    """
+    try:
+        for statistics in collected:
+            calibrator = Calibrator(job, forecaster, statistics)
+            if aim.target_psnr is not None:
+                _reach(calibrator, aim, aim.target_psnr)
+                continue
+            for lists in _lists(calibrator, aim):
+                _fit(calibrator, lists, aim)
+    except KeyboardInterrupt:
+        if not forecaster.calibrations:
+            raise
+        job.progress.line("interrupted: the forecaster holds what was found so far")
+
+
+def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
+    """Step lists for each number of full steps, which the forecaster holds as the statistics fit
+    them."""
+    if aim.schedule is not None:
+        return [[aim.schedule.bind(calibrator.statistics.num_steps).full_steps]]
+    found = calibrator.search(aim.full_steps)
+    for lists in found:
+        calibrator.store_open_loop(lists[0])
+    return found
+
+
+def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | None:
+    """The best of some lists of one number of full steps, as accelerated runs show it."""
+    job, steps = calibrator.job, calibrator.statistics.num_steps
+    counts, prompts = len(aim.full_steps), len(job.prompts)
+    share = aim.budget.per_prompt(len(lists[0]), counts, steps, prompts)
+    work = share * steps * prompts
+    rollout = calibrator.fit(calibrator.race(lists, work) if aim.race else lists, work)
+    calibrator.store(rollout)
+    rollout = calibrator.joint_fit(rollout, aim.polish, work)
+    worth = measure(job, rollout)
+    calibrator.store(rollout, worth)
+    calibrator.tell(rollout, worth)
+    return worth
+
+
+def _reach(calibrator: Calibrator, aim: Aim, target: float) -> None:
+    """Calibrate numbers of full steps until the smallest one that holds the target is known; those
+    that do not hold it are forgotten, unless none does."""
+    steps, found = calibrator.statistics.num_steps, dict[int, float]()
+    for count in _guesses(calibrator, aim.full_steps[0], target, found):
+        lists = calibrator.search([count])[0]
+        calibrator.store_open_loop(lists[0])
+        worth = _fit(calibrator, lists, aim)
+        found[count] = float("-inf") if worth is None else worth.p10
+    holding = [count for count, p10 in found.items() if p10 >= target]
+    for count in found if holding else ():
+        if count not in holding:
+            calibrator.forget(count)
+    best = min(holding) if holding else max(found, key=found.__getitem__)
+    told = "holds" if holding else "is the nearest to"
+    calibrator.job.progress.line(
+        f"target: {best} of {steps} steps in full {told} {target:g} dB at p10 ({found[best]:.1f})"
+    )
+
+
+def _guesses(
+    calibrator: Calibrator, first: int, target: float, found: dict[int, float]
+) -> Iterator[int]:
+    """Numbers of full steps to try, while the caller enters what they reach into ``found``.
+
+    What the statistics say of even lists tells how many dB a step more is worth.
+    """
+    steps = calibrator.statistics.num_steps
+    low, high, guess = 1, steps - 1, min(first, steps - 1)
+    while low <= high:
+        yield guess
+        low, high = (low, guess - 1) if found[guess] >= target else (guess + 1, high)
+        near = found[guess] - calibrator.judge.quality(_even(guess, steps))
+        expected = {
+            n: near + calibrator.judge.quality(_even(n, steps)) for n in range(low, high + 1)
+        }
+        guess = next((n for n, dB in expected.items() if dB >= target), high)
+
+
+def _even(count: int, steps: int) -> Steps:
+    return spread_from(max(1, round(steps / count / 2)), count, steps) if count > 1 else (0,)

@@ -1,0 +1,108 @@
+"""What a training may cost, in plain generations, and what each phase gets of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lesa.core.checks import real, shown
+from lesa.errors import LesaError
+from lesa.util.progress import clock
+
+__all__ = ["Budget"]
+
+UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+# Plain generations per prompt that the calibration of one number of full steps may cost where no
+# budget is given: as much as so many accelerated runs, but at least and at most so many, and less
+# where there are several numbers.
+RUNS, LEAST, MOST, MOST_EACH = 5, 1.5, 3.0, 2.25
+
+
+@dataclass(frozen=True)
+class Budget:
+    """So many plain generations, or so many seconds, in all; with neither as much as pays.
+
+    A plain generation of one prompt at all numbers of steps is the unit: it is what the denoiser
+    computes without acceleration.
+    """
+
+    generations: float | None = None
+    seconds: float | None = None
+
+    @classmethod
+    def parse(cls, value: Any) -> Budget:
+        """None, a number of plain generations, or a time such as "20min", "90s" or "1.5h".
+
+        Raises LesaError for anything else.
+        """
+        if value is None:
+            return cls()
+        if not isinstance(value, str):
+            number = real("budget", value, 'give plain generations, or a time such as "20min"')
+            found = cls(generations=number)
+        else:
+            match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)?\s*", value)
+            if match is None:
+                raise LesaError(
+                    f"budget={shown(value)}: neither a number of plain generations nor a time; "
+                    'give 40, "90s", "20min" or "1.5h"'
+                )
+            number = float(match[1])
+            found = cls(seconds=number * UNITS[match[2]]) if match[2] else cls(generations=number)
+        if number <= 0:
+            raise LesaError(f"budget={shown(value)}: nothing can be trained for that; give more")
+        return found
+
+    def check(self, prompts: int, full_steps: Sequence[int], num_steps: int) -> None:
+        """LesaError, before anything runs, where it does not pay for a plain run of every prompt
+        and one fit of every number of full steps."""
+        least = prompts * (1 + sum(full_steps) / num_steps)
+        if self.generations is not None and self.generations < least:
+            each = least / prompts
+            possible = int(self.generations / each)
+            fewer = f", or at most {possible} prompts" if possible else ""
+            raise LesaError(
+                f"budget={self.generations:g}: {prompts} prompts need {least:.1f} plain "
+                f"generations, one each and one accelerated run per number of full steps; give "
+                f"{least:.1f} or more{fewer}"
+            )
+
+    def per_prompt(self, full_steps: int, counts: int, num_steps: int, prompts: int) -> float:
+        """Plain generations per prompt for the calibration of one of so many numbers of full
+        steps; a time must be `known` first."""
+        if self.generations is None:
+            most = MOST if counts == 1 else MOST_EACH
+            return min(most, max(LEAST, RUNS * full_steps / num_steps))
+        return max(full_steps / num_steps, (self.generations / prompts - 1) / counts)
+
+    def known(self, seconds: float, prompts: int, full_steps: Sequence[int], steps: int) -> Budget:
+        """The budget in plain generations, once one is known to take so many seconds.
+
+        Raises LesaError where the time does not pay for the least.
+        """
+        if self.seconds is None:
+            return self
+        found = Budget(generations=self.seconds / seconds)
+        least = prompts * (1 + sum(full_steps) / steps)
+        assert found.generations is not None
+        if found.generations < least:
+            possible = int(found.generations / least * prompts)
+            fewer = f", or at most {possible} prompts" if possible else ""
+            raise LesaError(
+                f"budget={self.seconds:g}s: a plain generation takes {seconds:.1f} s, so that "
+                f"{prompts} prompts need {clock(least * seconds)}; give that or more{fewer}"
+            )
+        return found
+
+    def estimate(
+        self, seconds: float, prompts: int, full_steps: Sequence[int], num_steps: int
+    ) -> str:
+        """What the whole is expected to cost, as one line."""
+        shares = [self.per_prompt(n, len(full_steps), num_steps, prompts) for n in full_steps]
+        whole = prompts * (1 + sum(shares))
+        return (
+            f"estimate: {clock(whole * seconds)} for {whole:.0f} plain generations of "
+            f"{seconds:.2g} s"
+        )

@@ -1,0 +1,82 @@
+"""What a fitted list is worth: decoded pictures of held-out prompts, against the plain run's."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from lesa.forecasters.worth import Worth
+from lesa.training.closed_loop import replay
+from lesa.training.job import Job
+from lesa.training.rollout import Rollout
+from lesa.training.row_fit import applied
+from lesa.util.numerics import float64
+from lesa.util.perceptual import lpips, lpips_is_missing
+
+__all__ = ["judges", "measure"]
+
+REPEATS = 5  # of the mix of cached features, of which the fastest counts
+
+
+def judges(job: Job) -> list[int]:
+    """The numbers of the prompts that tell what a list is worth: those held out, or all."""
+    return sorted(job.held_out) or [*range(len(job.prompts))]
+
+
+def measure(job: Job, rollout: Rollout) -> Worth | None:
+    """PSNR in dB, and LPIPS where its weights are installed, of every picture of the prompts that
+    judge; None, with a line that says so, where the pipeline decodes to no tensor of pictures.
+
+    The plain run is replayed from what was kept of it, so that only the accelerated runs' full
+    steps are computed. A prompt is decoded at a time.
+    """
+    found: list[Tensor] = []
+    far: list[Tensor] = []
+    prompts = judges(job)
+    work = job.rows(len(rollout.spec.schedule.full_steps), len(prompts))
+    with job.phase("worth in pictures", work) as bar:
+        bar.detail = f"{len(prompts)} prompts"
+        for prompt in prompts:
+            try:
+                pictures = replay(job, rollout.fixed(), prompt)
+            except Exception as problem:  # no decoder, or no memory for it: the rest is well
+                bar.detail = f"not measured: pictures cannot be decoded ({problem})"
+                bar.extend(bar.completed - bar.total)
+                return None
+            if not isinstance(pictures, Tensor) or not pictures.is_floating_point():
+                bar.detail = f"not measured: {type(job.pipe).__name__} decodes to no tensor"
+                bar.extend(bar.completed - bar.total)
+                return None
+            plain, fast = pictures.unflatten(0, (2, -1)).float().cpu()
+            error = (float64(plain) - float64(fast)).square().flatten(1).mean(1)
+            found.append(-10 * torch.log10(error))
+            if plain.ndim >= 4 and lpips_is_missing(plain) is None:
+                far.append(lpips(plain, fast))
+    return Worth.of(
+        torch.cat(found).tolist(),
+        validated=bool(job.held_out),
+        lpips=torch.cat(far).tolist() if len(far) == len(prompts) else None,
+        share=_share(job, rollout),
+    )
+
+
+def _share(job: Job, rollout: Rollout) -> float | None:
+    """Seconds of a skipped step, which mixes cached features, over those of a full one."""
+    if not job.work.timed_rows:
+        return None
+    full = job.work.seconds / job.work.timed_rows * job.work.width
+    base = job.kept_base(rollout.spec.schedule.steps)
+    assert base is not None
+    branch = next(iter(rollout.result.coefficients))
+    _, output = base.at(0, branch, [0], next(job.models[0].parameters()).device)
+    row = rollout.result.coefficients[branch][rollout.spec.schedule.skipped_steps[0]]
+    parts = [output] * len(row)
+
+    def mixed() -> float:
+        started = time.perf_counter()
+        applied(row, parts).sum().item()  # waits for a device
+        return time.perf_counter() - started
+
+    return min(mixed() for _ in range(REPEATS)) * len(rollout.result.coefficients) / full

@@ -1,0 +1,158 @@
+"""Prompts that nothing is fitted to: they judge, and change no coefficient."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from training_jobs import STEPS, make, make_job, reuse
+
+import lesa
+from lesa.core.schedule import Schedule
+from lesa.forecasters.worth import Worth
+from lesa.training import aims
+from lesa.training.closed_loop import replay, run_rollouts
+from lesa.training.collect import collect
+from lesa.training.job import Job
+from lesa.training.race import Halving
+from lesa.training.rollout import Rollout, RolloutSpec
+from lesa.training.search import OpenLoop
+from lesa.util.progress import Progress
+
+PLAN = Schedule.explicit((0, 2, 4), STEPS)
+
+
+def fitted(job, tap="output", **more):
+    rollout = Rollout(RolloutSpec(PLAN, 3, uses_latent=tap == "output"))
+    run_rollouts(job, [rollout], reuse(4 if tap == "output" else 3), STEPS, **more)
+    return rollout
+
+
+@pytest.mark.parametrize(
+    ("name", "tap"), [("qwen", "output"), ("sdxl", "output"), ("flux", "hidden")]
+)
+def test_rows_are_those_of_the_other_prompts_alone(name, tap):
+    whole = replace(make_job(name, prompts=4), tap=tap)
+    collect(whole, STEPS)
+    alone = fitted(whole, tap, prompts=[0, 1, 3])
+    beside = fitted(replace(whole, held_out=frozenset([2])), tap)
+    for branch, rows in alone.result.coefficients.items():
+        near = dict(rtol=1e-2, atol=1e-2) if tap == "hidden" else dict(rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(beside.result.coefficients[branch], rows, **near)
+    assert len(beside.result.score) == 4 and len(alone.result.score) == 3
+    changed = fitted(whole, tap)
+    assert not all(
+        torch.allclose(rows, changed.result.coefficients[branch], rtol=1e-3, atol=1e-4)
+        for branch, rows in alone.result.coefficients.items()
+    )
+
+
+def test_a_race_stops_the_worse_half_and_the_winner_is_as_without_it():
+    job = make_job("qwen", prompts=4)
+    statistics = collect(job, STEPS)
+    lists = [(0, 2, 4), (0, 1, 2), (0, 1, 5), (0, 3, 5)]
+    rollouts = [Rollout(RolloutSpec(Schedule.explicit(x, STEPS), 3)) for x in lists]
+    before = job.work.rows
+    run_rollouts(job, rollouts, reuse(4), STEPS, statistics)
+    alone, cost = [rollout.result.score for rollout in rollouts], job.work.rows - before
+    halving = Halving(lists, OpenLoop(statistics, 3), range(4))
+    before = job.work.rows
+    run_rollouts(job, rollouts, reuse(4), STEPS, statistics, race=halving)
+    left = [i for i, rollout in enumerate(rollouts) if rollout.result.score is not None]
+    assert len(left) == 1 and job.work.rows - before < cost
+    torch.testing.assert_close(rollouts[left[0]].result.score, alone[left[0]], rtol=1e-4, atol=1e-3)
+
+
+def test_a_replayed_plain_run_is_the_plain_run():
+    job = make_job("sdxl", num_images_per_prompt=2)
+    collect(job, STEPS)
+    rollout = fitted(job)
+    before = job.work.rows
+    pictures = replay(job, rollout.fixed(), 1)
+    assert job.work.rows - before == job.rows(len(PLAN.full_steps), 1)
+    plain = job.run([1], STEPS, output_type="pt")
+    torch.testing.assert_close(pictures[:2], plain, rtol=0, atol=2e-3)
+    assert not torch.allclose(pictures[2:], plain, rtol=0, atol=2e-3)
+
+
+def test_rollouts_that_do_not_fit_into_memory_run_one_after_the_other(monkeypatch):
+    job = make_job("qwen", prompts=2)
+    collect(job, STEPS)
+    lists = [(0, 2, 4), (0, 3), (0, 1, 5)]
+
+    def scores():
+        rollouts = [Rollout(RolloutSpec(Schedule.explicit(x, STEPS), 3)) for x in lists]
+        run_rollouts(job, rollouts, reuse(4), STEPS)
+        return torch.stack([rollout.result.score for rollout in rollouts])
+
+    calls, run = [], type(job).run
+    monkeypatch.setattr(type(job), "run", lambda *a, **k: calls.append(len(a[1])) or run(*a, **k))
+    together = scores()
+    each = 2 * job.work.bytes_of(3)
+    monkeypatch.setattr("lesa.training.closed_loop.free_memory", lambda device: 2 * each / 0.4 + 1)
+    torch.testing.assert_close(scores(), together, rtol=1e-4, atol=1e-3)
+    assert calls == [6, 4, 2]
+
+
+def test_a_list_is_worth_what_the_engine_makes_of_prompts_that_were_not_fitted():
+    pipe, call = make("sdxl", prompts=8)
+    trained = lesa.train(pipe, None, STEPS, 3, call=call, form="table", progress=False)
+    (entry,) = trained.calibrations
+    worth = entry.worth
+    assert worth.pictures == 2 and worth.validated and worth.share > 0
+    job = Job(pipe, [f"prompt {i}" for i in range(8)], call)
+    plain = job.run([3, 7], STEPS, output_type="pt")
+    with lesa.accelerate(pipe, trained, full_steps=3):
+        fast = job.run([3, 7], STEPS, output_type="pt")
+    found = -10 * torch.log10((plain.double() - fast.double()).square().flatten(1).mean(1))
+    assert worth.mean == pytest.approx(float(found.mean()), abs=0.2)
+    assert worth.minimum == pytest.approx(float(found.min()), abs=0.2)
+
+
+def test_an_interrupt_leaves_the_best_so_far(monkeypatch):
+    pipe, call = make("flux", prompts=2)
+    told = Progress(quiet=True)
+    options = dict(call=call, form="table", validation=0, progress=told)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    whole = lesa.train(pipe, None, STEPS, (3, 2), **options)
+    for place in ("Calibrator.race", "Calibrator.joint_fit", "measure"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lesa.training.aims.{place}", stop)
+            early = lesa.train(pipe, None, STEPS, (3, 2), **options)
+        assert sorted(len(plan.full_steps) for plan in early.calibrated) == [2, 3]
+        assert "interrupted: the forecaster holds what was found so far" in told.lines
+    assert {entry.worth is None for entry in whole.calibrations} == {False}
+    monkeypatch.setattr("lesa.training.aims.collect", stop)
+    with pytest.raises(KeyboardInterrupt):
+        lesa.train(pipe, None, STEPS, 3, **options)
+
+
+def test_the_smallest_number_of_full_steps_that_holds_a_target_is_found(monkeypatch):
+    """Against every number calibrated one by one."""
+    pipe, call = make("sdxl", prompts=2)
+    options = dict(call=call, form="table", validation=0, progress=False)
+    counts = range(1, STEPS)
+    p10 = {}
+    for count in counts:
+        (entry,) = lesa.train(pipe, None, STEPS, count, **options).calibrations
+        p10[count] = entry.worth.p10
+    target = sorted(p10.values())[2] - 0.1
+    smallest = min(count for count in counts if p10[count] >= target)
+    for first in counts:
+        trained = lesa.train(pipe, None, STEPS, first, target_psnr=target, **options)
+        found = [len(plan.full_steps) for plan in trained.calibrated]
+        assert min(found) == smallest and all(p10[count] >= target for count in found)
+
+
+def test_a_target_out_of_reach_leaves_the_nearest(monkeypatch):
+    pipe, call = make("sdxl", prompts=2)
+    told = Progress(quiet=True)
+    options = dict(call=call, form="table", validation=0, polish=0, progress=told)
+    monkeypatch.setattr(aims, "measure", lambda job, rollout: Worth.of([30.0], validated=False))
+    trained = lesa.train(pipe, None, STEPS, 3, target_psnr=100, **options)
+    assert any("is the nearest to 100 dB at p10 (30.0)" in line for line in told.lines)
+    assert max(len(plan.full_steps) for plan in trained.calibrated) == STEPS - 1
