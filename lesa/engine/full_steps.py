@@ -9,6 +9,7 @@ from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import count_on
+from lesa.forecasters.prior import Prior, default_count
 from lesa.forecasters.published import rule_of
 from lesa.forecasters.target import Target
 from lesa.forecasters.worth import speedup
@@ -37,7 +38,7 @@ def by_count(
     if getattr(forecaster, "calibrated", []):
         return Choice(cast(Any, forecaster).schedule_for(count, num_steps, sigmas))
     if (rule := rule_of(forecaster)) is not None:
-        return Choice(rule.nearest(count, num_steps))
+        return Choice(rule.nearest(count, num_steps, sigmas))
     return Choice(_even(count, num_steps))
 
 
@@ -69,6 +70,8 @@ def by_default(forecaster: Forecaster, num_steps: int, sigmas: Sequence[float] |
     calibrated = getattr(forecaster, "calibrated", [])
     if calibrated:
         return by_count(forecaster, count_on(calibrated[0], num_steps), num_steps, sigmas)
+    if isinstance(forecaster, Prior):
+        return by_count(forecaster, default_count(num_steps), num_steps, sigmas)
     return Choice(Schedule.every(_DEFAULT_INTERVAL, num_steps))
 
 

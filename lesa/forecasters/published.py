@@ -7,7 +7,7 @@ This is the only place that says which steps such a method computes in full: `Le
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule
 from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
+from lesa.forecasters.prior import Prior, Shape, prior_schedule
 from lesa.forecasters.reuse import Reuse
 from lesa.forecasters.spectrum import Spectrum
 from lesa.forecasters.taylor import Taylor
@@ -35,8 +36,10 @@ class FullStepRule:
     published: tuple[float, ...]
     grid: int = 1
 
-    def nearest(self, wanted: int, num_steps: int) -> Schedule:
-        """The schedule with the fewest full steps that are not below `wanted`.
+    def nearest(
+        self, wanted: int, num_steps: int, sigmas: Sequence[float] | None = None
+    ) -> Schedule:
+        """The schedule with the fewest full steps that are not below `wanted`, whatever `sigmas`.
 
         Among equal counts a published setting wins (TaylorSeer's 8 of 50 is interval 9, not 8),
         then the smallest, whose gaps are the most even.
@@ -49,6 +52,19 @@ class FullStepRule:
             return Schedule.explicit(range(num_steps), num_steps)
         best = min(enough, key=lambda k: (len(enough[k].full_steps), k not in self.published, k))
         return enough[best]
+
+
+@dataclass(frozen=True)
+class PriorRule:
+    """lesa's own lists where nothing was trained: every count has one, by the noise levels."""
+
+    shape: Shape
+
+    def nearest(
+        self, wanted: int, num_steps: int, sigmas: Sequence[float] | None = None
+    ) -> Schedule:
+        """`prior_schedule`."""
+        return prior_schedule(wanted, num_steps, sigmas, self.shape)
 
 
 FORA = FullStepRule(Schedule.fora, (3, 5, 7))
@@ -64,6 +80,7 @@ _RULES: dict[type, FullStepRule] = {
     Spectrum: SPECTRUM,
 }
 METHODS: dict[str, Callable[[], Forecaster]] = {
+    "lesa-untrained": Prior,
     "fora": Reuse,
     "taylor-0": partial(Taylor, order=0),
     "taylor-1": partial(Taylor, order=1),
@@ -91,6 +108,8 @@ def with_canonical_names(text: str) -> str:
     return re.sub(r"\btaylorseer-(?=[0-2]\b)", "taylor-", text)
 
 
-def rule_of(forecaster: Any) -> FullStepRule | None:
+def rule_of(forecaster: Any) -> FullStepRule | PriorRule | None:
     """The rule that a forecaster's authors publish, None where there is none."""
+    if isinstance(forecaster, Prior):
+        return PriorRule(forecaster.shape)
     return next((rule for kind, rule in _RULES.items() if isinstance(forecaster, kind)), None)

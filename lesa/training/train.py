@@ -58,8 +58,8 @@ def train(
             without text encoders.
         num_inference_steps: step count, or several (one checkpoint serves all).
         full_steps: number of full steps to calibrate, or several.
-        form: "continuous", "table", "paper" or "disca", of which the last two take one step count
-            and one number of full steps.
+        form: "continuous" or "table"; "paper" or "disca" (a network on skipped steps, for few-step
+            models): one step count, one number of full steps.
         tap: "output" (the returned velocity) or "hidden" (before the last norm).
         schedule: calibrate this step list (bound or a rule) instead of searching one per count.
         refine: 1 lets step lists race each other as accelerated runs; 0 takes the one that is best
@@ -91,6 +91,8 @@ def train(
     wanted = arguments.whole_numbers("full_steps", full_steps)
     arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
     arguments.check_schedule(schedule, counts)
+    if form == "disca":
+        check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
     arguments.check_at_least(0, refine=refine, polish=polish)
     target = arguments.checked_target(target_psnr, form, schedule)
     seed = arguments.check_seed(seed)
@@ -105,8 +107,6 @@ def train(
     aim.budget.check(len(everyone), wanted, counts[0])
     job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, held_out=held)
     _check_tap(job)
-    if form == "disca":
-        check_disca(pipe, counts, wanted)
     collected = collect_all(job, aim)
     forecaster = _untrained(job, collected[0], form, fields)
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))

@@ -1,0 +1,152 @@
+"""What is run where nobody has trained anything: full steps and coefficients by noise level."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from math import ceil
+
+from lesa.core.checks import MOST_STEPS, whole
+from lesa.core.forecaster import Tap, check_sigmas
+from lesa.core.schedule import Schedule, check_count, spread
+from lesa.core.table import Table
+
+__all__ = ["Prior", "Shape", "default_count", "prior_schedule"]
+
+_CELLS = 4096  # of the integral over the density of full steps
+SHARE = 5  # full steps are one in so many by default,
+LEAST = 10  # but not fewer than these, or two fifths of a shorter run
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of the prior; the default is what benchmarks/fit_prior.py found.
+
+    Attributes:
+        shift: of the flow schedule whose even steps are the unit of time.
+        early, late: how much denser full steps lie at either end: their gap at the share y of them
+            is in proportion to y^early (1 - y)^late.
+        first, last: damping of a line's slope at the beginning and at the end of a run.
+        width: share of a run at which a gap's slope is halved.
+    """
+
+    shift: float = 4.0
+    early: float = 0.6
+    late: float = 0.75
+    first: float = 0.8
+    last: float = 1.2
+    width: float = 0.15
+
+
+FITTED = Shape()
+
+
+@dataclass(frozen=True)
+class Prior:
+    """h_hat_s = h_p + c (h_p - h_q), a damped line through the last two full steps p and q.
+
+        c = d(t_s) / (1 + (g / width)^3) * (t_s - t_p) / (t_p - t_q)
+
+    t is the time of a step from 0 to 1 (`times`), d goes evenly from `first` to `last`, and g is
+    the wider of the gap behind p and that before it. At high noise, where outputs turn, and over
+    wide gaps, which nobody can forecast, it is closer to reuse; with one full step it is reuse.
+    `steadiness` divides c: 1 for samplers of first order, more for those that extrapolate
+    themselves.
+    """
+
+    shape: Shape = FITTED
+    steadiness: float = 1.0
+    tap: Tap | None = None
+
+    uses_latent = False
+    name = "lesa-untrained"
+
+    def history(self, schedule: Schedule) -> int:
+        """Two features, or one where there is one full step."""
+        return min(2, len(schedule.full_steps))
+
+    def table(
+        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+    ) -> Table:
+        """The damped lines as coefficients; steps are the unit where there are no `sigmas`."""
+        levels = check_sigmas(schedule, sigmas) if sigmas else ()
+        at = times(schedule.steps, levels, self.shape.shift)
+        after = dict(pairwise((*schedule.full_steps, schedule.steps)))
+
+        def row(step: int, cached: tuple[int, ...]) -> list[float]:
+            if len(cached) < 2:
+                return [1.0]
+            newest, before = (at[s] for s in cached)
+            behind = newest - before
+            widest = max(behind, at[after[cached[0]]] - newest)
+            line = (at[step] - newest) / behind
+            weight = self._damping(at[step], widest) * line
+            return [1 + weight, -weight]
+
+        return Table.from_rows(schedule, self.history(schedule), row)
+
+    def _damping(self, time: float, gap: float) -> float:
+        shape = self.shape
+        own = shape.first + (shape.last - shape.first) * time
+        return own / (1 + (gap / shape.width) ** 3) / self.steadiness
+
+
+def prior_schedule(
+    full_steps: int,
+    num_steps: int,
+    sigmas: Sequence[float] | None = None,
+    shape: Shape = FITTED,
+) -> Schedule:
+    """So many full steps of a run, dense at both ends in the time of `times`.
+
+    Raises LesaError for a count that the run does not have, or levels that do not fall.
+    """
+    num_steps = whole("num_steps", num_steps, 1, MOST_STEPS)
+    full_steps = whole("full_steps", full_steps, 1)
+    check_count(full_steps, num_steps)
+    levels = check_sigmas(Schedule.explicit([0], num_steps), sigmas) if sigmas else ()
+    at = times(num_steps, levels, shape.shift)
+    wanted = (_quantile(i / full_steps, shape.early, shape.late) for i in range(full_steps))
+    return Schedule.explicit(spread([_place(time, at) for time in wanted], num_steps), num_steps)
+
+
+def default_count(num_steps: int) -> int:
+    """The number of full steps where none is asked for: every fifth, and in short runs more."""
+    least = min(LEAST, ceil(num_steps * 2 / SHARE))
+    return min(num_steps, max(1, round(num_steps / SHARE), least))
+
+
+def times(num_steps: int, sigmas: Sequence[float], shift: float) -> list[float]:
+    """When each of the S + 1 levels is reached: 0 at the first, 1 at the last one.
+
+    A flow schedule of this shift takes even steps in it, sigma = shift u / (1 + (shift - 1) u) at
+    u before the end. Without levels every step takes as long.
+    """
+    if not sigmas:
+        return [step / num_steps for step in range(num_steps + 1)]
+    left = [sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
+    return [(left[0] - u) / (left[0] - left[-1]) for u in left]
+
+
+@lru_cache(maxsize=8)
+def _cumulative(early: float, late: float) -> tuple[float, ...]:
+    """The integral of y^early (1 - y)^late up to each of `_CELLS` + 1 places, 1 at the last."""
+    middles = ((cell + 0.5) / _CELLS for cell in range(_CELLS))
+    sums = [0.0, *accumulate(y**early * (1 - y) ** late for y in middles)]
+    return tuple(value / sums[-1] for value in sums)
+
+
+def _quantile(share: float, early: float, late: float) -> float:
+    """The time at which this share of the full steps is behind."""
+    known = _cumulative(early, late)
+    cell = min(int(share * _CELLS), _CELLS - 1)
+    return known[cell] + (share * _CELLS - cell) * (known[cell + 1] - known[cell])
+
+
+def _place(time: float, at: Sequence[float]) -> float:
+    """The fractional step at which a run has come to this time."""
+    step = min(bisect_right(at, time), len(at) - 1) - 1
+    return step + (time - at[step]) / (at[step + 1] - at[step])
