@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import cos, pi
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +19,12 @@ from lesa.hooks.attach import attached
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoisers
+from lesa.hooks.plain_copy import ordinary
 from lesa.hooks.two_blocks import TwoBlocks, check_two_blocks
 from lesa.training.disca_data import FITTED, Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job
-from lesa.training.objective import objective
+from lesa.training.objective import EXPONENT, objective
 from lesa.training.search import BENDS, neighbours, search_schedule, spread_from
 from lesa.training.statistics import Statistics
 
@@ -60,10 +62,10 @@ def train_disca(
     """Fit the forecaster, of form "disca", to one list: the given one, or the best of a few.
 
     A list is judged with rows fitted in closed loop around untrained blocks. Then Adam moves rows
-    and blocks together: the objective is the mean over pictures of the logarithm of the final
-    latent's squared error, that is their mean dB, with gradients through the whole accelerated run.
-    Each prompt is drawn with several noises; a quarter of the prompts is held out, and the state
-    that is best on them is kept.
+    and blocks together: on `objective` of the final latents' errors, as all choices are made by,
+    with gradients through the whole accelerated run.
+    Each prompt is drawn with several noises, and the state is kept that is best on the prompts that
+    the job holds out.
 
     Raises:
         LesaError: the latent cannot be followed from step to step.
@@ -186,7 +188,7 @@ class _Trainer:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * fading
         optimizer.zero_grad()
-        (_error(run(batch), batch) + FLOOR).log().mean().backward()
+        ((_error(run(batch), batch) + FLOOR) ** EXPONENT).mean().log().div(EXPONENT).backward()
         optimizer.step()
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -224,13 +226,27 @@ def _numbers(module: torch.nn.Module) -> int:
 
 @contextmanager
 def _fixed(model: torch.nn.Module) -> Iterator[None]:
-    """No gradients of the model's own weights are taken for a while."""
-    asked = [part for part in model.parameters() if part.requires_grad]
+    """For a while no gradients of the model's own weights are taken, and they go through weights
+    that were loaded in inference mode, by copies."""
+    asked = [part for part in model.parameters() if part.requires_grad and not part.is_inference()]
+    held: list[tuple[dict[str, Any], str, Tensor]] = [
+        (cast(Any, own), name, part)
+        for module in model.modules()
+        for own in (module._parameters, module._buffers)
+        for name, part in own.items()
+        if part is not None and part.is_inference()
+    ]
+    for own, name, part in held:
+        made = ordinary(part.detach())
+        known = isinstance(part, torch.nn.Parameter)
+        own[name] = torch.nn.Parameter(made, requires_grad=False) if known else made
     for part in asked:
         part.requires_grad_(False)
     try:
         yield
     finally:
+        for own, name, part in held:
+            own[name] = part
         for part in asked:
             part.requires_grad_(True)
 

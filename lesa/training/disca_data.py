@@ -17,7 +17,6 @@ __all__ = ["FITTED", "Batch", "Data", "record"]
 
 PICTURES = 256  # of the fit, over all draws of noise for its prompts
 JUDGES = 32  # of those that judge
-HELD_OUT = 4  # one prompt in so many judges and is not fitted to, where there are at least HELD_OUT
 FITTED = 48  # pictures that rows are solved on
 
 
@@ -76,10 +75,7 @@ class Data:
     @classmethod
     def of(cls, job: Job, num_steps: int) -> Data:
         """Record them, with several draws of noise for each prompt."""
-        every = range(len(job.prompts))
-        apart = len(every) >= HELD_OUT
-        judges = [row for row in every if apart and row % HELD_OUT == HELD_OUT - 1]
-        learns = [row for row in every if row not in judges]
+        learns, judges = job.fitted, sorted(job.held_out)
         draws = _draws(PICTURES, learns, job), _draws(JUDGES, judges, job)
         runs = draws[0] * len(learns) + draws[1] * len(judges)
         with job.phase("plain runs", runs * job.pictures * num_steps * job.work.width) as bar:
@@ -92,7 +88,7 @@ class Data:
                 ]
                 for count, of in zip(draws, (learns, judges), strict=True)
             )
-        return cls(fitted, judged or fitted[: FITTED // job.batch_size], apart)
+        return cls(fitted, judged or fitted[: FITTED // job.batch_size], bool(judges))
 
 
 def _drawn(job: Job, draw: int) -> Job:
