@@ -13,9 +13,12 @@ from lesa.evaluation import Bench, build
 from lesa.evaluation.methods import unfit
 from lesa.evaluation.peers import disca as disca_module
 from lesa.evaluation.peers.disca import Predictor, count_parameters, disca, train_predictor
+from lesa.evaluation.ranking import opponents
 from lesa.evaluation.runs import generate
 from lesa.forecasters.reuse import Reuse
 from lesa.hooks.denoiser import core_of
+from lesa.training import disca as own_training
+from lesa.training import disca_data
 
 STEPS, PROMPTS = 4, 3
 SCHEDULE = Schedule.explicit((0, 2), STEPS)
@@ -120,3 +123,32 @@ def test_where_it_cannot_run():
     assert "calibration prompts" in unfit("disca", Bench(STEPS, bench.pipe, bench.settings))
     assert "not WanTransformer3DModel" in unfit("disca", Bench(STEPS, tiny("wan")[0], {}, ["a"]))
     assert unfit("disca", Bench(STEPS)) is not None
+
+
+def test_lesas_own_form_is_a_method_and_no_opponent(monkeypatch):
+    monkeypatch.setattr(disca_data, "PICTURES", 3)
+    for name in ("ROWS_FIRST", "TOGETHER"):
+        monkeypatch.setattr(own_training, name, 4)
+    bench = make("flux")
+    method = build("lesa-disca", 2, bench)
+    assert method.label == "lesa-disca @2" and method.schedule.full_steps[0] == 0
+    assert method.schedule in method.forecaster.calibrated
+    share = method.forecaster.metadata["network_share"]
+    assert f"a network of {100 * share:.1f} % of the parameters" in method.schedule_text
+    listed = build("lesa-disca", 2, bench, searched=Schedule.explicit((0, 1)))
+    assert listed.schedule.full_steps == (0, 1)
+    row = {"label": "lesa-disca @2", "method": "lesa-disca", "full_steps": 2, "psnr_mean": 99.0}
+    peer = {**row, "label": "disca @2", "method": "disca"}
+    rows = [{**each, "schedule": "own: 0,2"} for each in (row, peer)]
+    assert [found["method"] for found in opponents(rows, 2)] == ["disca"]
+
+
+def test_where_lesas_own_form_cannot_run():
+    bench = make("flux")
+    assert unfit("lesa-disca", bench) is None
+    assert "at most 16 steps" in unfit("lesa-disca", Bench(50, bench.pipe, {}, ["a"]))
+    assert "calibration prompts" in unfit("lesa-disca", Bench(STEPS, bench.pipe, bench.settings))
+    assert "alone (" in unfit("lesa-disca", Bench(STEPS, tiny("sdxl")[0], {}, ["a"]))
+    saved = type("P", (), {"unet": type("UNet2DConditionModel", (torch.nn.Module,), {})()})()
+    assert "alone (" in unfit("lesa-disca", Bench(STEPS, saved, {}, ["a"]))  # as compare asks first
+    assert unfit("lesa-disca", Bench(STEPS)) == "needs a pipeline"
