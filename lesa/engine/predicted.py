@@ -23,8 +23,9 @@ from lesa.engine.step_table import StepTable
 from lesa.engine.trajectory import Forecast, Refusal, Trajectory
 from lesa.errors import LesaError
 from lesa.forecasters.disca import DiscaForm
+from lesa.hooks.alone import check_two_blocks, check_weights
 from lesa.hooks.denoiser import Call, Denoiser, Run, core_of, kind_of, make_output, read_sample
-from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks, check_two_blocks
+from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
 
 __all__ = ["PredictedTap", "PredictedController", "check_predictor", "form_of"]
 
@@ -43,6 +44,7 @@ def check_predictor(model: nn.Module, config: LesaConfig) -> None:
     check_two_blocks(model)
     if not form.weights:
         raise LesaError("forecaster: form='disca' is not trained; train it with lesa.train")
+    check_weights(model, form.weights)
     known: list[Schedule] = getattr(forecaster, "calibrated", [])
     if config.full_steps is not None:
         form.check_count(config.full_steps, known)

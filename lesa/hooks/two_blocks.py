@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,22 +11,20 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from lesa.errors import LesaError
+from lesa.hooks.alone import (
+    argument_names,
+    blocks_of,
+    check_two_blocks,
+    check_weights,
+    feature_width,
+)
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.plain_copy import plain_copy
 
-__all__ = [
-    "Bridge",
-    "Noted",
-    "TwoBlocks",
-    "blocks_of",
-    "check_two_blocks",
-    "unfit",
-    "unfit_class",
-]
+__all__ = ["Bridge", "Noted", "TwoBlocks"]
 
 STREAMS = ("hidden_states", "encoder_hidden_states")  # what blocks hand on, by their own names
-_BY_PLACE = ("ChromaTransformer2DModel",)  # whose forward modulates each block by its number
 Bridge = Mapping[str, Tensor]
 
 
@@ -68,28 +65,20 @@ class TwoBlocks(nn.Module):
             )
         self.first, self.last = plain_copy(first), plain_copy(last)
         like = next(self.last.parameters())
-        self.join = nn.Linear(2 * (width := _width(core)), width, dtype=like.dtype)
+        self.join = nn.Linear(2 * (width := feature_width(core)), width, dtype=like.dtype)
         with torch.no_grad():
             self.join.weight.zero_()
             self.join.bias.zero_()
         self.to(like.device).eval()
         if weights is not None:
-            self._load(core, weights)
+            check_weights(core, weights)
+            self.load_state_dict(weights)
         self._bridge: Bridge = {}
         self._dtype: torch.dtype | None = None
         self.first.register_forward_pre_hook(self._enter, with_kwargs=True)
         self.last.register_forward_pre_hook(self._cross, with_kwargs=True)
         for block in (self.first, self.last):
             block.register_forward_hook(self._leave)
-
-    def _load(self, core: nn.Module, weights: Mapping[str, Tensor]) -> None:
-        try:
-            self.load_state_dict(weights)
-        except RuntimeError:
-            raise LesaError(
-                f"form='disca': the blocks of this {type(core).__name__} are not those that the "
-                "forecaster was trained with; disable adapters, or train one for it"
-            ) from None
 
     def bridge(self, model: nn.Module, noted: Noted, run: Callable[[], Any]) -> Bridge:
         """The bridge of a full step that was noted; `run` calls the model as that step did.
@@ -172,48 +161,6 @@ class Noted(dict[str, Any]):
                 handle.remove()
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The model's blocks in the order in which they run."""
-    spec = model_spec(model)
-    return [block for name in spec.blocks for block in spec.module(model, name).children()]
-
-
-def unfit_class(model: nn.Module) -> str | None:
-    """Why the blocks of a class cannot run alone, or None; asked of its name and row only."""
-    spec = model_spec(core_of(model))
-    if "hidden" not in spec.taps or spec.identities or spec.last:
-        return "it is no sequence of blocks that hand on one feature"
-    if not all(name.startswith("single_") for name in spec.blocks[1:]):
-        return f"{' and '.join(spec.blocks)} do not run one after the other"
-    return "what modulates a block goes by its number" if spec.name in _BY_PLACE else None
-
-
-def unfit(model: nn.Module) -> str | None:
-    """Why the blocks of a model cannot run alone, or None."""
-    core = core_of(model)
-    if (reason := unfit_class(model)) is not None:
-        return reason
-    blocks = blocks_of(core)
-    if len(blocks) < 2:
-        return f"it has {len(blocks)} block"
-    wanting = [block for block in blocks if "hidden_states" not in _parameters(block)]
-    if wanting:
-        return f"{type(wanting[0]).__name__} takes no hidden_states"
-    if core is not model or core._compiled_call_impl is not None:
-        return "it is wrapped or compiled as a whole"
-    return None
-
-
-def check_two_blocks(model: nn.Module) -> None:
-    """LesaError where the blocks of a model cannot run alone."""
-    reason = unfit(model)
-    if reason is not None:
-        raise LesaError(
-            f"form='disca': the blocks of {type(core_of(model)).__name__} cannot run alone "
-            f"({reason}); use form='continuous' or 'table'"
-        )
-
-
 class _Given(nn.Module):
     """Stands for a block whose output is known; notes what it gets."""
 
@@ -231,26 +178,13 @@ class _Given(nn.Module):
         return getattr(self.__dict__["stands_for"], name)
 
 
-def _parameters(block: nn.Module) -> list[str]:
-    return list(inspect.signature(type(block).forward).parameters)[1:]
-
-
 def _named(block: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
-    return {**dict(zip(_parameters(block), args, strict=False)), **kwargs}
+    return {**dict(zip(argument_names(block), args, strict=False)), **kwargs}
 
 
 def _cast(part: Any, from_dtype: torch.dtype | None, to_dtype: torch.dtype | None) -> Any:
     alike = isinstance(part, Tensor) and part.dtype == from_dtype
     return part.to(to_dtype) if alike else part
-
-
-def _width(core: nn.Module) -> int:
-    """C, the channels of a feature."""
-    inner: Any = getattr(core, "inner_dim", None)
-    if inner is None:
-        config: Any = core.config
-        inner = config.num_attention_heads * config.attention_head_dim
-    return int(inner)
 
 
 @contextmanager

@@ -9,14 +9,16 @@ import accelerate
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
 from tiny_pipelines import build, run
 
 import lesa
 from lesa import LesaConfig, LesaForecaster, Schedule
 from lesa.engine.predicted import BridgedRing
 from lesa.errors import LesaError
+from lesa.hooks.alone import blocks_of
 from lesa.hooks.pipeline import find_denoiser
-from lesa.hooks.two_blocks import TwoBlocks, blocks_of
+from lesa.hooks.two_blocks import TwoBlocks
 
 STEPS = 6
 PLAN = Schedule.explicit((0, 2, 4), STEPS)
@@ -143,14 +145,23 @@ def test_another_run_than_the_trained_one_is_computed_in_full_and_told():
     assert "tied to the list and the noise levels" in told
 
 
-def test_weights_of_other_blocks_are_computed_in_full_and_told():
+def test_weights_of_other_blocks_are_told_before_anything_changes():
     pipe, call = build("qwen")
     forecaster = untrained(pipe, call)
     plain = run(pipe, call())
-    forecaster.net.weights.pop("join.weight")
     with lesa.accelerate(pipe, forecaster):
-        assert torch.equal(run(pipe, call()), plain)
+        weights = forecaster.net.weights.pop("join.weight")
+        assert torch.equal(run(pipe, call()), plain)  # it became another one since: in full
         assert any("are not those that" in reason for reason in lesa.stats(pipe).fallbacks)
+    with pytest.raises(LesaError, match="are not those that .*; unload adapters and quantisers"):
+        lesa.enable(pipe, forecaster)
+    forecaster.net.weights["join.weight"] = weights
+    model = find_denoiser(pipe)
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(LesaError, match="unload adapters"):
+        lesa.enable(pipe, forecaster)
+    with pytest.raises(LesaError, match="not accelerated"):
+        lesa.stats(pipe)
 
 
 def test_what_cannot_be_is_told_before_anything_changes():

@@ -8,8 +8,8 @@ from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.ranking import OTHER_FORM
+from lesa.hooks.alone import unfit_class
 from lesa.hooks.pipeline import find_denoiser
-from lesa.hooks.two_blocks import unfit_class
 from lesa.training.train import train
 
 MOST_STEPS = 16  # two blocks pay where a step is a good part of the run
