@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lesa.engine.config import LesaConfig
     from lesa.engine.stats import Stats
     from lesa.errors import LesaError
-    from lesa.forecasters import FoCa, HiCache, Reuse, Spectrum, Taylor
+    from lesa.forecasters import FoCa, HiCache, Prior, Reuse, Spectrum, Taylor
     from lesa.forecasters.lesa import LesaForecaster
     from lesa.hooks.model_specs import ModelSpec, register_model
     from lesa.training.train import train
@@ -44,6 +44,7 @@ _HOME = {
     "LesaError": "errors",
     "FoCa": "forecasters",
     "HiCache": "forecasters",
+    "Prior": "forecasters",
     "Reuse": "forecasters",
     "Spectrum": "forecasters",
     "Taylor": "forecasters",
@@ -63,6 +64,7 @@ __all__ = [
     "LesaError",
     "LesaForecaster",
     "ModelSpec",
+    "Prior",
     "Reuse",
     "Schedule",
     "Spectrum",

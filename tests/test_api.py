@@ -13,6 +13,7 @@ import torch
 
 import lesa
 from lesa import LesaConfig, LesaError, LesaForecaster, Reuse, Schedule, Taylor
+from lesa.forecasters.prior import prior_schedule
 from lesa.hooks.attach import attach
 
 
@@ -54,7 +55,7 @@ def test_stats_are_readable_and_json(tiny_flux, inputs):
     assert found.to_dict()["full_steps"] == list(found.full_steps)
     assert len(found.full_steps) == 4 and found.num_steps == 12
     assert found.seconds_full > 0 and found.seconds_skipped > 0
-    assert "4 of 12 full" in str(found) and "taylor-1" in str(found)
+    assert "4 of 12 full" in str(found) and "lesa-untrained" in str(found)
     tiny_flux(**inputs())
     assert found.full == 4  # a snapshot
 
@@ -87,7 +88,7 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
     for count, interval in ((13, 5), (10, 7), (8, 10)):
         config = LesaConfig(LesaForecaster(), full_steps=count)
         assert config.bound_schedule(50) == Schedule.every(interval, 50)
-    assert LesaConfig().bound_schedule(50) == Schedule.every(5, 50)
+    assert LesaConfig().bound_schedule(50) == prior_schedule(10, 50)
 
 
 @pytest.mark.parametrize(

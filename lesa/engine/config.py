@@ -13,8 +13,8 @@ from lesa.core.schedule import Schedule
 from lesa.engine.full_steps import Choice, by_count, by_default, by_target
 from lesa.errors import LesaError, RunError
 from lesa.forecasters.named import named
+from lesa.forecasters.prior import Prior
 from lesa.forecasters.target import Quality, Target
-from lesa.forecasters.taylor import Taylor
 from lesa.hooks.noise_levels import own_noise_levels
 
 __all__ = ["DEFAULT_TAP", "LesaConfig"]
@@ -27,15 +27,17 @@ class LesaConfig:
     """How a denoiser is accelerated.
 
     Args:
-        forecaster: makes the coefficients; first-order Taylor if not given. Also by name: the
-            folder or Hub id of a trained one, or a training-free method ("taylor-1", "fora", ...).
+        forecaster: makes the coefficients; `lesa.Prior`, which needs no training, if not given.
+            Also by name: the folder or Hub id of a trained one, or a training-free method
+            ("taylor-1", "fora", ...).
         full_steps: how many steps are computed in full, instead of `schedule` or a target. A
             forecaster that its authors publish with a rule follows it, at the setting with the
             fewest full steps that are not below. A trained one that does not know the count adds
             steps to the next smaller list that it knows, or spreads the nearest one anew where that
             would grow by more than half, and `enable` warns. With none of these, the count of a
             trained forecaster's first calibrated schedule, or its share of the steps in a run too
-            short to skip any; else `Schedule.every(5)`.
+            short to skip any; of the prior a fifth of the steps, or 10 if that is more, but at
+            most two fifths; else `Schedule.every(5)`.
         schedule: which steps are computed in full, bound to a step count or not.
         tap: the cached feature, "output" or "hidden"; the forecaster's own if None.
         graph: "auto" or "off": whether a skipped step of the hidden tap is captured as a CUDA
@@ -50,7 +52,7 @@ class LesaConfig:
         LesaError: a field is invalid or two contradict each other.
     """
 
-    forecaster: Forecaster = field(default_factory=Taylor)
+    forecaster: Forecaster = field(default_factory=Prior)
     full_steps: int | None = None
     schedule: Schedule | None = None
     tap: Tap | None = None
@@ -67,7 +69,7 @@ class LesaConfig:
             object.__setattr__(self, "forecaster", named(self.forecaster))
         if isinstance(self.forecaster, type) or not isinstance(self.forecaster, Forecaster):
             raise LesaError(
-                f"forecaster is {_kind(self.forecaster)}: give lesa.Taylor(), a folder, the name "
+                f"forecaster is {_kind(self.forecaster)}: give lesa.Prior(), a folder, the name "
                 "of a method, or another Forecaster."
             )
         self._check_steps()

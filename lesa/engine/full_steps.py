@@ -9,7 +9,7 @@ from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule, spread
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import count_on
-from lesa.forecasters.prior import Prior, default_count
+from lesa.forecasters.prior import Prior, default_count, quality_count
 from lesa.forecasters.published import rule_of
 from lesa.forecasters.target import Target
 from lesa.forecasters.worth import speedup
@@ -52,6 +52,9 @@ def by_target(
         count, why = target.choose(calibrations, num_steps, sigmas)
         return by_count(forecaster, count, num_steps, sigmas)._replace(why=why)
     target.check(forecaster)
+    if target.quality is not None:  # of the prior, which nobody measured here
+        count = quality_count(num_steps, target.quality)
+        return by_count(forecaster, count, num_steps, sigmas)._replace(why=f"{target}, untrained")
     wanted = cast(float, target.speedup)
     times = 1.0
     for count in range(max(1, int(num_steps / wanted + 1e-9)), 0, -1):  # a rule may have none of it

@@ -17,6 +17,7 @@ from lesa.engine.config import LesaConfig
 from lesa.errors import LesaError
 from lesa.forecasters.config_check import LARGEST_SUM, largest_sum
 from lesa.forecasters.lesa import LesaForecaster
+from lesa.forecasters.prior import Prior
 from lesa.hooks.scheduler_advice import other_size
 from lesa.hooks.step_clock import Step
 
@@ -155,9 +156,9 @@ class StepTables:
         `rows` of the batch tell whether it really holds the guidance parts of the pipeline.
         """
         parts = _parts(step, rows)
-        levels = step.sigmas or step.generation.levels_problem
-        noise = step.generation.noise
-        key = (step.num_steps, levels, step.branch, step.index, parts, noise)
+        run = step.generation
+        levels, sampler = step.sigmas or run.levels_problem, (run.noise, run.multistep)
+        key = (step.num_steps, levels, step.branch, step.index, parts, sampler)
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) >= _MAX_TABLES:
@@ -202,8 +203,11 @@ class StepTables:
 
     def _away(self, step: Step, schedule: Schedule) -> dict[str, bool]:
         """What a trained forecaster is told of a run that it was not trained for; the user is
-        warned once of each kind, but not of a list that a count made: `enable` has told of it."""
+        warned once of each kind, but not of a list that a count made: `enable` has told of it. The
+        prior, which was trained for none, is told of the sampler."""
         forecaster, run = self._config.forecaster, step.generation
+        if isinstance(forecaster, Prior):
+            return {"multistep": run.multistep, "noise": run.noise}
         if not isinstance(forecaster, LesaForecaster) or not step.sigmas:
             return {}
         levels = step.sigmas[step.index :]

@@ -4,8 +4,18 @@ from lesa.core.forecaster import Forecaster
 from lesa.forecasters.foca import FoCa
 from lesa.forecasters.hicache import HiCache
 from lesa.forecasters.lesa import LesaForecaster
+from lesa.forecasters.prior import Prior
 from lesa.forecasters.reuse import Reuse
 from lesa.forecasters.spectrum import Spectrum
 from lesa.forecasters.taylor import Taylor
 
-__all__ = ["FoCa", "Forecaster", "HiCache", "LesaForecaster", "Reuse", "Spectrum", "Taylor"]
+__all__ = [
+    "FoCa",
+    "Forecaster",
+    "HiCache",
+    "LesaForecaster",
+    "Prior",
+    "Reuse",
+    "Spectrum",
+    "Taylor",
+]

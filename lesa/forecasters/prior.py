@@ -14,9 +14,10 @@ from lesa.core.forecaster import Tap, check_sigmas
 from lesa.core.schedule import Schedule, check_count, spread
 from lesa.core.table import Table
 
-__all__ = ["Prior", "Shape", "default_count", "prior_schedule"]
+__all__ = ["Prior", "Shape", "default_count", "prior_schedule", "quality_count"]
 
 _CELLS = 4096  # of the integral over the density of full steps
+MULTISTEP = 1 / 3  # of a line for samplers that extrapolate over their steps
 SHARE = 5  # full steps are one in so many by default,
 LEAST = 10  # but not fewer than these, or two fifths of a shorter run
 
@@ -53,12 +54,10 @@ class Prior:
     t is the time of a step from 0 to 1 (`times`), d goes evenly from `first` to `last`, and g is
     the wider of the gap behind p and that before it. At high noise, where outputs turn, and over
     wide gaps, which nobody can forecast, it is closer to reuse; with one full step it is reuse.
-    `steadiness` divides c: 1 for samplers of first order, more for those that extrapolate
-    themselves.
+    Samplers that extrapolate themselves get a third of c, those that add noise reuse.
     """
 
     shape: Shape = FITTED
-    steadiness: float = 1.0
     tap: Tap | None = None
 
     uses_latent = False
@@ -69,9 +68,19 @@ class Prior:
         return min(2, len(schedule.full_steps))
 
     def table(
-        self, schedule: Schedule, sigmas: Sequence[float] = (), branch: str = "cond"
+        self,
+        schedule: Schedule,
+        sigmas: Sequence[float] = (),
+        branch: str = "cond",
+        *,
+        multistep: bool = False,
+        noise: bool = False,
     ) -> Table:
-        """The damped lines as coefficients; steps are the unit where there are no `sigmas`."""
+        """The damped lines as coefficients; steps are the unit where there are no `sigmas`.
+
+        `multistep` and `noise` tell of a sampler that extrapolates over its steps, or adds noise.
+        """
+        trust = 0.0 if noise else MULTISTEP if multistep else 1.0
         levels = check_sigmas(schedule, sigmas) if sigmas else ()
         at = times(schedule.steps, levels, self.shape.shift)
         after = dict(pairwise((*schedule.full_steps, schedule.steps)))
@@ -83,7 +92,7 @@ class Prior:
             behind = newest - before
             widest = max(behind, at[after[cached[0]]] - newest)
             line = (at[step] - newest) / behind
-            weight = self._damping(at[step], widest) * line
+            weight = trust * self._damping(at[step], widest) * line
             return [1 + weight, -weight]
 
         return Table.from_rows(schedule, self.history(schedule), row)
@@ -91,7 +100,7 @@ class Prior:
     def _damping(self, time: float, gap: float) -> float:
         shape = self.shape
         own = shape.first + (shape.last - shape.first) * time
-        return own / (1 + (gap / shape.width) ** 3) / self.steadiness
+        return own / (1 + (gap / shape.width) ** 3)
 
 
 def prior_schedule(
@@ -117,6 +126,12 @@ def default_count(num_steps: int) -> int:
     """The number of full steps where none is asked for: every fifth, and in short runs more."""
     least = min(LEAST, ceil(num_steps * 2 / SHARE))
     return min(num_steps, max(1, round(num_steps / SHARE), least))
+
+
+def quality_count(num_steps: int, quality: str) -> int:
+    """The number of full steps that "best", "balanced" or "fast" stands for: 13, 10 or 8 of 50."""
+    share = {"best": 1.3, "balanced": 1.0, "fast": 0.8}[quality]
+    return min(num_steps, max(1, round(share * default_count(num_steps))))
 
 
 def times(num_steps: int, sigmas: Sequence[float], shift: float) -> list[float]:

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from lesa.core.checks import real, shown
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration, count_on
+from lesa.forecasters.prior import Prior
 from lesa.forecasters.worth import Worth, speedup
 
 __all__ = ["QUALITIES", "Chosen", "Quality", "Target"]
@@ -68,9 +69,10 @@ class Target:
 
     def check(self, forecaster: Any) -> None:
         """LesaError if no number of steps that the forecaster was calibrated for can reach it. One
-        that was never calibrated has a speed-up, but no decibels and no counts."""
+        that was never calibrated has a speed-up, but no decibels, and no counts but the prior's."""
         calibrations = getattr(forecaster, "calibrations", [])
-        if not calibrations and self.speedup is None:
+        counts = self.quality is not None and isinstance(forecaster, Prior)
+        if not calibrations and self.speedup is None and not counts:
             lacks = "counts to choose from" if self.psnr is None else "decibels"
             raise LesaError(
                 f"{self}: {forecaster.name} was not trained on this model and has no {lacks}; give "

@@ -1,4 +1,4 @@
-"""Does a sampler add noise on its way? Then a run does not follow the path that plain ones took."""
+"""What makes forecasts worth less: a sampler that adds noise, or extrapolates over its steps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["adds_noise"]
+__all__ = ["adds_noise", "is_multistep"]
 
 # What diffusers calls the samplers that draw noise at every step.
 _DRAWS = (
@@ -23,6 +23,16 @@ _DRAWS = (
     "StochasticIterative",
     "UnCLIP",
 )
+
+
+# What it calls those that build a step from the outputs of earlier ones.
+_EXTRAPOLATES = ("DPMSolver", "UniPC", "DEIS", "LMS", "PNDM", "SASolver")
+
+
+def is_multistep(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler extrapolates over its steps, by its class and its order."""
+    order = getattr(scheduler, "config", {}).get("solver_order") or 2
+    return order > 1 and any(word in type(scheduler).__name__ for word in _EXTRAPOLATES)
 
 
 def adds_noise(scheduler: Any, names: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from lesa.hooks.added_noise import adds_noise
+from lesa.hooks.added_noise import adds_noise, is_multistep
 from lesa.hooks.noise_levels import levels_problem, noise_levels, times_of
 from lesa.hooks.pipeline_state import (
     executed_steps,
@@ -77,6 +77,7 @@ class Generation:
         counting: whether nothing but the number of calls tells the step.
         sampler: the class of its scheduler, "" without one.
         noise: whether that one adds noise.
+        multistep: whether it extrapolates over its steps.
         by_frame: whether every frame has a time of its own.
         use: who uses the scheduler.
         problem: why its steps cannot be trusted, else None.
@@ -94,6 +95,7 @@ class Generation:
     counting: bool = True
     sampler: str = ""
     noise: bool = False
+    multistep: bool = False
     by_frame: bool = False
     use: _Use | None = None
     problem: str | None = None
@@ -161,6 +163,7 @@ class Generations:
             found.problem = f"scheduler of order {order}"
         found.sampler = type(scheduler).__name__
         found.noise = adds_noise(scheduler, loop.names)
+        found.multistep = is_multistep(scheduler)
         found.by_frame = frame_times(pipe) is not None
         if found.by_frame and steps != len(timesteps) - first:  # frames begin one after another
             found.levels_problem = "the frames are at different noise levels"

@@ -2,7 +2,7 @@ import diffusers
 import pytest
 import torch
 
-from lesa.hooks.added_noise import adds_noise
+from lesa.hooks.added_noise import adds_noise, is_multistep
 
 EPSILON = (
     ("DDIMScheduler", {}),
@@ -40,6 +40,33 @@ def test_it_tells_what_two_seeds_tell(name, config):
     scheduler = getattr(diffusers, name)(**config)
     differ = not torch.equal(end(scheduler, 1), end(scheduler, 2))
     assert adds_noise(scheduler, {}) == differ
+
+
+def after_other_outputs(scheduler, first):
+    """Where steps lead from one latent and one output, each after another output."""
+    scheduler.set_timesteps(6)
+    sample, found = torch.ones(1, 4, 8, 8), []
+    for output, time in zip((first, 0.3, first, 0.3, 0.3), scheduler.timesteps, strict=False):
+        torch.manual_seed(0)
+        found += scheduler.step(torch.full_like(sample, output), time, sample).prev_sample
+    return torch.stack([found[1], found[3], found[4]])
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        *EPSILON,
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}),
+        ("IPNDMScheduler", {}),
+    ],
+    ids=str,
+)
+def test_a_multistep_sampler_remembers_outputs(name, config):
+    scheduler = getattr(diffusers, name)(**config)
+    remembers = not torch.equal(
+        after_other_outputs(scheduler, 0.1), after_other_outputs(scheduler, 0.9)
+    )
+    assert is_multistep(scheduler) == remembers
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
