@@ -50,6 +50,7 @@ WRITTEN = {  # as their authors write them
     "fewer-steps": "fewer steps",
     "lesa-paper": "the paper's LESA",
     "lesa-disca": "lesa with a network",
+    "lesa-untrained": "lesa, untrained",
 }
 RESTS = {"dpm++": "DPM++", "unipc": "UniPC", "taylor": "Taylor", "mlp": "MLP gate"}
 

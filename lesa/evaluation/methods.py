@@ -24,6 +24,7 @@ from lesa.evaluation.peers.sencache import SENSITIVE
 from lesa.evaluation.peers.solvers import SOLVERS
 from lesa.evaluation.peers.tc_pade import RATIONAL
 from lesa.evaluation.peers.tokenwise import TOKENWISE
+from lesa.evaluation.peers.untrained import UNTRAINED
 from lesa.forecasters.calibration import untrained
 from lesa.forecasters.published import canonical
 
@@ -44,6 +45,7 @@ PEERS: dict[str, Peer] = {
     **TOKENWISE,
     **DISTILLED,
     **OWN_DISCA,
+    **UNTRAINED,
 }
 NAMES: tuple[str, ...] = (*PEERS, "lesa")
 # Those whose `unfit` looks at the classes of a pipeline and its denoiser alone.

@@ -14,6 +14,7 @@ Row = Mapping[str, Any]
 OURS = "lesa"
 OTHER_TAP = "lesa-hidden"  # lesa too, where a benchmark trains a second forecaster; no opponent
 OTHER_FORM = "lesa-disca"  # lesa too, with a network on skipped steps; no opponent
+UNTRAINED = "lesa-untrained"  # lesa too, where nobody has trained anything; no opponent
 _MORE = 1.15  # times lesa's full steps: what a peer may have and still do comparable work
 
 
@@ -52,7 +53,7 @@ def opponents(rows: Sequence[Row], count: int) -> list[Row]:
     found: dict[str, Row] = {}
     for row in sorted(rows, key=wanted):
         comparable = wanted(row) >= count and row["full_steps"] <= _MORE * count
-        if row["method"] not in (OURS, OTHER_TAP, OTHER_FORM) and comparable:
+        if row["method"] not in (OURS, OTHER_TAP, OTHER_FORM, UNTRAINED) and comparable:
             found.setdefault(name(row), row)
     return sorted(found.values(), key=lambda row: decibels(row["psnr_mean"]), reverse=True)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method
+from lesa.forecasters.prior import Prior
 from lesa.forecasters.published import METHODS, rule_of
 
 
@@ -35,4 +36,6 @@ class ScheduledPeer:
         return Method(name, bench.num_steps, forecaster, rule.nearest(wanted, bench.num_steps))
 
 
-FORECASTERS = {name: ScheduledPeer(forecaster) for name, forecaster in METHODS.items()}
+FORECASTERS = {
+    name: ScheduledPeer(forecaster) for name, forecaster in METHODS.items() if name != Prior.name
+}
