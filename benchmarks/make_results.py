@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transfer_page  # noqa: E402
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
+from _untrained_page import untrained_page  # noqa: E402
 
 from lesa.evaluation.ranking import Row, ours, wanted  # noqa: E402
 from lesa.util.files import write_atomically  # noqa: E402
@@ -66,6 +67,8 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
     for name, write in (("ablations", ablation_page), ("transfer", transfer_page)):
         if (path := results / f"{name}.json").exists():
             found[name] = write(read(path))
+    if (path := results / "untrained.json").exists():
+        found["untrained"] = untrained_page(read(path), read(results / "prior.json"))
     written = {f"docs/results/{name}.md": "\n".join(lines) for name, lines in found.items()}
     written["docs/results.md"] = "\n".join(index(compared, [*found]))
     return written | {"README.md": readme(compared, [read(path) for path in loops])}
