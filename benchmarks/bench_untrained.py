@@ -1,8 +1,8 @@
 """lesa without training beside training-free peers: `python benchmarks/bench_untrained.py`.
 
-On each embedded pipeline `lesa-untrained` runs unseen prompts with 13, 10 and 8 of 50 steps in full,
-of the shape that is shipped and of the one that fit_prior.py chose on the three *other* pipelines;
-the peers run on their own lists. Then, with the shipped shape, one thing differs at a time: noise
+On each embedded pipeline `lesa-untrained` runs unseen prompts with 13, 10 and 8 of 50 full steps:
+in the shape that is shipped, and in the one that fit_prior.py chose on the three *other* pipelines.
+The peers run on their own lists. Then, in the shipped shape, one thing differs at a time: noise
 levels, sampler, number of steps, few-step students. Writes benchmarks/results/untrained.json.
 """
 
