@@ -23,7 +23,7 @@ def untrained_page(report: dict[str, Any], fit: dict[str, Any]) -> Iterator[str]
         " training prompts of the four pipelines; in the fourth column on those of the three"
         f" others, as for a model that nobody has seen. {report['unseen_prompts']} unseen prompts,"
         " in other places half as many. PSNR in dB: mean / p10 / minimum. Of the peers the best"
-        " one counts, anew for each of the three, on its own list with at least as many full steps.\n"
+        " one counts, anew for each of the three, on its own list with no fewer full steps.\n"
     )
     places = report["places"]
     yield from table(HEAD, (_line(place) for place in places if place["place"] == MAIN))
