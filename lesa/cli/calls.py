@@ -81,8 +81,13 @@ def call_settings(saved: Saved, given: Mapping[str, Any], forecaster: Any = None
 def full_steps_of(forecaster: Any, num_steps: int) -> int | None:
     """Of the counts that a forecaster was calibrated for, the one nearest to a fifth of the steps.
 
-    Counts of this number of steps come before those of others; None without any that fits.
+    Counts of this number of steps come before those of others; None without any that fits. The
+    prior, which was calibrated for none, has its default.
     """
+    from lesa.forecasters.prior import Prior, default_count
+
+    if isinstance(forecaster, Prior):
+        return default_count(num_steps)
     found = [
         (schedule.steps != num_steps, abs(5 * count - num_steps), count)
         for schedule in getattr(forecaster, "calibrated", ())
