@@ -14,7 +14,7 @@ from lesa.cli.names import choose
 from lesa.cli.options import FORECASTER, OUTPUT, PIPELINE, PROMPTS, Counts, Prompts, Steps
 from lesa.cli.run_request import RunRequest
 from lesa.errors import LesaError
-from lesa.util.prompts import check_text, read_prompts
+from lesa.util.prompts import check_text, read_other_prompts, read_prompts
 
 FORMS, TAPS = ("continuous", "disca", "paper", "table"), ("hidden", "output")
 QUALITIES = ("best", "balanced", "fast")
@@ -84,11 +84,15 @@ class TrainRequest(RunRequest):
         if self.tap is not None:
             choose(self.tap, TAPS, "tap")
         check_at_least(0, polish=self.polish)
+        check_finite(target_psnr=self.target_psnr)
         from lesa.training.arguments import checked_target
         from lesa.training.budget import Budget
 
         Budget.parse(self.budget)
-        checked_target(self.target_psnr, self.form, None)
+        try:
+            checked_target(self.target_psnr, self.form, None)
+        except LesaError as error:
+            raise LesaError(str(error).replace("target_psnr", "target-psnr", 1)) from None
 
     def texts(self) -> list[str]:
         """The calibration prompts; LesaError if there is none."""
@@ -96,9 +100,14 @@ class TrainRequest(RunRequest):
             raise LesaError("prompts=None: none given; give --prompts FILE")
         return read_prompts(self.prompts)
 
-    def validation_texts(self) -> list[str] | None:
-        """The prompts of --validation; None where a share of the others is to serve."""
-        return None if self.validation is None else read_prompts(self.validation)
+    def validation_texts(self, fitted: list[str]) -> list[str] | None:
+        """The prompts of --validation; None where a share of the others is to serve.
+
+        Raises: LesaError if there is none in the file, or one that is fitted too.
+        """
+        if self.validation is None:
+            return None
+        return read_other_prompts(self.validation, "validation", fitted, "fitted too")
 
 
 @dataclass(frozen=True, kw_only=True)

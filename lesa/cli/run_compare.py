@@ -16,10 +16,9 @@ from lesa.cli.names import choose
 from lesa.cli.output import say
 from lesa.cli.requests import CompareRequest
 from lesa.cli.saved import look_at
-from lesa.errors import LesaError
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
-from lesa.util.prompts import read_prompts
+from lesa.util.prompts import read_other_prompts, read_prompts
 
 if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
@@ -159,13 +158,7 @@ def calibration_prompts(
     if file is None:
         own = testbed.prompts(embedded, CALIBRATION, seed=0, split="train") if embedded else []
         return [prompt for prompt in own if prompt not in measured]
-    prompts = read_prompts(file)
-    if shared := set(prompts).intersection(measured):
-        raise LesaError(
-            f"calibration={str(file)!r}: {len(shared)} of its prompts are measured too, e.g."
-            f" {min(shared)!r}; remove them from one of the files"
-        )
-    return prompts
+    return read_other_prompts(file, "calibration", measured, "measured too")
 
 
 def prepare(methods: str, counts: Sequence[int], bench: Bench, searched: bool) -> list[Method]:

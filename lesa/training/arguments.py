@@ -208,8 +208,8 @@ def checked_target(target: float | None, form: str, schedule: Schedule | None) -
     searched."""
     if target is None:
         return None
-    if form == "paper" or schedule is not None:
-        other = "form='paper'" if schedule is None else "schedule=..."
+    if form in ("paper", "disca") or schedule is not None:
+        other = f"form={form!r}" if schedule is None else "schedule=..."
         raise LesaError(
             f"target_psnr={shown(target)}: {other} calibrates one number of full steps; leave one "
             "of the two out"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lesa.errors import LesaError
 
-__all__ = ["check_text", "read_prompts"]
+__all__ = ["check_text", "read_other_prompts", "read_prompts"]
 
 _FIELDS = ("prompt", "prompts", "text", "caption")  # the first of them that a record has
 _FILES = (
@@ -20,35 +20,52 @@ _FILES = (
 )
 
 
-def read_prompts(path: str | Path) -> list[str]:
+def read_prompts(path: str | Path, field: str = "prompts") -> list[str]:
     """The prompts of a file, by its ending, as benchmarks and data sets publish them.
 
     .csv, .tsv and .parquet: the column prompt, prompts, text or caption, the first of them that is
     there (DrawBench, PartiPrompts). .json: a list, .jsonl: a value per line, of texts or of objects
     with such a field; .json may also be an object whose field annotations, prompts or captions is
     that list (COCO). Anything else: the lines of a UTF-8 text. Names in any case; empty prompts are
-    left out.
+    left out. ``field`` is what the file was given as.
 
     Raises: LesaError if the file is missing, has another form, holds no prompt, or one that is no
         valid Unicode.
     """
     path = Path(path)
     try:
-        found = _records(path)
+        found = _records(path, field)
     except FileNotFoundError:
-        raise LesaError(f"prompts={str(path)!r}: the file does not exist; {_FILES}") from None
+        raise LesaError(f"{field}={str(path)!r}: the file does not exist; {_FILES}") from None
     except LesaError:
         raise
     except (OSError, ValueError, csv.Error, RecursionError) as error:  # not UTF-8, not JSON, ...
         told = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise LesaError(
-            f"prompts={str(path)!r}: cannot read it ({' '.join(str(told).split())}); {_FILES}"
+            f"{field}={str(path)!r}: cannot read it ({' '.join(str(told).split())}); {_FILES}"
         ) from None
     prompts = [prompt.strip() for prompt in found if prompt.strip()]
     if not prompts:
-        raise LesaError(f"prompts={str(path)!r}: the file holds no prompt; {_FILES}")
+        raise LesaError(f"{field}={str(path)!r}: the file holds no prompt; {_FILES}")
     for prompt in prompts:
-        check_text(prompt, f"prompts={str(path)!r}: its prompt")
+        check_text(prompt, f"{field}={str(path)!r}: its prompt")
+    return prompts
+
+
+def read_other_prompts(
+    path: str | Path, field: str, others: Collection[str], what: str
+) -> list[str]:
+    """The prompts of a file, as `read_prompts` reads them.
+
+    Raises: LesaError too where one of them is among others, of which the message says ``what``
+        happens to them as well: "measured too".
+    """
+    prompts = read_prompts(path, field)
+    if shared := set(prompts).intersection(others):
+        raise LesaError(
+            f"{field}={str(path)!r}: {len(shared)} of its prompts are {what}, e.g."
+            f" {min(shared)!r}; remove them from one of the files"
+        )
     return prompts
 
 
@@ -62,10 +79,10 @@ def check_text(text: str, field: str) -> str:
     return text
 
 
-def _records(path: Path) -> list[str]:
+def _records(path: Path, field: str) -> list[str]:
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _parquet(path)
+        return _parquet(path, field)
     readers: dict[str, Callable[[str], list[str]]] = {
         ".csv": lambda text: _column(csv.DictReader(io.StringIO(text, newline=""))),
         # Tab-separated values have no quotes that mean anything: a prompt may begin with one.
@@ -78,14 +95,14 @@ def _records(path: Path) -> list[str]:
     return readers.get(kind, str.splitlines)(path.read_text(encoding="utf-8-sig"))
 
 
-def _parquet(path: Path) -> list[str]:
+def _parquet(path: Path, field: str) -> list[str]:
     """The column of prompts; of the others nothing is read."""
     path.open("rb").close()  # a missing file is told before a missing package
     try:
         from pyarrow import parquet
     except ImportError:
         raise LesaError(
-            f"prompts={str(path)!r}: it needs pyarrow, not installed here; run"
+            f"{field}={str(path)!r}: it needs pyarrow, not installed here; run"
             " `pip install pyarrow` or give another kind of file"
         ) from None
     names = parquet.read_schema(path).names
