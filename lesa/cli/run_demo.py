@@ -74,6 +74,7 @@ def run_demo(pipeline: str, out: Path, prompts_count: int, console: Console) -> 
 def _train(bench: Bench, prompts: Sequence[str], counts: Sequence[int], out: Path) -> Any:
     """A forecaster for the numbers of full steps, saved in a folder of the report."""
     import lesa
+    from lesa.cli.run_train import end_if_interrupted
 
     forecaster = lesa.train(
         bench.pipe,
@@ -83,6 +84,7 @@ def _train(bench: Bench, prompts: Sequence[str], counts: Sequence[int], out: Pat
         call=bench.settings,
     )
     forecaster.save_pretrained(out / "forecaster")
+    end_if_interrupted(forecaster)
     return forecaster
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -14,18 +14,25 @@ from lesa.cli.saved import look_at
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.hooks.scheduler_advice import other_size
+from lesa.training.budget import Budget
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
+
+if TYPE_CHECKING:
+    from lesa.forecasters import LesaForecaster
 
 
 def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     """Train, save the forecaster, print its lists of full steps and return what is known of it.
 
-    Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
+    Raises:
+        LesaError: for bad input, before the pipeline is loaded where it can be told.
+        KeyboardInterrupt: after an interrupt; what training had found by then has been saved.
     """
-    texts, validation = request.texts(), request.validation_texts()
+    texts = request.texts()
+    validation = request.validation_texts(texts)
     with Progress().bar("load", 0):
-        pipe, settings, steps, counts = _prepare(request, texts)
+        pipe, settings, steps, counts = _prepare(request, texts, len(validation or ()))
     import lesa
 
     optional: dict[str, Any] = {} if request.tap is None else {"tap": request.tap}
@@ -50,13 +57,20 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
         listed = ", ".join(map(str, schedule.full_steps))
         console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
     say(console, f"forecaster in {request.out}")
+    end_if_interrupted(forecaster)
     lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
     facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
     return facts | asdict(request.full_step)
 
 
+def end_if_interrupted(forecaster: LesaForecaster) -> None:
+    """KeyboardInterrupt where training returned early because of one."""
+    if forecaster.metadata.get("interrupted"):
+        raise KeyboardInterrupt
+
+
 def _prepare(
-    request: TrainRequest, texts: list[str]
+    request: TrainRequest, texts: list[str], validation: int
 ) -> tuple[Any, dict[str, Any], tuple[int, ...], tuple[int, ...]]:
     """The pipeline, the arguments of its call, the numbers of steps and of full steps."""
     saved = look_at(request.named)
@@ -67,6 +81,7 @@ def _prepare(
     check_steps(max(steps), saved.scheduler)
     settings["num_inference_steps"] = max(steps)
     counts = _full_steps(request, steps)
+    Budget.parse(request.budget).check(len(texts) + validation, counts, steps[0])
     request.check_target()
     require_writable(request.out)
     check_json(request.json)

@@ -75,6 +75,7 @@ def calibrate(
     except KeyboardInterrupt:
         if not forecaster.calibrations:
             raise
+        forecaster.metadata["interrupted"] = True
         job.progress.line("interrupted: the forecaster holds what was found so far")
 
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -486,55 +481,3 @@ def test_a_checkpoint_of_another_model(trained, prompts, tmp_path):
 
 def test_inspect_of_nothing(tmp_path):
     assert "config.json" in refused("inspect", tmp_path / "nowhere")
-
-
-def interrupt(args, ready, tmp_path) -> subprocess.CompletedProcess:
-    """Run a command, send Ctrl-C once `ready()` holds, and wait for its end."""
-    with open(tmp_path / "err", "w+") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "lesa", *map(str, args)],
-            stdout=subprocess.PIPE, stderr=stderr, text=True, cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            # Tests that were started in the background would pass on that Ctrl-C is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )  # fmt: skip
-        deadline = time.monotonic() + 300  # a busy machine needs a minute to import torch
-        while not ready() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.02)
-        reached = ready()
-        process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
-        stderr.seek(0)
-        assert reached, f"the command never got that far: {stderr.read()}"
-        return subprocess.CompletedProcess(args, process.returncode, out, stderr.read())
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there, Ctrl-C goes to a whole console")
-def test_ctrl_c_while_generating_keeps_what_is_finished(tmp_path):
-    texts, out = tmp_path / "p.txt", tmp_path / "out"
-    texts.write_text("\n".join(testbed.captions(200, seed=2)))
-    args = ("generate", "testbed", "--prompts", texts, "--out", out, "--batch-size", "1", *STEPS)
-    done = interrupt(args, lambda: out.exists() and len(list(out.glob("*.png"))) >= 2, tmp_path)
-    assert done.returncode == 130, done.stderr
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
-    pictures = list(out.iterdir())
-    assert 2 <= len(pictures) < 200
-    for path in pictures:  # complete ones, under their final names only
-        assert path.suffix == ".png"
-        Image.open(path).load()
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there, Ctrl-C goes to a whole console")
-def test_ctrl_c_while_collecting_is_taken_up_again(tmp_path):
-    texts, out = tmp_path / "p.txt", tmp_path / "out"
-    texts.write_text("\n".join(testbed.captions(200, seed=2, split="train")))
-    args = ("train", "testbed", "--prompts", texts, "--out", out, "--batch-size", "1", *STEPS,
-            "--full-steps", "3")  # fmt: skip
-    done = interrupt(args, lambda: any(out.glob("statistics-*")), tmp_path)
-    assert done.returncode == 130, done.stderr
-    assert "interrupted" in done.stderr and "Traceback" not in done.stderr
-    assert not (out / "config.json").exists()
-    from lesa.training import Statistics
-
-    (kept,) = out.iterdir()
-    assert 1 <= len(Statistics.load(kept).prompts) < 200
