@@ -102,7 +102,7 @@ def demo(
 @guarded
 @takes(TrainRequest)
 def train(request: TrainRequest) -> None:
-    """Train a forecaster for a pipeline; an interrupted collection goes on where it stopped.
+    """Train a forecaster for a pipeline; after Ctrl-C the folder holds what was found.
 
     Example: lesa train testbed --prompts p.txt --full-steps 13,10,8 --out my-lesa
     """

@@ -30,7 +30,7 @@ class TrainRequest(RunRequest):
     form: Annotated[
         str,
         typer.Option(
-            help="Of the coefficients: continuous in the noise level, table, or paper.",
+            help="Of the coefficients: continuous in the noise level, table, paper or disca.",
             rich_help_panel=FORECASTER,
             autocompletion=completion.among(FORMS),
         ),
@@ -53,7 +53,7 @@ class TrainRequest(RunRequest):
     validation: Annotated[
         Path | None,
         typer.Option(
-            help="Prompts to choose and judge by; default: a quarter of --prompts.",
+            help="Other prompts, to choose and judge by; default: a quarter of 8 or more.",
             rich_help_panel=PROMPTS,
         ),
     ] = None
@@ -67,7 +67,7 @@ class TrainRequest(RunRequest):
     target_psnr: Annotated[
         float | None,
         typer.Option(
-            help="Find the fewest full steps that hold so many dB at p10.",
+            help="Find the fewest with which 9 pictures of 10 reach so many dB.",
             rich_help_panel=FORECASTER,
         ),
     ] = None
