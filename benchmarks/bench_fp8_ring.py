@@ -66,7 +66,7 @@ def main() -> None:
     for tap in ("output", "hidden"):
         trained = lesa.train(
             pipe, captions(options.prompts, seed=0, split="train"), 50, FULL_STEPS,
-            tap=tap, refine=1, call=call, progress=False,
+            tap=tap, call=call, progress=False,
         )  # fmt: skip
         peers = [lesa.Taylor(1)] if tap == "output" else []
         for forecaster in (trained, *peers):

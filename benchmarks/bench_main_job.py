@@ -120,9 +120,7 @@ def taps(
     rows = []
     for tap in ("output", "hidden"):
         report = Progress(quiet=True)
-        forecaster = lesa.train(
-            pipe, calibration, 50, (10,), tap=tap, call=call, refine=2, progress=report
-        )
+        forecaster = lesa.train(pipe, calibration, 50, (10,), tap=tap, call=call, progress=report)
         methods = build_all(("lesa",), (10,), Bench(50, forecaster=forecaster))
         row = compare(pipe, unseen, methods, call, seed=1000, batch_size=16).rows[0]
         with lesa.accelerate(pipe, forecaster, full_steps=10):
