@@ -21,9 +21,10 @@ def untrained_page(report: dict[str, Any], fit: dict[str, Any]) -> Iterator[str]
     yield (
         f"What `lesa.enable(pipe)` does, with these numbers: {numbers}. They were chosen on"
         " training prompts of the four pipelines; in the fourth column on those of the three"
-        f" others, as for a model that nobody has seen. {report['unseen_prompts']} unseen prompts,"
-        " in other places half as many. PSNR in dB: mean / p10 / minimum. Of the peers the best"
-        " one counts, anew for each of the three, on its own list with no fewer full steps.\n"
+        " others, as for a model that nobody has seen. Up to"
+        f" {report['unseen_prompts']} unseen prompts, in other places half as many. PSNR in dB:"
+        " mean / p10 / minimum. Of the peers the best one counts, anew for each of the three, on"
+        " its own list with no fewer full steps.\n"
     )
     places = report["places"]
     yield from table(HEAD, (_line(place) for place in places if place["place"] == MAIN))
@@ -40,7 +41,7 @@ def _line(place: dict[str, Any], elsewhere: bool = False) -> list[str]:
     peers = {name: values(row) for name, row in rows.items() if name not in (OURS, LEFT_OUT)}
     best = [max(found[i] for found in peers.values()) for i in range(3)]
     leader = max(peers, key=lambda name: peers[name][0])
-    judged = ours if elsewhere else values(rows[LEFT_OUT])
+    judged = ours if elsewhere else values(rows.get(LEFT_OUT, rows[OURS]))
     return [
         place["pipeline"],
         *([place["place"]] if elsewhere else []),
