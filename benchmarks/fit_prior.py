@@ -11,6 +11,7 @@ Writes benchmarks/results/prior.json.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -30,10 +31,11 @@ COUNTS = (13, 10, 8)
 START = Shape(shift=4.0, early=0.6, late=0.75, first=0.8, last=1.2, width=0.15)
 # What is tried, in this order: values of some fields together.
 SWEEPS: tuple[tuple[dict[str, float], ...], ...] = (
-    ({"shift": 3.0}, {"shift": 5.0}),
+    ({"shift": 3.0}, {"shift": 5.0}, {"shift": 6.0}),
     ({"early": 0.5, "late": 0.6}, {"early": 0.7, "late": 0.8}),
     (
         {"first": 0.9, "last": 1.3, "width": 0.15},
+        {"first": 1.0, "last": 1.5, "width": 0.15},
         {"first": 0.6, "last": 0.8, "width": 0.5},  # hardly less of a line over wide gaps
     ),
 )
@@ -98,6 +100,15 @@ def joint(runs: list[Runs], shape: Shape) -> float:
     return float(np.mean([run.worth(shape) for run in runs]))
 
 
+def keep(runs: list[Runs], report: dict[str, Any]) -> None:
+    """What an earlier file has of these pipelines and prompts."""
+    assert report["prompts"] == PIPELINES, "prior.json is of other prompts"
+    for tried in report["tried"]:
+        for run in runs:
+            found = tried["psnr"][run.name].items()
+            run.found[Shape(**tried["shape"])] = {int(count): values for count, values in found}
+
+
 def left_out(runs: list[Runs]) -> dict[str, Any]:
     """Of each pipeline the best shape for the others, and what it is worth there."""
     rows = {}
@@ -116,9 +127,12 @@ def left_out(runs: list[Runs]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="do not run again what is in the file")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     runs = [Runs(name, count) for name, count in PIPELINES.items()]
+    if options.keep:
+        keep(runs, json.loads((RESULTS / "prior.json").read_text()))
     *_, best = sweep(runs)
     tried = [
         {"shape": asdict(shape), "psnr": {run.name: run.found[shape] for run in runs}}
