@@ -34,11 +34,11 @@ class Shape:
         width: share of a run at which a gap's slope is halved.
     """
 
-    shift: float = 4.0
+    shift: float = 5.0
     early: float = 0.6
     late: float = 0.75
-    first: float = 0.8
-    last: float = 1.2
+    first: float = 1.0
+    last: float = 1.5
     width: float = 0.15
 
 
