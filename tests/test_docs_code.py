@@ -26,7 +26,8 @@ SMALL = {  # numbers of a page -> those of `make test`
     "num_inference_steps=50": "num_inference_steps=8",
     "full_steps=(13, 10, 8)": "full_steps=(4, 3)",
     "full_steps=10": "full_steps=4",
-    "target_speedup=4": "target_speedup=2",
+    "target_speedup=4": "target_speedup=1.5",
+    "budget=40": "budget=10",
     "[0, 5, 10, 20, 30, 40]": "[0, 2, 5]",
 }
 PROMPTS = testbed.captions(2, split="train")
