@@ -78,7 +78,9 @@ def train_disca(
         run = trainer.searched(full_steps)
     else:
         run = trainer.fitted(schedule.bind(statistics.num_steps))
-    trainer.learn(run)
+    if not trainer.learn(run):
+        forecaster.metadata["interrupted"] = True
+        job.progress.line("interrupted: the forecaster holds what was found so far")
     _store(forecaster, run, statistics)
     forecaster.metadata["network_share"] = trainer.share
     scores, full = trainer.scores(run, data.judged), run.schedule.full_steps
@@ -151,29 +153,30 @@ class _Trainer:
         self._count(run, batches)
         return torch.cat([-10 * _error(run(b), b).clamp_min(FLOOR).log10() for b in batches])
 
-    def learn(self, run: Accelerated) -> None:
-        """Rows alone, then rows and blocks; the run is in the state that judged best."""
+    def learn(self, run: Accelerated) -> bool:
+        """Rows alone, then rows and blocks; the run is in the state that judged best. Whether it
+        came to the end: an interrupt keeps what is the best so far."""
         blocks, rows = [*run.blocks.parameters()], [*run.rows.values()]
-        order = self._order()
+        best, order = [self._state(run)], self._order()
+        alone = [{"params": rows, "lr": ROW_RATE}]
+        both = [{"params": blocks, "lr": RATE}, {"params": rows, "lr": ROW_RATE / 2}]
         with _fixed(self.model), self.job.phase("train", ROWS_FIRST + TOGETHER) as bar:
             bar.detail = f"{ROWS_FIRST + TOGETHER} rounds of {self.job.batch_size} pictures"
-            run.blocks.requires_grad_(False)
-            optimizer = torch.optim.Adam(rows, lr=ROW_RATE, betas=(0.9, 0.99))
-            best = self._state(run)
-            for turn in range(ROWS_FIRST):
-                self._move(run, next(order), optimizer, _fading(turn, ROWS_FIRST))
-                bar.advance(1)
-            best = max(best, self._state(run), key=_quality)
-            run.blocks.requires_grad_(True)
-            groups = [{"params": blocks, "lr": RATE}, {"params": rows, "lr": ROW_RATE / 2}]
-            optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-            for turn in range(TOGETHER):
-                self._move(run, next(order), optimizer, _fading(turn, TOGETHER))
-                bar.advance(1)
-                if (turn + 1) % (TOGETHER // JUDGED) == 0:
-                    best = max(best, self._state(run), key=_quality)
-        run.load_state_dict(best[1])
+            try:
+                for groups, turns in ((alone, ROWS_FIRST), (both, TOGETHER)):
+                    run.blocks.requires_grad_(groups is both)
+                    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+                    for turn in range(turns):
+                        self._move(run, next(order), optimizer, _fading(turn, turns))
+                        bar.advance(1)
+                        if (turn + 1) % max(1, TOGETHER // JUDGED) == 0 or turn + 1 == turns:
+                            best = [max(*best, self._state(run), key=_quality)]
+                ended = True
+            except KeyboardInterrupt:
+                ended = False
+        run.load_state_dict(best[0][1])
         run.requires_grad_(False)
+        return ended
 
     def _order(self) -> Iterator[Batch]:
         """The batches of the fit again and again, shuffled."""

@@ -97,6 +97,24 @@ def test_the_model_is_as_it_was():
     assert torch.equal(latents(pipe, call, titles), plain)
 
 
+def test_an_interrupt_keeps_the_best_so_far(monkeypatch):
+    moves, move = [], disca._Trainer._move
+
+    def stopped(*given):
+        moves.append(1)
+        if len(moves) == 20:
+            raise KeyboardInterrupt
+        move(*given)
+
+    monkeypatch.setattr(disca._Trainer, "_move", stopped)
+    pipe, call, titles, log, forecaster = trained("flux")
+    assert forecaster.metadata["interrupted"] and any("interrupted" in line for line in log.lines)
+    with lesa.accelerate(pipe, forecaster):
+        assert latents(pipe, call, titles).isfinite().all()
+        assert not lesa.stats(pipe).fallbacks
+    assert forecaster.net.weights["join.weight"].abs().max() > 0  # after two of four rounds' ends
+
+
 def test_a_folder_gives_it_back_to_the_last_bit(tmp_path):
     pipe, call, titles, _, forecaster = trained("flux", schedule=None)
     forecaster.save_pretrained(tmp_path)
