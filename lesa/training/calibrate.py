@@ -16,7 +16,6 @@ from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
 from lesa.training.joint_fit import joint_fit
 from lesa.training.objective import quality
-from lesa.training.race import Halving
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import (
     REACH,
@@ -31,15 +30,15 @@ from lesa.training.search import (
 from lesa.training.statistics import Statistics
 
 DRIFTS = (1.0, 0.5)  # values of beta that compete: which is best depends on the step list
-GENTLE = (0.0, 0.5)  # where the sampler is known in part, steering may do harm
+GENTLE = (0.5, 0.0)  # where the sampler is known in part, steering more does harm
 SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
-RACING = 0.45  # share of a count's budget for races of step lists
-FINAL = 0.15  # share for the fits on all prompts; the rest is for the joint fit
-FIRST = 0.6  # of the races' share for the first one
-RACERS, NEAR = 16, 8  # lists in the first race, neighbours of its winner in the second
-LEFT = 0.6  # of a race's full steps that are run, since losers stop
+RACING = 0.5  # share of a count's budget for races of step lists
+FINAL = 0.13  # share for the fits on all prompts; the rest is for the joint fit
+RACERS, LEADERS, FINALISTS = 14, 4, 8  # lists: in the first race, and in the second
 FEWEST = 3  # prompts in a race
+RIDGE = 1e-5
+HELD = 0.5
 
 
 class Calibrator:
@@ -61,30 +60,33 @@ class Calibrator:
             return [candidates(self.judge, count, bar.advance) for count in counts]
 
     def race(self, lists: Sequence[Steps], budget: float) -> list[Steps]:
-        """The lists in the order in which they end on some prompts, as true accelerated runs, after
-        those that come out of the winner where one full step moves."""
-        lists = [*lists[:RACERS]]
-        first = self._raced(lists, RACING * FIRST * budget)
-        if first is None:
-            return lists
-        near = set(neighbours(first[0], self._steps, REACH)) - set(lists)
-        likely = sorted(near, key=self.judge.quality, reverse=True)[:NEAR]
-        second = self._raced([first[0], *likely], RACING * (1 - FIRST) * budget)
-        return [*dict.fromkeys([*(second or []), *first])]
+        """The best lists as true accelerated runs show them, the best first.
 
-    def _raced(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:
-        """Lists in the order in which they end; None where the budget pays for too few prompts."""
-        rollouts = [self._rollout(self._plan(steps)) for steps in lists]
-        each = LEFT * steps_computed(rollouts)
-        prompts = self.job.mixed(int(budget / each))
-        if len(prompts) < FEWEST or len(lists) < 2:
+        Many run on few prompts; then the leaders, and what becomes of the first one where a single
+        full step moves, on twice as many or more.
+        """
+        lists = [*lists[:RACERS]]
+        leaders = self._ranked(lists, RACING / 2 * budget)
+        if leaders is None:
+            return lists
+        near = {*neighbours(leaders[0], self._steps, REACH)} - {*lists}
+        likely = sorted(near, key=self.judge.quality, reverse=True)
+        finalists = [*leaders[:LEADERS], *likely[: FINALISTS - LEADERS]]
+        return self._ranked(finalists, RACING / 2 * budget) or leaders
+
+    def _ranked(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:
+        """As many of the lists as the budget pays for on `FEWEST` prompts or more, in the order in
+        which they end; None where that is one."""
+        rollouts = [self._rollout(self._plan(steps), ridge=RIDGE) for steps in lists]
+        while rollouts and steps_computed(rollouts) * FEWEST > budget:
+            rollouts.pop()
+        if len(rollouts) < 2:
             return None
-        halving = Halving(lists, self.judge, self.job.pictures_of(prompts))
-        expected, before = self.job.rows(round(each), len(prompts)), self.job.work.rows
-        with self.job.phase("race of step lists", expected) as bar:
+        lists, each = lists[: len(rollouts)], steps_computed(rollouts)
+        prompts = self.job.mixed(min(len(self.job.prompts), int(budget / each)), HELD)
+        with self.job.phase("race of step lists", self.job.rows(each, len(prompts))) as bar:
             bar.detail = f"{len(lists)} lists on {len(prompts)} prompts, {self._steps} steps"
-            self._run(rollouts, prompts, halving)
-            bar.extend(self.job.work.rows - before - expected)
+            self._run(rollouts, prompts)
         late = (handicap(steps, self._steps) for steps in lists)
         ahead = [quality(rollout) - dB for rollout, dB in zip(rollouts, late, strict=True)]
         return [lists[i] for i in sorted(range(len(lists)), key=lambda i: -ahead[i])]
@@ -155,16 +157,19 @@ class Calibrator:
         self,
         rollouts: Sequence[Rollout],
         prompts: Sequence[int] | None = None,
-        race: Halving | None = None,
     ) -> None:
-        run_rollouts(self.job, rollouts, self._prior, self._steps, self.statistics, prompts, race)
+        run_rollouts(self.job, rollouts, self._prior, self._steps, self.statistics, prompts)
 
     def _rollout(
-        self, plan: Schedule, drift: float | None = None, shrinkage: float = SHRINKAGES[0]
+        self,
+        plan: Schedule,
+        drift: float | None = None,
+        shrinkage: float = SHRINKAGES[0],
+        **more: float,
     ) -> Rollout:
         history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
         drift = self._drifts()[0] if drift is None else drift
-        return Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage))
+        return Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage, **more))
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""

@@ -31,8 +31,6 @@ from lesa.training.statistics import Statistics
 from lesa.util.numerics import free_memory
 
 Prior = Callable[[Schedule, tuple[float, ...], str], Tensor]  # -> [steps, K + uses_latent]
-# A step and the latents' mean squared errors there, [rollouts, pictures] -> who has lost
-Race = Callable[[int, Tensor], Sequence[int]]
 MEMORY = 0.4  # share of the free memory that rollouts of one call may take
 
 
@@ -40,7 +38,7 @@ class LockStep:
     """Controller of the shared call: computes full rows, forecasts the others.
 
     The rows of a call are ``[parts, rollouts, pictures]``: a batched guidance part holds every
-    rollout's pictures. A rollout that has lost the race goes on along the base run, at no cost.
+    rollout's pictures. A rollout that has been dropped goes along the plain run, at no cost.
     """
 
     def __init__(
@@ -51,13 +49,11 @@ class LockStep:
         statistics: Statistics | None,
         prompts: Sequence[int],
         base: BaseRun,
-        race: Race | None = None,
     ) -> None:
         self.job, self.rollouts, self.prior, self.base = job, rollouts, prior, base
-        self.statistics, self.race = statistics, race
+        self.statistics = statistics
         self.which, self.fitted = job.pictures_of(prompts), job.fitted_among(prompts)
         self.prefixes = Prefixes([rollout.spec for rollout in rollouts])
-        self.asked = -1  # the last step at which the race was asked
         self.last: dict[tuple[str, int], tuple[type | ListOf, Tensor, Tensor]] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -65,7 +61,6 @@ class LockStep:
         batch = _Batch(denoiser, args, kwargs, len(latent))
         places = self._places(len(latent))
         latents = latent.unflatten(0, places.shape)
-        self._drop_losers(step, latents)
         full = self.prefixes.computed(step.index)
         kind, output, feature = self._compute(batch, step.branch, places[:, full])
         at = self._visit(step, steers=latent.shape == output.shape)
@@ -88,15 +83,6 @@ class LockStep:
                 tails = self._tails(batch, places[:, copy])
                 outputs[:, copy] = rollout.forecast(at, latents[:, copy], base, tails, self.fitted)
         return make_output(kind, output)
-
-    def _drop_losers(self, step: Step, latents: Tensor) -> None:
-        """Ask the race, once a step."""
-        if self.race is None or step.index == self.asked:
-            return
-        self.asked = step.index
-        latent, _ = self.base.at(step.index, step.branch, self.which, latents.device)
-        error = (latents[0] - latent).float().square().flatten(2).mean(2)
-        self.prefixes.drop(self.race(step.index, error.cpu().double()))
 
     def _places(self, rows: int) -> Tensor:
         """The rows of a call, ``[parts, rollouts, pictures]``."""
@@ -237,14 +223,12 @@ def run_rollouts(
     num_inference_steps: int,
     statistics: Statistics | None = None,
     prompts: Sequence[int] | None = None,
-    race: Callable[[Sequence[int]], Race] | None = None,
 ) -> None:
     """Run rollouts side by side; fills each one's result.
 
     With ``statistics`` the fits know guidance weights and sampler. ``prompts`` are the numbers of
     those that run; rows are fitted to those among them that are not held out. The plain run is
-    collected first where it has not been kept. With a ``race``, which is given the numbers of those
-    that run together, some are dropped on the way: they have no result.
+    collected first where it has not been kept.
 
     Of every rollout, picture and guidance part there are in memory K + `lesa.training.job.HELD`
     features and the picture's own arguments of the denoiser; where all rollouts together would take
@@ -264,16 +248,14 @@ def run_rollouts(
         some = [rollouts[i] for i in group]
         for rollout in some:
             rollout.begin()
-        lost = None if race is None else race(group)
-        step = LockStep(job, some, prior, statistics, rows, base, lost)
+        step = LockStep(job, some, prior, statistics, rows, base)
         with job.controlled(step):
             final = job.run(rows * len(some), num_inference_steps)
         ends = final.cpu().double().reshape(len(some), len(rows) * job.pictures, -1)
         target = base.final[job.pictures_of(rows)]
-        for copy, (rollout, end) in enumerate(zip(some, ends, strict=True)):
+        for rollout, end in zip(some, ends, strict=True):
             rollout.state = RolloutState()
-            if copy not in step.prefixes.dropped:
-                rollout.result.error = (end - target) / target.square().mean(1, keepdim=True).sqrt()
+            rollout.result.error = (end - target) / target.square().mean(1, keepdim=True).sqrt()
 
 
 def _groups(job: Job, rollouts: Sequence[Rollout], prompts: int) -> list[range]:

@@ -16,7 +16,7 @@ from lesa.training.statistics import Statistics
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
 SECONDS = 9  # places that are tried for the second full step
-BENDS = (0.0, 0.5, 0.8)
+BENDS = (0.15, 0.3, 0.45, 0.6)  # how much denser a spread is towards its ends
 EARLY_SHARE, LATE = 0.04, 1.0  # of the steps; dB
 REACH = 2  # steps by which a full step moves at a time
 
@@ -167,24 +167,28 @@ def handicap(full_steps: Steps, num_steps: int) -> float:
 def candidates(
     judge: Judge, count: int, advance: Callable[[], object] = lambda: None
 ) -> list[Steps]:
-    """Step lists for accelerated runs to choose from, the best on the statistics first.
+    """Step lists for accelerated runs to choose from.
 
-    For each place of the second full step there is the best of some plain spreads and what it
-    becomes where single steps move. How far the first gap may reach is left to accelerated runs: an
-    error at high noise changes what the model sees at every later full step, and statistics of
-    plain runs know nothing of that. ``advance`` is called once for each place.
+    First plain spreads with an early second full step, which are good on every model and the best
+    on some; then, the best on the statistics first, spreads with other second full steps and what
+    the best of each becomes where single steps move. How far the first gap may reach is left to
+    accelerated runs: an error at high noise changes what the model sees at every later full step,
+    and statistics of plain runs know nothing of that. ``advance`` is called once for each second
+    full step.
     """
     num_steps = judge.statistics.num_steps
-    found: dict[Steps, float] = {}
+    early: dict[Steps, float] = {}
+    others: dict[Steps, float] = {}
     for second in second_steps(count, num_steps):
         starts = {spread_from(second, count, num_steps, bend) for bend in BENDS}
-        start = max(starts, key=judge.quality)
-        found[start] = judge.quality(start)
-        best, score = climb(start, num_steps, judge.quality, REACH, held=2)
-        found[best] = score
+        found = {start: judge.quality(start) - handicap(start, num_steps) for start in starts}
+        is_early = not handicap((0, second), num_steps)
+        (early if is_early else others).update(found)
+        best, _ = climb(max(starts, key=judge.quality), num_steps, judge.quality, REACH, held=2)
+        others[best] = judge.quality(best) - handicap(best, num_steps)
         advance()
-    ahead = {steps: score - handicap(steps, num_steps) for steps, score in found.items()}
-    return sorted(ahead, key=ahead.__getitem__, reverse=True) or [(0,)]
+    ranked = [sorted(part, key=part.__getitem__, reverse=True) for part in (early, others)]
+    return [*dict.fromkeys(steps for part in ranked for steps in part)] or [(0,)]
 
 
 def search_schedule(
@@ -199,5 +203,7 @@ def search_schedule(
         raise LesaError(
             f"full_steps={count} is impossible with {num_steps} steps: choose 1 to {num_steps}"
         )
-    best = candidates(judge or judge_of(statistics, history), count)[0]
+    judge = judge or judge_of(statistics, history)
+    ahead = {x: judge.quality(x) - handicap(x, num_steps) for x in candidates(judge, count)}
+    best = max(ahead, key=ahead.__getitem__)
     return Schedule.explicit(best, num_steps)

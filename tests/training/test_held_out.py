@@ -12,12 +12,13 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.forecasters.worth import Worth
 from lesa.training import aims
+from lesa.training.calibrate import Calibrator
 from lesa.training.closed_loop import replay, run_rollouts
 from lesa.training.collect import collect
 from lesa.training.job import Job
-from lesa.training.race import Halving
+from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
-from lesa.training.search import OpenLoop
+from lesa.training.search import handicap
 from lesa.util.progress import Progress
 
 PLAN = Schedule.explicit((0, 2, 4), STEPS)
@@ -48,20 +49,25 @@ def test_rows_are_those_of_the_other_prompts_alone(name, tap):
     )
 
 
-def test_a_race_stops_the_worse_half_and_the_winner_is_as_without_it():
+def test_races_put_the_best_list_first_and_late_second_steps_back():
     job = make_job("qwen", prompts=4)
     statistics = collect(job, STEPS)
+    forecaster = lesa.LesaForecaster(
+        "table", branches=statistics.branches, num_steps=STEPS, uses_latent=True
+    )
+    calibrator = Calibrator(job, forecaster, statistics)
     lists = [(0, 2, 4), (0, 1, 2), (0, 1, 5), (0, 3, 5)]
-    rollouts = [Rollout(RolloutSpec(Schedule.explicit(x, STEPS), 3)) for x in lists]
+    rollouts = [calibrator._rollout(Schedule.explicit(x, STEPS)) for x in lists]
+    run_rollouts(job, rollouts, calibrator._prior, STEPS, statistics)
+    ahead = {
+        x: quality(rollout) - handicap(x, STEPS) for x, rollout in zip(lists, rollouts, strict=True)
+    }
+    assert calibrator._ranked(lists, 1e6) == sorted(lists, key=ahead.__getitem__, reverse=True)
+    assert calibrator._ranked(lists, 1) is None and calibrator.race(lists, 1) == lists
     before = job.work.rows
-    run_rollouts(job, rollouts, reuse(4), STEPS, statistics)
-    alone, cost = [rollout.result.score for rollout in rollouts], job.work.rows - before
-    halving = Halving(lists, OpenLoop(statistics, 3), range(4))
-    before = job.work.rows
-    run_rollouts(job, rollouts, reuse(4), STEPS, statistics, race=halving)
-    left = [i for i, rollout in enumerate(rollouts) if rollout.result.score is not None]
-    assert len(left) == 1 and job.work.rows - before < cost
-    torch.testing.assert_close(rollouts[left[0]].result.score, alone[left[0]], rtol=1e-4, atol=1e-3)
+    found = calibrator.race(lists, 1e6)
+    assert found == calibrator._ranked(found, 1e6)
+    assert job.work.rows > before
 
 
 def test_a_replayed_plain_run_is_the_plain_run():
