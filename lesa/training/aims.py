@@ -12,7 +12,7 @@ from lesa.training.budget import Budget
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.job import Job
-from lesa.training.search import Steps, spread_from
+from lesa.training.search import Steps, shaped
 from lesa.training.statistics import Statistics
 from lesa.training.worth import measure
 
@@ -130,19 +130,14 @@ def _guesses(
 ) -> Iterator[int]:
     """Numbers of full steps to try, while the caller enters what they reach into ``found``.
 
-    What the statistics say of even lists tells how many dB a step more is worth.
+    What the statistics say of the prior's lists tells how many dB a step more is worth.
     """
-    steps = calibrator.statistics.num_steps
+    statistics, judge = calibrator.statistics, calibrator.judge
+    steps = statistics.num_steps
     low, high, guess = 1, steps - 1, min(first, steps - 1)
+    expected = {n: judge.quality(shaped(n, statistics)[0]) for n in range(1, steps)}
     while low <= high:
         yield guess
         low, high = (low, guess - 1) if found[guess] >= target else (guess + 1, high)
-        near = found[guess] - calibrator.judge.quality(_even(guess, steps))
-        expected = {
-            n: near + calibrator.judge.quality(_even(n, steps)) for n in range(low, high + 1)
-        }
-        guess = next((n for n, dB in expected.items() if dB >= target), high)
-
-
-def _even(count: int, steps: int) -> Steps:
-    return spread_from(max(1, round(steps / count / 2)), count, steps) if count > 1 else (0,)
+        missing = target - found[guess] + expected[guess]
+        guess = next((n for n in range(low, high) if expected[n] >= missing), high)

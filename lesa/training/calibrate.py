@@ -18,6 +18,7 @@ from lesa.training.joint_fit import joint_fit
 from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import (
+    CLIMBS,
     REACH,
     OpenLoop,
     Steps,
@@ -25,7 +26,6 @@ from lesa.training.search import (
     handicap,
     judge_of,
     neighbours,
-    second_steps,
 )
 from lesa.training.statistics import Statistics
 
@@ -37,8 +37,6 @@ RACING = 0.5  # share of a count's budget for races of step lists
 FINAL = 0.13  # share for the fits on all prompts; the rest is for the joint fit
 RACERS, LEADERS, FINALISTS = 14, 4, 8  # lists: in the first race, and in the second
 FEWEST = 3  # prompts in a race
-RIDGE = 1e-5
-HELD = 0.5
 
 
 class Calibrator:
@@ -54,8 +52,7 @@ class Calibrator:
 
     def search(self, counts: Sequence[int]) -> list[list[Steps]]:
         """Step lists for each number of full steps, the best on the statistics first."""
-        lists = [len(second_steps(count, self._steps)) for count in counts]
-        with self.job.progress.bar("schedule search", sum(lists)) as bar:
+        with self.job.progress.bar("schedule search", CLIMBS * len(counts)) as bar:
             bar.detail = f"{len(counts)} counts on the statistics, {self._steps} steps"
             return [candidates(self.judge, count, bar.advance) for count in counts]
 
@@ -77,13 +74,13 @@ class Calibrator:
     def _ranked(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:
         """As many of the lists as the budget pays for on `FEWEST` prompts or more, in the order in
         which they end; None where that is one."""
-        rollouts = [self._rollout(self._plan(steps), ridge=RIDGE) for steps in lists]
+        rollouts = [self._rollout(self._plan(steps)) for steps in lists]
         while rollouts and steps_computed(rollouts) * FEWEST > budget:
             rollouts.pop()
         if len(rollouts) < 2:
             return None
         lists, each = lists[: len(rollouts)], steps_computed(rollouts)
-        prompts = self.job.mixed(min(len(self.job.prompts), int(budget / each)), HELD)
+        prompts = self.job.mixed(min(len(self.job.prompts), int(budget / each)))
         with self.job.phase("race of step lists", self.job.rows(each, len(prompts))) as bar:
             bar.detail = f"{len(lists)} lists on {len(prompts)} prompts, {self._steps} steps"
             self._run(rollouts, prompts)
@@ -165,11 +162,10 @@ class Calibrator:
         plan: Schedule,
         drift: float | None = None,
         shrinkage: float = SHRINKAGES[0],
-        **more: float,
     ) -> Rollout:
         history, latent = self.forecaster.settings.history, self.forecaster.uses_latent
         drift = self._drifts()[0] if drift is None else drift
-        return Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage, **more))
+        return Rollout(RolloutSpec(plan, history, latent, drift, shrinkage=shrinkage))
 
     def _drifts(self) -> tuple[float, ...]:
         """Values of beta to try; only 0 where nothing is known of the sampler."""

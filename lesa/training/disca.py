@@ -26,7 +26,7 @@ from lesa.training.disca_data import FITTED, Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job
 from lesa.training.objective import EXPONENT, objective
-from lesa.training.search import BENDS, neighbours, search_schedule, spread_from
+from lesa.training.search import neighbours, search_schedule, shaped
 from lesa.training.statistics import Statistics
 
 ROWS_FIRST, TOGETHER = 30, 160  # rounds of one batch: rows alone, then rows and blocks
@@ -34,6 +34,7 @@ ROW_RATE, RATE = 1e-2, 5e-4  # of Adam, at the beginning
 WARM_UP = 10  # rounds
 JUDGED = 4  # times on the way; the best state is kept
 FLOOR = 1e-7  # of the relative squared error: what is nearer counts no more
+SHAPES = 3  # lists of the prior that are tried
 BACKWARD = 2  # a pass backwards costs as much as so many forwards
 
 
@@ -116,7 +117,7 @@ class _Trainer:
         self.share = _numbers(self.blocks) / _numbers(self.model)
 
     def searched(self, full_steps: int) -> Accelerated:
-        """The best of the list that the statistics tell, of even ones, and of their neighbours."""
+        """The best of what the statistics tell, of some of the prior's lists, and of neighbours."""
         steps = self.statistics.num_steps
         told = search_schedule(self.statistics, full_steps).full_steps
         tried: dict[tuple[int, ...], tuple[float, Accelerated]] = {}
@@ -132,7 +133,7 @@ class _Trainer:
             return max(tried, key=lambda full: tried[full][0])
 
         with self.job.phase("choose the list", 0) as bar:
-            found = best([told, *_even(full_steps, steps)])
+            found = best([told, *shaped(full_steps, self.statistics)[:SHAPES]])
             found = best(neighbours(found, steps, reach=1))
             bar.detail = f"{len(tried)} lists with rows around untrained blocks"
         return tried[found][1]
@@ -253,10 +254,3 @@ def _fixed(model: torch.nn.Module) -> Iterator[None]:
             own[name] = part
         for part in asked:
             part.requires_grad_(True)
-
-
-def _even(full_steps: int, steps: int) -> list[tuple[int, ...]]:
-    """Lists at equal distances, and ones that are denser towards both ends."""
-    second = round(steps / full_steps)
-    few = full_steps < 2
-    return [(0,)] if few else [spread_from(second, full_steps, steps, bend) for bend in BENDS]

@@ -138,10 +138,10 @@ class Job:
         """The numbers of the prompts that rows are fitted to."""
         return [i for i in range(len(self.prompts)) if i not in self.held_out]
 
-    def mixed(self, count: int, share: float = 0.5) -> list[int]:
+    def mixed(self, count: int) -> list[int]:
         """So many prompts at most, of which about half are held out where any are."""
         apart = sorted(self.held_out)
-        held = apart[: max(int(share * count), count - len(self.fitted))]
+        held = apart[: max(count // 2, count - len(self.fitted))]
         return sorted(self.fitted[: max(0, count - len(held))] + held)
 
     def fitted_among(self, prompts: Sequence[int]) -> list[int]:

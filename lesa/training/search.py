@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import numpy.typing as npt
 
-from lesa.core.schedule import Schedule, spread
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
+from lesa.forecasters.prior import FITTED, prior_schedule
 from lesa.training.objective import objective
 from lesa.training.simulate import Simulation
 from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
-SECONDS = 9  # places that are tried for the second full step
-BENDS = (0.15, 0.3, 0.45, 0.6)  # how much denser a spread is towards its ends
+EARLY, LATER = (0.45, 0.6, 0.75, 0.9, 1.1), (0.5, 0.75, 1.0, 1.3)  # of shapes that are tried
+CLIMBS = 3  # of the shapes whose steps move
 EARLY_SHARE, LATE = 0.04, 1.0  # of the steps; dB
 REACH = 2  # steps by which a full step moves at a time
 
@@ -136,22 +139,6 @@ def climb(
         score, best = found
 
 
-def spread_from(second: int, count: int, num_steps: int, bend: float = 0.0) -> Steps:
-    """Step 0, the second full step, and the others at equal distances after it; or, bent, with
-    smaller ones towards both ends."""
-    places = np.arange(count - 1) / (count - 1)
-    places = places - bend * np.sin(2 * np.pi * places) / (2 * np.pi)
-    return spread([0, *(second + (num_steps - second) * places)], num_steps)
-
-
-def second_steps(count: int, num_steps: int) -> list[int]:
-    """Places for the second full step, from right after the first to well beyond an even gap."""
-    if count < 2:
-        return []
-    last = min(num_steps - count + 1, max(count, round(2 * num_steps / count)))
-    return sorted({round(last ** (i / (SECONDS - 1))) for i in range(SECONDS)} if last > 1 else {1})
-
-
 def handicap(full_steps: Steps, num_steps: int) -> float:
     """dB by which a list with a late second full step has to be better than others.
 
@@ -164,31 +151,44 @@ def handicap(full_steps: Steps, num_steps: int) -> float:
     return LATE if len(full_steps) > 1 and full_steps[1] > early else 0.0
 
 
+def shaped(count: int, statistics: Statistics) -> list[Steps]:
+    """Step lists of the untrained prior with more or fewer full steps at either end, those most
+    like its own first."""
+    own = FITTED
+    shapes = sorted(
+        product(EARLY, LATER), key=lambda s: abs(s[0] - own.early) + abs(s[1] - own.late)
+    )
+    steps, sigmas = statistics.num_steps, statistics.sigmas
+    lists = [
+        prior_schedule(count, steps, sigmas, replace(own, early=early, late=late)).full_steps
+        for early, late in shapes
+    ]
+    return [*dict.fromkeys(lists)]
+
+
 def candidates(
     judge: Judge, count: int, advance: Callable[[], object] = lambda: None
 ) -> list[Steps]:
     """Step lists for accelerated runs to choose from.
 
-    First plain spreads with an early second full step, which are good on every model and the best
-    on some; then, the best on the statistics first, spreads with other second full steps and what
-    the best of each becomes where single steps move. How far the first gap may reach is left to
-    accelerated runs: an error at high noise changes what the model sees at every later full step,
-    and statistics of plain runs know nothing of that. ``advance`` is called once for each second
-    full step.
+    First those of `shaped` whose second full step is early, then, the best on the statistics first,
+    its others and what the best of the first become where single steps move. How far the first gap
+    may reach is left to accelerated runs: an error at high noise changes what the model sees at
+    every later full step, and statistics of plain runs know nothing of that. ``advance`` is called
+    `CLIMBS` times.
     """
-    num_steps = judge.statistics.num_steps
-    early: dict[Steps, float] = {}
-    others: dict[Steps, float] = {}
-    for second in second_steps(count, num_steps):
-        starts = {spread_from(second, count, num_steps, bend) for bend in BENDS}
-        found = {start: judge.quality(start) - handicap(start, num_steps) for start in starts}
-        is_early = not handicap((0, second), num_steps)
-        (early if is_early else others).update(found)
-        best, _ = climb(max(starts, key=judge.quality), num_steps, judge.quality, REACH, held=2)
-        others[best] = judge.quality(best) - handicap(best, num_steps)
+    num_steps, lists = judge.statistics.num_steps, shaped(count, judge.statistics)
+    late = {steps for steps in lists if handicap(steps, num_steps)}
+    starts = sorted(lists, key=judge.quality, reverse=True)
+    starts = [steps for steps in starts if steps not in late] or starts
+    found = {steps: judge.quality(steps) for steps in late}
+    for start in (starts * CLIMBS)[:CLIMBS]:
+        if start not in found:
+            best, score = climb(start, num_steps, judge.quality, REACH, held=min(2, count))
+            found[best] = score
         advance()
-    ranked = [sorted(part, key=part.__getitem__, reverse=True) for part in (early, others)]
-    return [*dict.fromkeys(steps for part in ranked for steps in part)] or [(0,)]
+    ahead = sorted(found, key=lambda x: handicap(x, num_steps) - found[x])
+    return [*dict.fromkeys([*(steps for steps in lists if steps not in late), *ahead])]
 
 
 def search_schedule(

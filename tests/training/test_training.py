@@ -12,6 +12,7 @@ from tiny_pipelines import build
 import lesa
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
+from lesa.forecasters.prior import prior_schedule
 from lesa.testbed import captions, load, settings
 from lesa.training.closed_loop import run_rollouts, take_rows
 from lesa.training.collect import collect
@@ -20,14 +21,13 @@ from lesa.training.job import Job, call_arguments, weights_hash
 from lesa.training.objective import objective
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import (
-    BENDS,
     OpenLoop,
     candidates,
     climb,
+    handicap,
     judge_of,
     search_schedule,
-    second_steps,
-    spread_from,
+    shaped,
 )
 from lesa.training.statistics import Statistics, inner_products
 
@@ -162,21 +162,23 @@ def test_open_loop_coefficients_are_least_squares(statistics):
     np.testing.assert_allclose(weights, exact, rtol=1e-3, atol=1e-5)
 
 
-def test_search_has_a_spread_and_a_list_that_no_neighbour_beats_for_every_second_step(statistics):
+def test_candidates_are_the_priors_early_lists_then_others_and_what_climbs(statistics):
     judge, told = judge_of(statistics, history=3), []
     lists = candidates(judge, 5, lambda: told.append(1))
-    seconds = second_steps(5, STEPS)
-    assert len(told) == len(seconds) and {1, 2} <= set(seconds) and max(seconds) <= STEPS - 4
-    for second in seconds:
-        here = [steps for steps in lists if steps[1] == second]
-        assert all(len(steps) == 5 and steps[0] == 0 for steps in here)
-        best = max(here, key=judge.quality)
-        assert climb(best, STEPS, judge.quality, held=2)[0] == best
-    early = [spread_from(1, 5, STEPS, bend) for bend in BENDS]
-    assert set(early) == set(lists[: len(set(early))])
+    known = shaped(5, statistics)
+    assert len(told) == 3 and len(lists) == len(set(lists))
+    assert known[0] == prior_schedule(5, STEPS, statistics.sigmas).full_steps
+    assert all(len(steps) == 5 and steps[0] == 0 and steps[-1] < STEPS for steps in lists)
+    early = [steps for steps in known if not handicap(steps, STEPS)]
+    assert early and lists[: len(early)] == early and set(known) <= set(lists)
+    start = max(early, key=judge.quality)
+    climbed = climb(start, STEPS, judge.quality, held=2)[0]
+    assert climbed in lists and judge.quality(climbed) >= judge.quality(start)
     best = search_schedule(statistics, 5).full_steps
-    assert best in lists
-    assert all(judge.quality(best) >= judge.quality(steps) - 1 for steps in lists)
+    assert all(
+        judge.quality(best) - handicap(best, STEPS) >= judge.quality(x) - handicap(x, STEPS)
+        for x in lists
+    )
 
 
 @pytest.mark.parametrize("count", (1, 2, STEPS - 1, STEPS))
