@@ -1,14 +1,16 @@
-"""A plain copy of a module, whatever others have put on it."""
+"""A plain copy of a module, whatever others have put on it; weights that stay as they are."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ordinary", "plain_copy"]
+__all__ = ["ordinary", "plain_copy", "weights_fixed"]
 
 _HOOKS = (
     "_forward_hooks",
@@ -51,3 +53,30 @@ def _here(part: Tensor) -> Tensor:
 def ordinary(value: Any) -> Any:
     """A tensor of inference mode as an ordinary one; everything else as it is."""
     return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+
+@contextmanager
+def weights_fixed(model: nn.Module) -> Iterator[None]:
+    """For a while no gradients of the model's own weights are taken, and they go through weights
+    that were loaded in inference mode, by copies."""
+    asked = [part for part in model.parameters() if part.requires_grad and not part.is_inference()]
+    held: list[tuple[dict[str, Any], str, Tensor]] = [
+        (cast(Any, own), name, part)
+        for module in model.modules()
+        for own in (module._parameters, module._buffers)
+        for name, part in own.items()
+        if part is not None and part.is_inference()
+    ]
+    for own, name, part in held:
+        made = ordinary(part.detach())
+        known = isinstance(part, nn.Parameter)
+        own[name] = nn.Parameter(made, requires_grad=False) if known else made
+    for part in asked:
+        part.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for own, name, part in held:
+            own[name] = part
+        for part in asked:
+            part.requires_grad_(True)

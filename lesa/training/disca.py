@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from math import cos, pi
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +18,7 @@ from lesa.hooks.attach import attached
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoisers
-from lesa.hooks.plain_copy import ordinary
+from lesa.hooks.plain_copy import weights_fixed
 from lesa.hooks.two_blocks import TwoBlocks
 from lesa.training.disca_data import FITTED, Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
@@ -161,7 +159,7 @@ class _Trainer:
         best, order = [self._state(run)], self._order()
         alone = [{"params": rows, "lr": ROW_RATE}]
         both = [{"params": blocks, "lr": RATE}, {"params": rows, "lr": ROW_RATE / 2}]
-        with _fixed(self.model), self.job.phase("train", ROWS_FIRST + TOGETHER) as bar:
+        with weights_fixed(self.model), self.job.phase("train", ROWS_FIRST + TOGETHER) as bar:
             bar.detail = f"{ROWS_FIRST + TOGETHER} rounds of {self.job.batch_size} pictures"
             try:
                 for groups, turns in ((alone, ROWS_FIRST), (both, TOGETHER)):
@@ -227,30 +225,3 @@ def _quality(state: tuple[float, dict[str, Tensor]]) -> float:
 
 def _numbers(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-@contextmanager
-def _fixed(model: torch.nn.Module) -> Iterator[None]:
-    """For a while no gradients of the model's own weights are taken, and they go through weights
-    that were loaded in inference mode, by copies."""
-    asked = [part for part in model.parameters() if part.requires_grad and not part.is_inference()]
-    held: list[tuple[dict[str, Any], str, Tensor]] = [
-        (cast(Any, own), name, part)
-        for module in model.modules()
-        for own in (module._parameters, module._buffers)
-        for name, part in own.items()
-        if part is not None and part.is_inference()
-    ]
-    for own, name, part in held:
-        made = ordinary(part.detach())
-        known = isinstance(part, torch.nn.Parameter)
-        own[name] = torch.nn.Parameter(made, requires_grad=False) if known else made
-    for part in asked:
-        part.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for own, name, part in held:
-            own[name] = part
-        for part in asked:
-            part.requires_grad_(True)
