@@ -28,10 +28,10 @@ PEERS = ("fora", "taylor-1", "hicache", "foca")
 COUNTS = (13, 10, 8)
 PIPELINES = {"flux": 1.0, "qwen": 0.75, "hunyuan": 0.5, "sdxl": 1.0}  # share of the prompts
 ELSEWHERE = {
-    "flux": ("28 steps, 8 full", "100 steps, 10 full", "shift 1", "shift 6", "Karras levels",
-             "DPM++ 2M", "UniPC"),
-    "sdxl": ("28 steps, 8 full", "Karras levels", "DPM++ 2M", "UniPC", "Euler ancestral"),
-}  # fmt: skip
+    "flux": ("28 steps, 8 full", "Karras levels", "DPM++ 2M"),
+    "sdxl": ("Karras levels", "DPM++ 2M"),
+}
+OURS = {"lesa-untrained": Shape()}
 FEW = {"schnell": (2, 1), "lightning": (4, 3, 2)}
 SEED = 1000
 
@@ -79,37 +79,43 @@ def measured(name: str, label: str, at: Scene, count: int, shapes: Mapping[str, 
     return {"pipeline": name, "place": label, "count": count, "rows": found}
 
 
+def of_pipeline(name: str, unseen: int) -> Iterator[dict[str, Any]]:
+    """Its counts, then its other places."""
+    pipe = load(name)
+    if name in FEW:
+        at = Scene(name, pipe, Place("few steps"), unseen)
+        label = f"{settings(name)['num_inference_steps']} steps"
+        yield from (measured(name, label, at, count, OURS) for count in FEW[name])
+        return
+    other = Shape(**json.loads((RESULTS / "prior.json").read_text())["left_out"][name]["shape"])
+    shapes = OURS | ({} if other == Shape() else {"left out": other})
+    at = Scene(name, pipe, Place("50 steps"), round(PIPELINES[name] * unseen))
+    yield from (measured(name, "50 steps", at, count, shapes) for count in COUNTS)
+    for place in PLACES.get(name, ()):
+        if place.name in ELSEWHERE[name]:
+            with place.changed(pipe):
+                at = Scene(name, pipe, place, unseen // 2)
+                yield measured(name, place.name, at, place.full_steps, OURS)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--unseen", type=int, default=16, help="test prompts; fewer where runs are long"
-    )
+    known = (*PIPELINES, *FEW)
+    parser.add_argument("--pipelines", nargs="+", choices=known, default=known)
+    parser.add_argument("--unseen", type=int, default=12, help="test prompts; fewer in long runs")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    fitted = json.loads((RESULTS / "prior.json").read_text())["left_out"]
-    ours = {"lesa-untrained": Shape()}
-    found = []
-    for name, share in PIPELINES.items():
-        pipe, plain = load(name), Place("50 steps")
-        other = Shape(**fitted[name]["shape"])
-        shapes = ours | ({} if other == Shape() else {"left out": other})
-        at = Scene(name, pipe, plain, round(share * options.unseen))
-        found += [measured(name, plain.name, at, count, shapes) for count in COUNTS]
-        for place in PLACES.get(name, ()):
-            if place.name in ELSEWHERE[name]:
-                with place.changed(pipe):
-                    at = Scene(name, pipe, place, options.unseen // 2)
-                    found.append(measured(name, place.name, at, place.full_steps, ours))
-    for name, counts in FEW.items():
-        pipe = load(name)
-        at = Scene(name, pipe, Place("few steps"), options.unseen)
-        label = f"{settings(name)['num_inference_steps']} steps"
-        found += [measured(name, label, at, count, ours) for count in counts]
-    write(
-        RESULTS / "untrained.json",
-        {"environment": environment(), "unseen_prompts": options.unseen, "places": found},
-    )
+    path = RESULTS / "untrained.json"
+    for name in options.pipelines:
+        kept = json.loads(path.read_text())["places"] if path.exists() else []
+        found = [place for place in kept if place["pipeline"] != name]
+        found += of_pipeline(name, options.unseen)
+        found.sort(key=lambda place: known.index(place["pipeline"]))
+        write(
+            path,
+            {"environment": environment(), "unseen_prompts": options.unseen, "places": found},
+        )
 
 
 if __name__ == "__main__":
