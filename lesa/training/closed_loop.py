@@ -9,24 +9,21 @@ alike. Only full steps are computed, and those that several rollouts have in com
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
-from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, make_output, read_sample
+from lesa.hooks.denoiser import Denoiser, ListOf, make_output
 from lesa.hooks.step_clock import Step
 from lesa.training.base_run import BaseRun
+from lesa.training.batch import Batch
 from lesa.training.collect import collect
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.prefixes import Prefixes
 from lesa.training.rollout import Rollout, RolloutState, Tails, Visit
-from lesa.training.row_fit import Tail
 from lesa.training.statistics import Statistics
 from lesa.util.numerics import free_memory
 
@@ -58,7 +55,7 @@ class LockStep:
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
-        batch = _Batch(denoiser, args, kwargs, len(latent))
+        batch = Batch(denoiser, args, kwargs, len(latent))
         places = self._places(len(latent))
         latents = latent.unflatten(0, places.shape)
         full = self.prefixes.computed(step.index)
@@ -97,7 +94,7 @@ class LockStep:
             apart = step.parts == parts and self._knows_guidance()
             rollout.start(step.branch, rows, parts if apart else 1)
 
-    def _tails(self, batch: _Batch, places: Tensor) -> Tails | None:
+    def _tails(self, batch: Batch, places: Tensor) -> Tails | None:
         """What makes that which leads from a forecast to an output; None where the output itself
         is forecast."""
         if self.job.tap != "hidden":
@@ -107,7 +104,7 @@ class LockStep:
         )
 
     def _compute(
-        self, batch: _Batch, branch: str, rows: Tensor
+        self, batch: Batch, branch: str, rows: Tensor
     ) -> tuple[type | ListOf, Tensor, Tensor]:
         """The model on some rows; where there are none, tensors of the shapes of the last time."""
         key = branch, batch.total
@@ -133,82 +130,6 @@ class LockStep:
         return Visit(step.index, step.branch, known.weights(step.branch), rate, pull, sigma)
 
 
-@dataclass
-class _Batch:
-    """One call of the denoiser that can be computed row by row."""
-
-    denoiser: Denoiser
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    total: int
-
-    def rows(self, rows: Sequence[int]) -> Any:
-        """The call's arguments for some rows."""
-        return take_rows((self.args, self.kwargs), rows, self.total, self.denoiser.spec.unbatched)
-
-    def tail(self, rows: Sequence[int]) -> Tail:
-        """From a forecast hidden feature ``[parts, pictures, ...]`` of these rows to the sample."""
-        args, kwargs = self.rows(rows)
-
-        def sample(feature: Tensor) -> Tensor:
-            behind = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
-            found = read_sample(behind.output)
-            assert found is not None
-            return found.unflatten(0, feature.shape[:2])
-
-        return sample
-
-    def compute(self, rows: list[int], job: Job) -> tuple[type | ListOf, Tensor, Tensor]:
-        """Run the model on these rows, a batch at a time: class of its output, sample, feature.
-
-        Sample and feature are ``[total, ...]``, zero in the other rows.
-        """
-        parts = [
-            rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)
-        ]
-        output = feature = None
-        started = time.perf_counter()
-        for part in parts:
-            args, kwargs = self.rows(part)
-            result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
-            sample = read_sample(result)
-            tapped = sample if job.tap == "output" else tapped
-            assert sample is not None and tapped is not None  # collect has refused such models
-            if output is None or feature is None:
-                output = sample.new_zeros(self.total, *sample.shape[1:])
-                feature = tapped.new_zeros(self.total, *tapped.shape[1:])
-            index = torch.tensor(part, device=sample.device)
-            output[index], feature[index] = sample, tapped
-            job.work.computed(len(part))
-        assert output is not None and feature is not None
-        output.flatten()[:1].cpu()  # waits for a device
-        job.work.took(len(rows), time.perf_counter() - started)
-        return kind_of(result), output, feature
-
-
-def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
-    """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
-    tuples, lists and dicts.
-
-    The numbers of the rows are copied once to each device on which such a tensor lies.
-    """
-    index = cache(lambda device: torch.tensor(rows, device=device))
-
-    def taken(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            whole = not value.ndim or len(value) != total
-            return value if whole else value[index(value.device)]
-        if isinstance(value, dict):
-            return {k: v if k in unbatched else taken(v) for k, v in value.items()}
-        if isinstance(value, list) and len(value) == total and all(map(torch.is_tensor, value)):
-            return [value[row] for row in rows]  # one for every picture
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(taken, value))
-        return value
-
-    return taken(value)
-
-
 def steps_computed(rollouts: Sequence[Rollout]) -> int:
     """How many steps of each picture `run_rollouts` computes in full, where nobody loses."""
     prefixes = Prefixes([rollout.spec for rollout in rollouts])
@@ -230,7 +151,7 @@ def run_rollouts(
     those that run; rows are fitted to those among them that are not held out. The plain run is
     collected first where it has not been kept.
 
-    Of every rollout, picture and guidance part there are in memory K + `lesa.training.job.HELD`
+    Of every rollout, picture and guidance part there are in memory K + `lesa.training.work.HELD`
     features and the picture's own arguments of the denoiser; where all rollouts together would take
     more than `MEMORY` of what is free they run in several calls.
 

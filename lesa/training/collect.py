@@ -16,9 +16,10 @@ from lesa.core.checks import shown
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.training.base_run import BaseRun
-from lesa.training.job import Job, Work, followed, parts_of
+from lesa.training.job import Job, followed, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, inner_products
+from lesa.training.work import Work
 
 
 class Collector:

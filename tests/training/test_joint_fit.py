@@ -104,7 +104,7 @@ def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
 @pytest.mark.parametrize("name", ["sdxl", "qwen"])
 def test_what_rollouts_have_in_common_is_computed_once(name, monkeypatch):
     """The same end as a run of its own, and fewer model calls."""
-    rows, compute = [], closed_loop._Batch.compute
+    rows, compute = [], closed_loop.Batch.compute
 
     def counted(self, chosen, job):
         rows.append(len(chosen))
@@ -118,7 +118,7 @@ def test_what_rollouts_have_in_common_is_computed_once(name, monkeypatch):
     other = fitting._moved(first, [place], torch.tensor([0.1]))
     run_rollouts(job, [other], None, STEPS)
     wanted = other.result.error
-    monkeypatch.setattr(closed_loop._Batch, "compute", counted)
+    monkeypatch.setattr(closed_loop.Batch, "compute", counted)
     run_rollouts(job, [first, other], None, STEPS)
     assert not torch.allclose(wanted, first.result.error)
     torch.testing.assert_close(other.result.error, wanted, rtol=1e-5, atol=1e-6)

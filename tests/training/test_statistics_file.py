@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lesa.errors import LesaError
 from lesa.training.collect import Collector
-from lesa.training.job import Work
+from lesa.training.work import Work
 from lesa.training.statistics import Statistics, inner_products
 
 STEPS, ROWS = 6, {"cond": 1, "uncond": 1}

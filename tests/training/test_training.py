@@ -14,7 +14,8 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.prior import prior_schedule
 from lesa.testbed import captions, load, settings
-from lesa.training.closed_loop import run_rollouts, take_rows
+from lesa.training.batch import take_rows
+from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
 from lesa.training.job import Job, call_arguments, weights_hash

@@ -1,0 +1,94 @@
+"""One call of the denoiser that can be computed row by row."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, read_sample
+from lesa.training.job import Job
+from lesa.training.row_fit import Tail
+
+__all__ = ["Batch", "take_rows"]
+
+
+@dataclass
+class Batch:
+    """A call's arguments, of which some rows at a time are run."""
+
+    denoiser: Denoiser
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    total: int
+
+    def rows(self, rows: Sequence[int]) -> Any:
+        """The call's arguments for some rows."""
+        return take_rows((self.args, self.kwargs), rows, self.total, self.denoiser.spec.unbatched)
+
+    def tail(self, rows: Sequence[int]) -> Tail:
+        """From a forecast hidden feature ``[parts, pictures, ...]`` of these rows to the sample."""
+        args, kwargs = self.rows(rows)
+
+        def sample(feature: Tensor) -> Tensor:
+            behind = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
+            found = read_sample(behind.output)
+            assert found is not None
+            return found.unflatten(0, feature.shape[:2])
+
+        return sample
+
+    def compute(self, rows: list[int], job: Job) -> tuple[type | ListOf, Tensor, Tensor]:
+        """Run the model on these rows, a batch at a time: class of its output, sample, feature.
+
+        Sample and feature are ``[total, ...]``, zero in the other rows.
+        """
+        parts = [
+            rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)
+        ]
+        output = feature = None
+        started = time.perf_counter()
+        for part in parts:
+            args, kwargs = self.rows(part)
+            result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
+            sample = read_sample(result)
+            tapped = sample if job.tap == "output" else tapped
+            assert sample is not None and tapped is not None  # collect has refused such models
+            if output is None or feature is None:
+                output = sample.new_zeros(self.total, *sample.shape[1:])
+                feature = tapped.new_zeros(self.total, *tapped.shape[1:])
+            index = torch.tensor(part, device=sample.device)
+            output[index], feature[index] = sample, tapped
+            job.work.computed(len(part))
+        assert output is not None and feature is not None
+        output.flatten()[:1].cpu()  # waits for a device
+        job.work.took(len(rows), time.perf_counter() - started)
+        return kind_of(result), output, feature
+
+
+def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
+    """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
+    tuples, lists and dicts.
+
+    The numbers of the rows are copied once to each device on which such a tensor lies.
+    """
+    index = cache(lambda device: torch.tensor(rows, device=device))
+
+    def taken(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            whole = not value.ndim or len(value) != total
+            return value if whole else value[index(value.device)]
+        if isinstance(value, dict):
+            return {k: v if k in unbatched else taken(v) for k, v in value.items()}
+        if isinstance(value, list) and len(value) == total and all(map(torch.is_tensor, value)):
+            return [value[row] for row in rows]  # one for every picture
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(taken, value))
+        return value
+
+    return taken(value)
