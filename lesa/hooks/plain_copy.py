@@ -25,11 +25,12 @@ _PATCHED = ("forward", "_hf_hook", "_old_forward", "_diffusers_hook")  # by acce
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """A plain copy of a module: without hooks of others, offloading's among them, and with weights
-    that know gradients, whatever mode they were loaded in. Those that are elsewhere become memory
-    on the host."""
+    """A plain copy of a module: uncompiled, without hooks of others, offloading's among them, and
+    with weights that know gradients, whatever mode they were loaded in. Those that are elsewhere
+    become memory on the host."""
     made: nn.Module = object.__new__(type(module))
     made.__dict__.update({k: v for k, v in module.__dict__.items() if k not in _PATCHED})
+    made.__dict__["_compiled_call_impl"] = None  # which would run the original
     for name in _HOOKS:
         made.__dict__[name] = OrderedDict()
     made._parameters = {

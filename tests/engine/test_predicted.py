@@ -208,3 +208,17 @@ def test_offloaded_models_give_the_same(way):
     if way == "sequential":
         with pytest.raises(LesaError, match="are offloaded part by part; train with"):
             TwoBlocks(find_denoiser(pipe))
+
+
+def test_compiled_blocks_give_the_same():
+    """The two of the network run uncompiled, and show no other block's work."""
+    pipe, call = build("flux")
+    forecaster = untrained(pipe, call)
+    with lesa.accelerate(pipe, forecaster):
+        expected = run(pipe, call())
+    for block in blocks_of(find_denoiser(pipe)):
+        block.compile(backend="eager")
+    with lesa.accelerate(pipe, forecaster):
+        torch.testing.assert_close(run(pipe, call()), expected)
+        torch.testing.assert_close(run(pipe, call()), expected)
+        assert not lesa.stats(pipe).fallbacks
