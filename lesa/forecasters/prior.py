@@ -30,7 +30,8 @@ class Shape:
         shift: of the flow schedule whose even steps are the unit of time.
         early, late: how much denser full steps lie at either end: their gap at the share y of them
             is in proportion to y^early (1 - y)^late.
-        first, last: damping of a line's slope at the beginning and at the end of a run.
+        first, last: factors of a line's slope at the beginning and at the end of a run, where gaps
+            are narrow.
         width: share of a run at which a gap's slope is halved.
     """
 
