@@ -164,6 +164,7 @@ def _cuda(gpu: PretendGpu) -> dict[str, Any]:
         "is_current_stream_capturing": lambda: gpu.tape is not None,
         "max_memory_allocated": lambda device=None: 0,
         "memory_allocated": lambda device=None: 0,
+        "mem_get_info": lambda device=None: (2**34, 2**34),
         "reset_peak_memory_stats": lambda device=None: None,
         "set_device": lambda device: exchange(gpu.device(device).index),
         "stream": lambda stream: nullcontext(),
