@@ -111,9 +111,10 @@ def ablation_page(report: dict[str, Any]) -> Iterator[str]:
         yield provenance(part) + "\n"
         yield (
             f"In dB of the final latent over {part['unseen_prompts']} unseen prompts, trained on"
-            f" {part['calibration_prompts']}; the difference is paired by prompt.\n"
+            f" {part['calibration_prompts']}, held-out ones among them; the difference is paired by"
+            " prompt. The cost of training is in plain generations of a prompt, all in all.\n"
         )
-        head = ("full steps", "variant", "mean", "p10", "minimum", "difference")
+        head = ("full steps", "variant", "mean", "p10", "minimum", "difference", "from", "cost")
         yield from table(head, (_ablation(row) for row in part["rows"]))
         yield ""
 
@@ -125,6 +126,8 @@ def _ablation(row: dict[str, Any]) -> list[str]:
         row["variant"],
         *(f"{row[key]:.2f}" for key in ("mean", "p10", "min")),
         f"{change['value']:+.2f} ({change['low']:+.2f} to {change['high']:+.2f})",
+        row.get("against", ""),
+        "" if row.get("generations") is None else f"{row['generations']:.0f}",
     ]
 
 

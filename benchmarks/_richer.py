@@ -1,17 +1,16 @@
-"""Rollouts with more than lesa's have, to measure whether it would pay: coefficients per group,
-an eye on the forecast error."""
+"""Rollouts with more than lesa's have, to measure whether it would pay: coefficients per group."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import pi, sqrt
 
 import torch
 from torch import Tensor
 
-from lesa.forecasters.taylor import lagrange
-from lesa.training.rollout import Rollout, Visit
-from lesa.training.row_fit import Tail, guided, mixed, ridge_fit
+from lesa.training.rollout import Rollout, Tails, Visit
+from lesa.training.row_fit import guided, ridge_fit
 
 
 @dataclass
@@ -31,9 +30,9 @@ class GroupedRollout(Rollout):
         self,
         at: Visit,
         latent: Tensor,
-        base_latent: Tensor,
-        base: Tensor,
-        tail: Tail | None = None,
+        base: tuple[Tensor, Tensor],
+        tails: Tails | None = None,
+        fitted: Sequence[int] | None = None,
     ) -> Tensor:
         """As in Rollout, group by group; of the output tap alone."""
         ring, rows = self.state.rings[at.branch], self.result.coefficients[at.branch]
@@ -42,8 +41,9 @@ class GroupedRollout(Rollout):
         bands, place = self._split(regressors)
         key = at.branch, at.step
         if not self.spec.frozen:
-            seen = [guided(part, at.shares) for part in regressors]
-            target = self._target(at, guided(base, at.shares), latent, base_latent)
+            some = slice(None) if fitted is None else [*fitted]
+            seen = [guided(part[:, some], at.shares) for part in regressors]
+            target = self._target(at, guided(base[1], at.shares), latent[0] - base[0])[some]
             wanted, (parts, _) = self._split([target])[0][0], self._split(seen)
             self.grouped[key] = torch.stack(
                 [
@@ -58,7 +58,7 @@ class GroupedRollout(Rollout):
             )
         weights = self.grouped[key].float()
         mixed = sum(weights[place, k] * band for k, band in enumerate(bands))
-        return self._join(mixed, base).to(base.dtype)
+        return self._join(mixed, ring[0]).to(ring[0].dtype)
 
     def _split(self, parts: list[Tensor]) -> tuple[list[Tensor], Tensor]:
         """Each part in a basis whose last dimensions are elements of a group, and the groups."""
@@ -75,37 +75,6 @@ class GroupedRollout(Rollout):
             return mixed
         plane = dct(mixed.shape[-2]).T @ mixed @ dct(mixed.shape[-1])
         return packed(plane).reshape(like.shape)
-
-
-@dataclass
-class WatchedRollout(Rollout):
-    """A fitted rollout that notes, at every full step, how far a line through the two features
-    before it is from the feature that the model gives: all that a guard can see without a run
-    more."""
-
-    seen: dict[str, list[Tensor]] = field(default_factory=dict)  # branch -> [pictures] a full step
-
-    def begin(self) -> None:
-        super().begin()
-        self.seen = {}
-
-    def push(self, branch: str, feature: Tensor) -> None:
-        ring, seen = self.state.rings.get(branch, []), self.seen.setdefault(branch, [])
-        error = feature.new_zeros(feature.shape[1])
-        if len(ring) > 1:
-            step, newest, older = reversed(
-                self.spec.schedule.full_steps[len(seen) - 2 : len(seen) + 1]
-            )
-            line = mixed(lagrange(step, (newest, older)), ring[:2])
-            away, size = (line - feature).movedim(1, 0), feature.movedim(1, 0)
-            error = away.flatten(1).norm(dim=1) / size.flatten(1).norm(dim=1)
-        seen.append(error)
-        super().push(branch, feature)
-
-    def surprise(self) -> Tensor:
-        """Mean relative error over the first half of the full steps, [pictures]."""
-        half = -(-len(self.spec.schedule.full_steps) // 2)
-        return torch.stack([error for seen in self.seen.values() for error in seen[:half]]).mean(0)
 
 
 def dct(size: int) -> Tensor:

@@ -1,12 +1,12 @@
 """What each part of lesa is worth: `python benchmarks/bench_ablations.py --pipelines flux`.
 
-Every variant is trained on the same calibration prompts and then runs the same unseen prompts in
-one call of the pipeline, beside the plain run. Measured in dB of the final latent (its mean square
-over the mean squared error), prompt by prompt, and as a paired difference, with its bootstrap
-interval, from the coefficients that `lesa.train` has before it fits all gaps together: the other
-variants have not had that last fit either. At 10 full steps also numbers of calibration prompts and
-the hidden tap; below the largest count also a guard, which gives some prompts the next larger
-count. benchmarks/results/ablations.json keeps the pipelines that are not asked for.
+The reference is what `lesa.train` does by default. Every variant is trained on the same calibration
+prompts, of which as many are held out, and with the same budget unless that is what varies; then
+all run the same unseen prompts beside the plain run. Measured in dB of the final latent (its mean
+square over the mean squared error), prompt by prompt, and as a paired difference with its bootstrap
+interval. What changes the search has a list of its own; what changes the coefficients runs on the
+default's list. Variants without the last fit of all gaps together are compared with the default
+without it. benchmarks/results/ablations.json keeps the pipelines that are not asked for.
 """
 
 from __future__ import annotations
@@ -14,184 +14,114 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from _ablation_study import DEFAULT, FLAT, STEP_BY_STEP, Study, Variant, patched
 from _environment import RESULTS, environment, write
-from _richer import GroupedRollout, WatchedRollout
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.evaluation.intervals import bootstrap, mean
-from lesa.forecasters import LesaForecaster
-from lesa.testbed import load, prompts, settings
-from lesa.training import search
-from lesa.training.calibrate import Calibrator
-from lesa.training.closed_loop import run_rollouts
-from lesa.training.collect import collect
-from lesa.training.fit import fit_continuous
-from lesa.training.job import Job
-from lesa.training.rollout import Rollout, RolloutSpec, quality
-from lesa.training.statistics import Statistics
+from lesa.testbed import PIPELINES
+from lesa.training.rollout import Rollout
 
-REFERENCE = "step by step in closed loop"  # what every other row is compared with
 COUNTS = (13, 10, 8, 6)
 PROMPTS = (1, 5, 10, 50, 100)  # calibration prompts that are tried
-CALIBRATION = 16
-EDGES = ((0.95, 0.7), (0.9, 0.4), (0.8, 0.5), (0.7, 0.3), (0.6,))  # of stages, that compete
-GUARDED = 8  # one prompt in so many gets more full steps
+STAGES = {"one stage": (), "5 stages": (0.95, 0.85, 0.6, 0.3)}
+BANDS = {"2 frequency bands": (0.25,), "4 frequency bands": (0.12, 0.25, 0.5)}
 
 
-def frozen(rollout: Rollout) -> Rollout:
-    """A fitted rollout, to be run as it is on other prompts."""
-    if isinstance(rollout, GroupedRollout):
-        return replace(rollout, spec=replace(rollout.spec, frozen=True))
-    fitted = rollout.spec.rows is None
-    return WatchedRollout(rollout.fixed().spec) if fitted else Rollout(rollout.spec)
+def searches(study: Study, count: int) -> Iterator[Variant]:
+    """What changes how the step list is found."""
+
+    def under(**values: Any) -> Rollout:
+        with patched(**values):
+            return study.trained(count)
+
+    def none(*_: Any) -> float:
+        return 0.0
+
+    unheld = replace(study.job, held_out=frozenset()), study.statistics
+    even = Schedule.fora(-(-study.steps // count), study.steps)
+    late = {"calibrate__handicap": none, "search__handicap": none}
+    yield Variant("list by the statistics alone", lambda: study.trained(count, race=False))
+    yield Variant("lists judged without a simulation", lambda: study.trained(count, open_loop=True))
+    yield Variant("objective: the mean error", lambda: under(objective__EXPONENT=1.0))
+    yield Variant("objective: the mean of the dB", lambda: under(objective__EXPONENT=FLAT))
+    yield Variant("no handicap of a late second full step", lambda: under(**late))
+    yield Variant("no prompts held out", lambda: study.trained(count, collected=unheld))
+    yield Variant("no search: evenly spread", lambda: study.trained(even))
+    for name, share in (("half the budget", 0.5), ("twice the budget", 2.0)):
+        budget = study.budgeted(count, share)
+        yield Variant(name, lambda budget=budget: study.trained(count, budget=budget))
 
 
-class Study:
-    """The default training of one pipeline, and variants of it."""
+def fits(study: Study, plan: Schedule) -> Iterator[Variant]:
+    """What changes the coefficients on a list."""
 
-    def __init__(self, name: str, calibration: int, tap: str = "output") -> None:
-        self.pipe, call = load(name), settings(name)
-        self.steps = call.pop("num_inference_steps")
-        self.name = name
-        self.job = Job(self.pipe, prompts(name, calibration, seed=0, split="train"), call, tap)
-        self.statistics = collect(self.job, self.steps)
-        self.calibrator = self.calibrate(self.job, self.statistics)
+    def under(**values: Any) -> Rollout:
+        with patched(**values):
+            return study.trained(plan)
 
-    def calibrate(self, job: Job, statistics: Statistics, **fields: Any) -> Calibrator:
-        """A calibrator whose forecaster has its continuous coefficients fitted already."""
-        known = dict(branches=statistics.branches, num_steps=statistics.num_steps, tap=job.tap)
-        learned = LesaForecaster(**{**known, "uses_latent": statistics.has_latent, **fields})
-        if learned.form == "continuous":
-            fit_continuous(learned, [statistics])
-        return Calibrator(job, learned, statistics)
+    undrifted = {"calibrate__DRIFTS": (0.0,), "calibrate__GENTLE": (0.0,)}
+    yield Variant(STEP_BY_STEP, lambda: study.trained(plan, polish=0))
+    yield Variant("no drift correction", lambda: under(**undrifted))
+    yield Variant("no caution at high noise", lambda: under(calibrate__SHRINKAGES=(0.0,)))
+    without = {"uses_latent": False}
+    yield Variant("no current latent", lambda: study.trained(plan, fields=without))
+    for k in (1, 2, 4, 5):
+        fields = {"history": k}
+        yield Variant(f"history of {k}", lambda f=fields: study.trained(plan, fields=f))
+    open_loop = "open loop: least squares on the statistics"
+    yield Variant(open_loop, lambda: study.open_loop(plan), STEP_BY_STEP)
 
-    def leaders(self, counts: Sequence[int]) -> list[Rollout]:
-        """What `lesa.train` finds before it fits all gaps together."""
-        return self.calibrator.refine(self.calibrator.fit(self.calibrator.search(counts)), 2)
 
-    def variants(self, leader: Rollout) -> dict[str, Callable[[], Rollout]]:
-        """Name -> the rollout that is trained for it, all at the leader's number of full steps."""
-        plan = leader.spec.schedule
-        count = len(plan.full_steps)
-        fit = self.calibrator.fit
-        known = {
-            REFERENCE: lambda: leader,
-            "and all gaps together: the default": lambda: self.calibrator.joint_fit([leader], 2)[0],
-            "no drift correction": lambda: self._fitted(leader, drift=0.0),
-            "no caution at high noise": lambda: self._fitted(leader, shrinkage=0.0),
-            "no current latent": lambda: self._with(plan, uses_latent=False),
-            "no search: evenly spread": lambda: fit(
-                [Schedule.fora(-(-self.steps // count), self.steps)]
-            )[0],
-            "no search by accelerated runs": lambda: fit(self.calibrator.search([count]))[0],
-            "search for the mean alone": lambda: self._mean_only(count),
-            "open loop: least squares on the statistics": lambda: self._open_loop(plan),
-            "continuous KAN alone": lambda: self._form(self.calibrator, plan),
-            "continuous KAN alone, one stage": lambda: self._form(self._net(stages=()), plan),
-            "continuous KAN alone, 5 stages": lambda: self._form(
-                self._net(stages=(0.95, 0.85, 0.6, 0.3)), plan
-            ),
-            "continuous KAN alone, edges searched": lambda: self._edges(plan),
-            "nothing learned: a line in sigma": lambda: self._form(self._net(form="table"), plan),
-            "closed loop repeated until it stops helping": lambda: self._again(leader),
-        }
-        known |= {f"history of {k}": lambda k=k: self._with(plan, history=k) for k in (1, 2, 4, 5)}
-        if self.name in ("flux", "qwen"):
-            known |= {
-                "coefficients per channel": lambda: self._grouped(leader, "channel"),
-                "2 frequency bands": lambda: self._grouped(leader, "band", (0.25,)),
-                "4 frequency bands": lambda: self._grouped(leader, "band", (0.12, 0.25, 0.5)),
-            }
-        return known
+def forms(study: Study, plan: Schedule) -> Iterator[Variant]:
+    """Other coefficients, fitted step by step or not at all."""
+    kan = "continuous KAN alone"
+    yield Variant(kan, lambda: study.form(plan), STEP_BY_STEP)
+    for name, stages in STAGES.items():
+        train = lambda stages=stages: study.form(plan, stages=stages)  # noqa: E731
+        yield Variant(f"{kan}, {name}", train, STEP_BY_STEP)
+    yield Variant(f"{kan}, edges searched", lambda: study.edges(plan), STEP_BY_STEP)
+    line = "nothing learned: a line in sigma"
+    yield Variant(line, lambda: study.form(plan, form="table"), STEP_BY_STEP)
+    if study.name in ("flux", "qwen"):  # packed latents
+        channels = "coefficients per channel"
+        yield Variant(channels, lambda: study.grouped(plan, "channel"), STEP_BY_STEP)
+        for name, edges in BANDS.items():
+            train = lambda edges=edges: study.grouped(plan, "band", edges)  # noqa: E731
+            yield Variant(name, train, STEP_BY_STEP)
 
-    def on_prompts(self, count: int, number: int) -> Rollout:
-        """The default training on another number of calibration prompts."""
-        job = replace(self.job, prompts=prompts(self.name, number, seed=0, split="train"))
-        calibrator = self.calibrate(job, collect(job, self.steps))
-        return calibrator.refine(calibrator.fit(calibrator.search([count])), 2)[0]
 
-    def judge(self, rollouts: Sequence[Rollout], unseen: int) -> list[Rollout]:
-        """The rollouts after a run on unseen prompts, which gives each its scores: dB of the final
-        latents."""
-        texts = prompts(self.name, unseen, seed=1, split="test")
-        ready = [frozen(rollout) for rollout in rollouts]
-        job = replace(self.job, prompts=texts, seed=1000)
-        run_rollouts(job, ready, self.calibrator._prior, self.steps, self.statistics)
-        return ready
+def other_prompts(study: Study, count: int, numbers: Sequence[int]) -> Iterator[Variant]:
+    """The default training on other numbers of calibration prompts."""
+    for number in numbers:
+        yield Variant(
+            f"{number} calibration prompts",
+            lambda number=number: study.trained(count, collected=study.collected(number)),
+        )
 
-    def _fitted(self, leader: Rollout, **fields: Any) -> Rollout:
-        rollout = Rollout(replace(leader.spec, **fields))
-        run_rollouts(self.job, [rollout], self.calibrator._prior, self.steps, self.statistics)
-        return rollout
 
-    def _with(self, plan: Schedule, **fields: Any) -> Rollout:
-        return self.calibrate(self.job, self.statistics, **fields).fit([plan])[0]
-
-    @cache  # noqa: B019 - one study per pipeline
-    def _net(self, **fields: Any) -> Calibrator:
-        return self.calibrate(self.job, self.statistics, **fields)
-
-    def _form(self, calibrator: Calibrator, plan: Schedule) -> Rollout:
-        sigmas = self.statistics.sigmas
-        rows = {b: calibrator._prior(plan, sigmas, b) for b in self.statistics.branches}
-        return Rollout(RolloutSpec(plan, 3, True, frozen=True, rows=rows))
-
-    def _edges(self, plan: Schedule) -> Rollout:
-        rollouts = [self._form(self._net(stages=edges), plan) for edges in EDGES]
-        run_rollouts(self.job, rollouts, None, self.steps, self.statistics)
-        return max(rollouts, key=quality)
-
-    def _open_loop(self, plan: Schedule) -> Rollout:
-        judge, rows = self.calibrator.judge, {}
-        has_latent = self.statistics.has_latent
-        for branch in self.statistics.branches:
-            rows[branch] = torch.zeros(self.steps, 3 + has_latent, dtype=torch.float64)
-            for step in plan.skipped_steps:
-                cached = plan.cached_before(step, 3)
-                _, weights = judge.coefficients(branch, step, cached)
-                rows[branch][step, : len(cached)] = torch.tensor(weights[: len(cached)])
-                if has_latent:
-                    rows[branch][step, -1] = weights[-1]
-        return Rollout(RolloutSpec(plan, 3, has_latent, frozen=True, rows=rows))
-
-    def _mean_only(self, count: int) -> Rollout:
-        share, search.TAIL_SHARE = search.TAIL_SHARE, 0.0
-        try:
-            return self.leaders([count])[0]
-        finally:
-            search.TAIL_SHARE = share
-
-    def _again(self, leader: Rollout) -> Rollout:
-        rows, rollout = leader.result.coefficients, Rollout(replace(leader.spec, ridge=1e-3))
-
-        def known(_plan: Schedule, _sigmas: Sequence[float], branch: str) -> Tensor:
-            return rows[branch].clone()
-
-        run_rollouts(self.job, [rollout], known, self.steps, self.statistics)
-        return self._again(rollout) if quality(rollout) > quality(leader) else leader
-
-    def _grouped(self, leader: Rollout, groups: str, edges: tuple[float, ...] = ()) -> Rollout:
-        plan = leader.spec.schedule
-        rollouts = [
-            GroupedRollout(RolloutSpec(plan, 3, True, drift), groups=groups, edges=edges)
-            for drift in (0.3, 0.6, 1.0)
-        ]
-        run_rollouts(self.job, rollouts, self.calibrator._prior, self.steps, self.statistics)
-        return max(rollouts, key=quality)
+def hidden(other: Study, plan: Schedule, unseen: int) -> dict[str, tuple[str, Tensor]]:
+    """Name -> what it is compared with, and scores, of the hidden tap on a step list."""
+    study = Study(other.name, len(other.job.prompts), tap="hidden")
+    rollouts = [study.trained(plan), study.open_loop(plan)]
+    trained, plain = study.judge(rollouts, unseen)
+    return {
+        "hidden tap": (DEFAULT, trained),
+        "hidden tap, least squares on its features": (STEP_BY_STEP, plain),
+    }
 
 
 def row(
-    name: str, count: int, scores: Tensor, reference: Tensor, seconds: float | None
+    name: str, count: int, scores: Tensor, against: str, reference: Tensor, **more: Any
 ) -> dict[str, Any]:
-    """A variant against the reference, prompt by prompt; `seconds` of its training alone."""
+    """A variant against what it is compared with, prompt by prompt; and what its training took."""
     gain = bootstrap(mean, scores - reference)
     found = {
         "variant": name,
@@ -199,8 +129,9 @@ def row(
         "mean": scores.mean().item(),
         "p10": scores.quantile(0.1).item(),
         "min": scores.min().item(),
+        "against": against,
         "difference": gain,
-        "train_seconds": seconds,
+        **more,
     }
     print(
         f"{count:3d} {name:44} {found['mean']:6.2f} {found['p10']:6.2f} {found['min']:6.2f}"
@@ -210,66 +141,46 @@ def row(
     return found
 
 
-def guards(more: int, watched: Rollout, richer: Tensor) -> dict[str, Tensor]:
-    """Name -> scores where one prompt in eight runs with the next larger number of full steps:
-    those with the largest forecast errors in the first half of the run, or, as a bound, those that
-    end worst."""
-    assert isinstance(watched, WatchedRollout) and watched.result.score is not None
-    found = {}
-    signals = {
-        "largest early forecast error": watched.surprise(),
-        "worst end": -watched.result.score,
-    }
-    for name, signal in signals.items():
-        chosen = signal.argsort(descending=True)[: len(signal) // GUARDED]
-        scores = watched.result.score.clone()
-        scores[chosen] = richer[chosen]
-        found[f"{more} full steps for the eighth with the {name}"] = scores
-    return found
+def measured(
+    study: Study, count: int, unseen: int, numbers: Sequence[int]
+) -> Iterator[dict[str, Any]]:
+    """The rows of one number of full steps."""
+    trained: dict[str, Rollout] = {}
+    facts: dict[str, dict[str, Any]] = {}
+    compared: dict[str, str] = {}
 
+    def train(variant: Variant) -> Rollout:
+        started, study.cost = time.perf_counter(), None
+        trained[variant.name], compared[variant.name] = variant.train(), variant.against
+        seconds = time.perf_counter() - started
+        facts[variant.name] = {"train_seconds": seconds, "generations": study.cost}
+        print(f"trained in {seconds:.0f} s: {count} full steps, {variant.name}", flush=True)
+        return trained[variant.name]
 
-def hidden(name: str, plan: Schedule, unseen: int) -> dict[str, Tensor]:
-    """Name -> scores of the hidden tap on a step list, by what its rows are fitted to."""
-    study = Study(name, CALIBRATION, tap="hidden")
-    rollouts = {
-        "hidden tap, rows fitted to the outputs behind it": study.calibrator.fit([plan])[0],
-        "hidden tap, least squares on its features": study._open_loop(plan),
-    }
-    judged = study.judge(list(rollouts.values()), unseen)
-    return dict(zip(rollouts, (rollout.result.score for rollout in judged), strict=True))
+    plan = train(Variant(DEFAULT, lambda: study.trained(count))).spec.schedule
+    for variant in (*searches(study, count), *fits(study, plan), *forms(study, plan)):
+        train(variant)
+    for variant in other_prompts(study, count, numbers):
+        train(variant)
+    scores = dict(zip(trained, study.judge([*trained.values()], unseen), strict=True))
+    for name, score in scores.items():
+        against = compared[name]
+        facts[name]["list"] = trained[name].spec.schedule.full_steps
+        yield row(name, count, score, against, scores[against], **facts[name])
+    for name, (against, score) in hidden(study, plan, unseen).items() if numbers else ():
+        yield row(name, count, score, against, scores[against])
 
 
 def measure(
-    name: str, counts: Sequence[int], unseen: int, numbers: Sequence[int]
+    name: str, calibration: int, counts: Sequence[int], unseen: int, numbers: Sequence[int]
 ) -> dict[str, Any]:
-    """All rows of one pipeline."""
-    study, rows, larger = Study(name, CALIBRATION), [], None
-    for leader in study.leaders(counts):
-        plan = leader.spec.schedule
-        count, trained, seconds = len(plan.full_steps), {}, {}
-        variants = study.variants(leader)
-        if count == 10:
-            variants |= {
-                f"{n} calibration prompts": lambda n=n: study.on_prompts(10, n) for n in numbers
-            }
-        for variant, train in variants.items():
-            started = time.perf_counter()
-            trained[variant] = train()
-            seconds[variant] = time.perf_counter() - started
-        judged = dict(zip(trained, study.judge(list(trained.values()), unseen), strict=True))
-        scores = {variant: rollout.result.score for variant, rollout in judged.items()}
-        reference = scores[REFERENCE]
-        scores |= hidden(name, plan, unseen) if count == 10 else {}
-        if larger is not None:
-            scores |= guards(larger[0], judged[REFERENCE], larger[1])
-        larger = count, reference
-        rows += [
-            row(variant, count, score, reference, seconds.get(variant))
-            for variant, score in scores.items()
-        ]
+    """All rows of one pipeline; other numbers of prompts and the hidden tap at 10 full steps."""
+    study, rows = Study(name, calibration), []
+    for count in counts:
+        rows += measured(study, count, unseen, numbers if count == 10 else ())
     return {
         "environment": environment(),
-        "calibration_prompts": CALIBRATION,
+        "calibration_prompts": calibration,
         "unseen_prompts": unseen,
         "steps": study.steps,
         "rows": rows,
@@ -278,8 +189,9 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pipelines", default="flux", help="a comma list")
+    parser.add_argument("--pipelines", default="flux", help=f"a comma list of {PIPELINES}")
     parser.add_argument("--full-steps", default=",".join(map(str, COUNTS)))
+    parser.add_argument("--prompts", type=int, default=16, help="calibration prompts")
     parser.add_argument("--numbers", default=",".join(map(str, PROMPTS)), help="of prompts")
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
     parser.add_argument("--threads", type=int, default=2)
@@ -293,7 +205,7 @@ def main() -> None:
         for text in (options.full_steps, options.numbers)
     )
     for name in options.pipelines.split(","):
-        report[name] = measure(name, counts, options.unseen, numbers)
+        report[name] = measure(name, options.prompts, counts, options.unseen, numbers)
         write(path, report)
 
 
