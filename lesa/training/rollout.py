@@ -143,6 +143,8 @@ class Rollout:
 
     def follow(self, other: Rollout, at: Visit) -> None:
         """Take over what another rollout of the same states so far has found for a step."""
+        if self.spec.schedule.is_full(at.step):
+            return  # no rows there, and the two may differ in their width
         for mine, theirs in (
             (self.result.coefficients, other.result.coefficients),
             (self.result.shared, other.result.shared),

@@ -8,7 +8,7 @@ import torch
 
 from lesa.core.schedule import Schedule
 from lesa.training.prefixes import Prefixes, parting
-from lesa.training.rollout import RolloutSpec
+from lesa.training.rollout import Rollout, RolloutSpec, Visit
 
 
 def spec(*full, **more):
@@ -40,3 +40,13 @@ def test_a_full_step_is_computed_once_and_by_somebody_who_still_runs():
     prefixes.drop([0])
     assert prefixes.computed(3) == [1] and prefixes.computed(5) == []
     assert prefixes.source(0, 3) is None and prefixes.source(1, 5) == 1
+
+
+def test_rollouts_of_other_widths_share_full_steps():
+    """Nothing of their rows is taken over at a full step."""
+    plan = Schedule.explicit((0, 2), 4)
+    mine, theirs = (Rollout(RolloutSpec(plan, 3, uses_latent=latent)) for latent in (False, True))
+    for rollout, width in ((mine, 3), (theirs, 4)):
+        rollout.start("cond", torch.ones(4, width), parts=1)
+    mine.follow(theirs, Visit(2, "cond"))
+    assert mine.result.coefficients["cond"].shape == (4, 3)
