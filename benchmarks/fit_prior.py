@@ -36,6 +36,8 @@ SWEEPS: tuple[tuple[dict[str, float], ...], ...] = (
     (
         {"first": 0.9, "last": 1.3, "width": 0.15},
         {"first": 1.0, "last": 1.5, "width": 0.15},
+        {"first": 1.0, "last": 1.5, "width": 0.13},
+        {"first": 0.9, "last": 1.3, "width": 0.13},
         {"first": 0.6, "last": 0.8, "width": 0.5},  # hardly less of a line over wide gaps
     ),
 )
