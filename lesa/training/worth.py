@@ -38,6 +38,10 @@ def measure(job: Job, rollout: Rollout) -> Worth | None:
     work = job.rows(len(rollout.spec.schedule.full_steps), len(prompts))
     with job.phase("worth in pictures", work) as bar:
         bar.detail = f"{len(prompts)} prompts"
+        if getattr(job.pipe, "vae", job) is None:
+            bar.detail = "not measured: the pipeline has no vae to decode with"
+            bar.extend(-work)
+            return None
         for prompt in prompts:
             try:
                 pictures = replay(job, rollout.fixed(), prompt)

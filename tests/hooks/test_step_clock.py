@@ -444,4 +444,3 @@ def test_two_guidance_calls_without_names_are_one_step(own):
         (index, branch) for index in range(3) for branch in ("default", "default#1")
     ]
     assert [step.fresh for step in told] == 2 * [True, *5 * [False]]
-
