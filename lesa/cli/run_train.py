@@ -14,6 +14,7 @@ from lesa.cli.saved import look_at
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.hooks.scheduler_advice import other_size
+from lesa.training.arguments import quarter
 from lesa.training.budget import Budget
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
@@ -81,7 +82,8 @@ def _prepare(
     check_steps(max(steps), saved.scheduler)
     settings["num_inference_steps"] = max(steps)
     counts = _full_steps(request, steps)
-    Budget.parse(request.budget).check(len(texts) + validation, counts, steps[0])
+    judging = validation or quarter(len(texts)) or len(texts)
+    Budget.parse(request.budget).check(len(texts) + validation, judging, counts, steps[0])
     request.check_target()
     require_writable(request.out)
     check_json(request.json)

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.worth import Worth
-from lesa.training.budget import Budget
+from lesa.training.budget import Budget, Shares
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
 from lesa.training.job import Job
 from lesa.training.search import Steps, shaped
 from lesa.training.statistics import Statistics
-from lesa.training.worth import measure
+from lesa.training.worth import judges, measure
+
+TRIES = 4  # numbers of full steps that a search for a target takes, about
 
 __all__ = ["Aim", "calibrate", "collect_all"]
 
@@ -48,9 +50,9 @@ def collect_all(job: Job, aim: Aim) -> list[Statistics]:
 
     def told(seconds: float) -> None:
         each = seconds * sum(aim.num_steps) / aim.num_steps[0]
-        about = (len(job.prompts), aim.full_steps, aim.num_steps[0])
-        aim.budget = aim.budget.known(each, *about)
-        job.progress.line(aim.budget.estimate(each, *about))
+        prompts, counts, steps = len(job.prompts), aim.full_steps, aim.num_steps[0]
+        aim.budget = aim.budget.known(each, prompts, len(judges(job)), counts, steps)
+        job.progress.line(aim.budget.estimate(each, prompts, counts, steps))
 
     first, *others = aim.num_steps
     return [collect(job, first, told), *(collect(job, steps) for steps in others)]
@@ -93,12 +95,13 @@ def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
 def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | None:
     """The best of some lists of one number of full steps, as accelerated runs show it."""
     job, steps = calibrator.job, calibrator.statistics.num_steps
-    counts, prompts = len(aim.full_steps), len(job.prompts)
+    prompts = len(job.prompts)
+    counts = TRIES if aim.target_psnr is not None else len(aim.full_steps)
     share = aim.budget.per_prompt(len(lists[0]), counts, steps, prompts)
-    work = share * steps * prompts
-    rollout = calibrator.fit(calibrator.race(lists, work) if aim.race else lists, work)
+    work = Shares.of(share * steps * prompts, prompts, len(judges(job)), len(lists[0]))
+    rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
     calibrator.store(rollout)
-    rollout = calibrator.joint_fit(rollout, aim.polish, work)
+    rollout = calibrator.joint_fit(rollout, aim.polish, work.joint)
     worth = measure(job, rollout)
     calibrator.store(rollout, worth)
     calibrator.tell(rollout, worth)

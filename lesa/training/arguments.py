@@ -115,6 +115,11 @@ def _texts(name: str, given: Any) -> list[str]:
     return texts
 
 
+def quarter(prompts: int) -> int:
+    """How many of the prompts are held out where nothing is said."""
+    return prompts // 4 if prompts >= ENOUGH else 0
+
+
 def held_out(
     validation: Iterable[str] | int | None, texts: Sequence[str], call: Mapping[str, Any]
 ) -> tuple[list[str], frozenset[int]]:
@@ -132,7 +137,7 @@ def held_out(
                 f"that were fitted; give {ENOUGH} prompts, or validation=",
                 stacklevel=2,
             )
-        return [*texts], frozenset(range(3, count, 4) if count >= ENOUGH else ())
+        return [*texts], frozenset(range(3, count, 4) if quarter(count) else ())
     if isinstance(validation, int) and not isinstance(validation, bool):
         whole("validation", validation, 0)
         if validation and count - validation < 2:

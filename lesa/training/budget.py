@@ -11,13 +11,14 @@ from lesa.core.checks import real, shown
 from lesa.errors import LesaError
 from lesa.util.progress import clock
 
-__all__ = ["Budget"]
+__all__ = ["Budget", "Shares"]
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Plain generations per prompt that the calibration of one number of full steps may cost where no
 # budget is given: as much as so many accelerated runs, but at least and at most so many, and less
 # where there are several numbers.
 RUNS, LEAST, MOST, MOST_EACH = 5, 1.5, 3.0, 2.25
+FIT, RACES = 0.13, 0.57  # shares of the fit on all prompts, and of races in what is left
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,18 @@ class Budget:
             raise LesaError(f"budget={shown(value)}: nothing can be trained for that; give more")
         return found
 
-    def check(self, prompts: int, full_steps: Sequence[int], num_steps: int) -> None:
-        """LesaError, before anything runs, where it does not pay for a plain run of every prompt
-        and one fit of every number of full steps."""
-        least = prompts * (1 + sum(full_steps) / num_steps)
+    def check(self, prompts: int, judging: int, full_steps: Sequence[int], num_steps: int) -> None:
+        """LesaError, before anything runs, where it does not pay for a plain run of every prompt,
+        one fit of every number of full steps, and what the prompts that judge say of it."""
+        least = _least(prompts, judging, full_steps, num_steps)
         if self.generations is not None and self.generations < least:
             each = least / prompts
             possible = int(self.generations / each)
             fewer = f", or at most {possible} prompts" if possible else ""
             raise LesaError(
                 f"budget={self.generations:g}: {prompts} prompts need {least:.1f} plain "
-                f"generations, one each and one accelerated run per number of full steps; give "
-                f"{least:.1f} or more{fewer}"
+                f"generations, one each and an accelerated run per number of full steps, and one "
+                f"more of those that judge; give {least:.1f} or more{fewer}"
             )
 
     def per_prompt(self, full_steps: int, counts: int, num_steps: int, prompts: int) -> float:
@@ -77,7 +78,9 @@ class Budget:
             return min(most, max(LEAST, RUNS * full_steps / num_steps))
         return max(full_steps / num_steps, (self.generations / prompts - 1) / counts)
 
-    def known(self, seconds: float, prompts: int, full_steps: Sequence[int], steps: int) -> Budget:
+    def known(
+        self, seconds: float, prompts: int, judging: int, full_steps: Sequence[int], steps: int
+    ) -> Budget:
         """The budget in plain generations, once one is known to take so many seconds.
 
         Raises LesaError where the time does not pay for the least.
@@ -85,7 +88,7 @@ class Budget:
         if self.seconds is None:
             return self
         found = Budget(generations=self.seconds / seconds)
-        least = prompts * (1 + sum(full_steps) / steps)
+        least = _least(prompts, judging, full_steps, steps)
         assert found.generations is not None
         if found.generations < least:
             possible = int(found.generations / least * prompts)
@@ -99,10 +102,35 @@ class Budget:
     def estimate(
         self, seconds: float, prompts: int, full_steps: Sequence[int], num_steps: int
     ) -> str:
-        """What the whole is expected to cost, as one line."""
+        """What the whole costs at most, as one line."""
         shares = [self.per_prompt(n, len(full_steps), num_steps, prompts) for n in full_steps]
         whole = prompts * (1 + sum(shares))
         return (
-            f"estimate: {clock(whole * seconds)} for {whole:.0f} plain generations of "
+            f"estimate: at most {clock(whole * seconds)} for {whole:.0f} plain generations of "
             f"{seconds:.2g} s"
         )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the phases of one number of full steps get, in full steps of a prompt.
+
+    A fit on all prompts and the judging at the end come first; of the rest more than half is for
+    races of step lists.
+    """
+
+    race: float
+    fit: float
+    joint: float
+
+    @classmethod
+    def of(cls, whole: float, prompts: int, judging: int, full_steps: int) -> Shares:
+        """The shares of a whole."""
+        left = whole - judging * full_steps
+        fit = max(FIT * left, prompts * full_steps)
+        rest = max(0.0, left - fit)
+        return cls(RACES * rest, fit, (1 - RACES) * rest)
+
+
+def _least(prompts: int, judging: int, full_steps: Sequence[int], num_steps: int) -> float:
+    return prompts + (prompts + judging) * sum(full_steps) / num_steps

@@ -33,8 +33,6 @@ DRIFTS = (1.0, 0.5)  # values of beta that compete: which is best depends on the
 GENTLE = (0.5, 0.0)  # where the sampler is known in part, steering more does harm
 SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
-RACING = 0.5  # share of a count's budget for races of step lists
-FINAL = 0.13  # share for the fits on all prompts; the rest is for the joint fit
 RACERS, LEADERS, FINALISTS = 14, 4, 8  # lists: in the first race, and in the second
 FEWEST = 3  # prompts in a race
 
@@ -63,13 +61,13 @@ class Calibrator:
         full step moves, on twice as many or more.
         """
         lists = [*lists[:RACERS]]
-        leaders = self._ranked(lists, RACING / 2 * budget)
+        leaders = self._ranked(lists, budget / 2)
         if leaders is None:
             return lists
         near = {*neighbours(leaders[0], self._steps, REACH)} - {*lists}
         likely = sorted(near, key=self.judge.quality, reverse=True)
         finalists = [*leaders[:LEADERS], *likely[: FINALISTS - LEADERS]]
-        return self._ranked(finalists, RACING / 2 * budget) or leaders
+        return self._ranked(finalists, budget / 2) or leaders
 
     def _ranked(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:
         """As many of the lists as the budget pays for on `FEWEST` prompts or more, in the order in
@@ -94,7 +92,7 @@ class Calibrator:
         settings = [*product(self._drifts(), SHRINKAGES)]
         order = sorted(product(range(len(lists)), range(len(settings))), key=lambda ij: sum(ij))
         each = len(lists[0]) * len(self.job.prompts)
-        count = max(1, int(min(len(order), budget * FINAL / each)))
+        count = max(1, int(min(len(order), budget / each)))
         rollouts = [self._rollout(self._plan(lists[i]), *settings[j]) for i, j in order[:count]]
         work = self.job.rows(steps_computed(rollouts))
         with self.job.phase("fit on accelerated runs", work) as bar:
@@ -104,8 +102,7 @@ class Calibrator:
 
     def joint_fit(self, leader: Rollout, rounds: int, budget: float) -> Rollout:
         """All gaps of a rollout fitted together, on the final latents."""
-        share = (1 - RACING - FINAL) * budget
-        return joint_fit(self.job, leader, self.statistics.sigmas, rounds, share)
+        return joint_fit(self.job, leader, self.statistics.sigmas, rounds, budget)
 
     def store_open_loop(self, full_steps: Steps) -> None:
         """Put a list with the rows that the statistics alone give into the forecaster."""
@@ -113,25 +110,28 @@ class Calibrator:
         for branch in self.statistics.branches:
             self.forecaster.correct(plan, sigmas, branch, self._prior(plan, sigmas, branch))
 
-    def forget(self, count: int) -> None:
-        """Take the calibration of a number of full steps out of the forecaster."""
+    def forget(self, count: int, but: Schedule | None = None) -> None:
+        """Take the calibrations of a number of full steps, but for one list, out of the
+        forecaster."""
         sigmas = self.statistics.sigmas
         self.forecaster.calibrations[:] = [
             entry
             for entry in self.forecaster.calibrations
-            if len(entry.schedule.full_steps) != count or not entry.matches(entry.schedule, sigmas)
+            if len(entry.schedule.full_steps) != count
+            or entry.schedule == but
+            or not entry.matches(entry.schedule, sigmas)
         ]
 
     def store(self, rollout: Rollout, worth: Worth | None = None) -> None:
         """Put a rollout's coefficients, and what they are worth, into the forecaster, in the place
         of others of as many full steps."""
         spec, result = rollout.spec, rollout.result
-        self.forget(len(spec.schedule.full_steps))
         for branch, rows in result.coefficients.items():
             shared = result.shared.get(branch)
             known = (rows, None) if shared is None else (shared, rows)
             self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
         self.forecaster.recommend(spec.schedule, self.statistics.sigmas).worth = worth
+        self.forget(len(spec.schedule.full_steps), but=spec.schedule)
 
     def tell(self, rollout: Rollout, worth: Worth | None) -> None:
         """Say how good a list is."""

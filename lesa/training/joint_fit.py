@@ -21,10 +21,10 @@ from lesa.training.rollout import EARLY, Rollout
 
 MOVE = 0.02  # of a coefficient, for its derivative
 TOGETHER = 16  # rollouts in one call
-DERIVATIVES = 0.7  # share of the budget; the rest is for what races
-FEWEST = 4  # prompts that judge what races
+DERIVATIVES = 0.7  # share of the budget, at most; the rest is for what races
+FEWEST = 2  # prompts that judge what races
 MOST = 8  # prompts that a round takes its derivatives on
-RACE = ((1e-2, 1.0), (1e-2, 0.5), (1e-1, 1.0), (1e-3, 0.5))  # damping, share of the step
+RACE = ((1e-2, 1.0), (1e-2, 0.5), (1e-1, 1.0))  # damping, share of the step
 
 # branch, step, column; where parts have rows (column, part), and the column alone for all of them
 Place = tuple[str, int, int | tuple[int, int]]
@@ -59,7 +59,9 @@ def _round(
     here = rollout.fixed()
     each = _slope_steps(here, places)
     some = _some(job.fitted, min(MOST, int(DERIVATIVES * budget / each)), turn)
-    if not some:
+    last = (len(RACE) + 1) * len(here.spec.schedule.full_steps)  # at most, of a prompt that judges
+    judges = job.mixed(int((budget - each * len(some)) / last))
+    if not some or len(judges) < min(FEWEST, len(job.prompts)):
         return rollout
     with job.phase("derivatives of the final latents", job.rows(each, len(some))) as bar:
         bar.detail = f"{len(places)} coefficients, {len(some)} prompts, {num_steps} steps"
@@ -67,7 +69,6 @@ def _round(
     found = [(share, _step(error, slopes, damping)) for damping, share in RACE]
     tried = [_moved(here, places, share * step) for share, step in found]
     each = steps_computed([here, *tried])
-    judges = job.mixed(max(FEWEST, int((1 - DERIVATIVES) * budget / each)))
     with job.phase("fit on final latents", job.rows(each, len(judges))) as bar:
         bar.detail = f"{len(tried)} steps of Gauss-Newton on {len(judges)} prompts"
         run_rollouts(job, [here, *tried], None, num_steps, prompts=judges)

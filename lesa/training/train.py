@@ -104,7 +104,7 @@ def train(
     report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
     everyone, held = arguments.held_out(validation, texts, taken)
     aim = Aim(counts, wanted, schedule, bool(refine), polish, Budget.parse(budget), target)
-    aim.budget.check(len(everyone), wanted, counts[0])
+    aim.budget.check(len(everyone), len(held or everyone), wanted, counts[0])
     job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, held_out=held)
     _check_tap(job)
     collected = collect_all(job, aim)

@@ -56,7 +56,7 @@ def test_a_budget_is_kept(command, budget, tmp_path):
     quick = ("--full-steps", 3, "--polish", 0)
     _, told = train(command, tmp_path, *quick, "--budget", budget)
     assert ("race of step lists" in told) == (budget == "10h")
-    assert re.search(r"^estimate: \d+:\d+\S* for \d+ plain generations of ", told, re.M)
+    assert re.search(r"^estimate: at most \d+:\d+\S* for \d+ plain generations of ", told, re.M)
     assert cost(told) <= 9 if budget == "9" else cost(told) > 12
 
 

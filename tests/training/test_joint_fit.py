@@ -83,11 +83,14 @@ def test_derivatives_are_taken_on_the_fitted_prompts_in_turn_as_the_budget_pays(
     rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
     run_rollouts(job, [rollout], reuse(4), STEPS)
     each = fitting._slope_steps(rollout.fixed(), fitting._places(rollout.fixed(), LATE))
-    assert quality(joint_fit(job, rollout, LATE, 2, 2 * 2 * each / 0.7 + 1)) >= -100
+    budget = 2 * each + 4 * 4 * len(rollout.spec.schedule.full_steps)  # of a round
+    monkeypatch.setattr(fitting, "DERIVATIVES", (2 * each + 0.5) / budget)
+    assert quality(joint_fit(job, rollout, LATE, 2, 2 * budget)) >= -100
     assert seen == [[0, 2], [3, 0]]
     assert set(judged[-1]) == {0, 1, 2, 3}
     seen.clear()
     assert joint_fit(job, rollout, LATE, 1, 0.5 * each) is rollout and not seen
+    assert joint_fit(job, rollout, LATE, 1, 2 * each + 1) is rollout and not seen  # nobody judges
 
 
 def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():

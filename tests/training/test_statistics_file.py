@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lesa.errors import LesaError
 from lesa.training.collect import Collector
-from lesa.training.work import Work
 from lesa.training.statistics import Statistics, inner_products
+from lesa.training.work import Work
 
 STEPS, ROWS = 6, {"cond": 1, "uncond": 1}
 SIGMAS = tuple(1 - s / STEPS for s in range(STEPS + 1))
