@@ -18,8 +18,9 @@ from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
-EARLY, LATER = (0.45, 0.6, 0.75, 0.9, 1.1), (0.5, 0.75, 1.0, 1.3)  # of shapes that are tried
+EARLY, LATER = (0.25, 0.45, 0.6, 0.75, 0.9, 1.1), (0.5, 0.75, 1.0, 1.3)  # of shapes that are tried
 CLIMBS = 3  # of the shapes whose steps move
+FIRST = 8  # lists with an early second full step that come before all others
 EARLY_SHARE, LATE = 0.04, 1.0  # of the steps; dB
 REACH = 2  # steps by which a full step moves at a time
 
@@ -171,24 +172,27 @@ def candidates(
 ) -> list[Steps]:
     """Step lists for accelerated runs to choose from.
 
-    First those of `shaped` whose second full step is early, then, the best on the statistics first,
-    its others and what the best of the first become where single steps move. How far the first gap
-    may reach is left to accelerated runs: an error at high noise changes what the model sees at
-    every later full step, and statistics of plain runs know nothing of that. ``advance`` is called
-    `CLIMBS` times.
+    First the `FIRST` of `shaped` that are most like the prior's own and whose second full step is
+    early; then, the best on the statistics first, those with a later one, and what the best of both
+    kinds become where single steps move; last the rest. How far the first gap may reach is left to
+    accelerated runs: an error at high noise changes what the model sees at every later full step,
+    and statistics of plain runs know nothing of that. ``advance`` is called `CLIMBS` times.
     """
     num_steps, lists = judge.statistics.num_steps, shaped(count, judge.statistics)
-    late = {steps for steps in lists if handicap(steps, num_steps)}
-    starts = sorted(lists, key=judge.quality, reverse=True)
-    starts = [steps for steps in starts if steps not in late] or starts
+    late = [steps for steps in lists if handicap(steps, num_steps)]
+    early = [steps for steps in lists if steps not in late]
     found = {steps: judge.quality(steps) for steps in late}
-    for start in (starts * CLIMBS)[:CLIMBS]:
-        if start not in found:
-            best, score = climb(start, num_steps, judge.quality, REACH, held=min(2, count))
-            found[best] = score
+    ranked = [sorted(kind, key=judge.quality, reverse=True) for kind in (early, late)]
+    starts = [(steps, min(2, count)) for steps in ranked[0][: CLIMBS - 1]]
+    starts += [(steps, 1) for steps in ranked[1][:1]]
+    for start, held in starts:
+        best, score = climb(start, num_steps, judge.quality, REACH, held)
+        found[best] = score
         advance()
-    ahead = sorted(found, key=lambda x: handicap(x, num_steps) - found[x])
-    return [*dict.fromkeys([*(steps for steps in lists if steps not in late), *ahead])]
+    for _ in range(CLIMBS - len(starts)):
+        advance()
+    others = sorted(found, key=lambda x: handicap(x, num_steps) - found[x])
+    return [*dict.fromkeys([*early[:FIRST], *others, *early[FIRST:]])]
 
 
 def search_schedule(

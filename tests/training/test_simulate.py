@@ -87,4 +87,4 @@ def test_a_late_second_full_step_has_a_handicap():
     judge = judge_of(statistics, 3)
     late = [handicap(x, STEPS) > 0 for x in shaped(3, statistics)]
     found = candidates(judge, 3)
-    assert not any(handicap(x, STEPS) for x in found[: late.count(False)])
+    assert not any(handicap(x, STEPS) for x in found[: min(8, late.count(False))])

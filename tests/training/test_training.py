@@ -171,7 +171,7 @@ def test_candidates_are_the_priors_early_lists_then_others_and_what_climbs(stati
     assert known[0] == prior_schedule(5, STEPS, statistics.sigmas).full_steps
     assert all(len(steps) == 5 and steps[0] == 0 and steps[-1] < STEPS for steps in lists)
     early = [steps for steps in known if not handicap(steps, STEPS)]
-    assert early and lists[: len(early)] == early and set(known) <= set(lists)
+    assert early and lists[: min(8, len(early))] == early[:8] and set(known) <= set(lists)
     start = max(early, key=judge.quality)
     climbed = climb(start, STEPS, judge.quality, held=2)[0]
     assert climbed in lists and judge.quality(climbed) >= judge.quality(start)
