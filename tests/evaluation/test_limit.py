@@ -11,7 +11,7 @@ from lesa.evaluation.limit import add_limits
 from lesa.util.progress import Progress
 
 
-@pytest.mark.parametrize(("name", "tap"), [("qwen", "output"), ("sdxl", "hidden")])
+@pytest.mark.parametrize(("name", "tap"), [("chroma", "output"), ("sdxl", "hidden")])
 def test_a_table_of_ones_own_is_nearer_than_one_for_others(name, tap):
     pipe, call = make(name, 2)
     call |= {"num_inference_steps": STEPS}
