@@ -9,22 +9,9 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.util.numerics import float64
-from lesa.util.perceptual import check
+from lesa.util.perceptual import check, psnr
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
-
-
-def psnr(reference: Tensor, images: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of each picture: 10 log10(1 / mean((a - b)^2)).
-
-    Both [N, ...] floats in [0, 1] (peak 1) -> [N] float64; infinite where the two are identical.
-    Nothing is quantised, so it has no ceiling at 8-bit rounding.
-
-    Raises: LesaError if the shapes differ or the pictures are not floats.
-    """
-    check(reference, images)
-    squared = (float64(reference) - float64(images)).square().flatten(1).mean(1)  # [N]
-    return -10 * torch.log10(squared)
 
 
 def frame_psnr(reference: Tensor, videos: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ import time
 import torch
 from torch import Tensor
 
+from lesa.errors import LesaError
 from lesa.forecasters.worth import Worth
 from lesa.training.closed_loop import replay
 from lesa.training.job import Job
 from lesa.training.rollout import Rollout
 from lesa.training.row_fit import applied
-from lesa.util.numerics import float64
-from lesa.util.perceptual import lpips, lpips_is_missing
+from lesa.util.perceptual import lpips, lpips_is_missing, psnr
 
 __all__ = ["judges", "measure"]
 
@@ -34,48 +34,58 @@ def measure(job: Job, rollout: Rollout) -> Worth | None:
     """
     found: list[Tensor] = []
     far: list[Tensor] = []
-    prompts = judges(job)
+    prompts, fixed, looks = judges(job), rollout.fixed(), False
     work = job.rows(len(rollout.spec.schedule.full_steps), len(prompts))
     with job.phase("worth in pictures", work) as bar:
         bar.detail = f"{len(prompts)} prompts"
-        if getattr(job.pipe, "vae", job) is None:
-            bar.detail = "not measured: the pipeline has no vae to decode with"
-            bar.extend(-work)
-            return None
         for prompt in prompts:
             try:
-                pictures = replay(job, rollout.fixed(), prompt)
-            except Exception as problem:  # no decoder, or no memory for it: the rest is well
-                bar.detail = f"not measured: pictures cannot be decoded ({problem})"
+                plain, fast = _pictures(job, fixed, prompt)
+            except LesaError as problem:  # the rest of the training is well
+                bar.detail = f"not measured: {problem}"
                 bar.extend(bar.completed - bar.total)
                 return None
-            if not isinstance(pictures, Tensor) or not pictures.is_floating_point():
-                bar.detail = f"not measured: {type(job.pipe).__name__} decodes to no tensor"
-                bar.extend(bar.completed - bar.total)
-                return None
-            plain, fast = pictures.unflatten(0, (2, -1)).float().cpu()
-            error = (float64(plain) - float64(fast)).square().flatten(1).mean(1)
-            found.append(-10 * torch.log10(error))
-            if plain.ndim >= 4 and lpips_is_missing(plain) is None:
+            if not found:  # all are of one size
+                looks = plain.ndim >= 4 and lpips_is_missing(plain) is None
+            found.append(psnr(plain, fast))
+            if looks:
                 far.append(lpips(plain, fast))
     return Worth.of(
         torch.cat(found).tolist(),
         validated=bool(job.held_out),
-        lpips=torch.cat(far).tolist() if len(far) == len(prompts) else None,
+        lpips=torch.cat(far).tolist() if looks else None,
         share=_share(job, rollout),
     )
 
 
+def _pictures(job: Job, rollout: Rollout, prompt: int) -> Tensor:
+    """The plain and the accelerated pictures of a prompt, floats on the host ``[2, pictures, ...]``.
+
+    Raises LesaError where the pipeline cannot decode, or decodes to no tensor of them.
+    """
+    if getattr(job.pipe, "vae", job) is None:
+        raise LesaError("the pipeline has no vae to decode with")
+    try:
+        pictures = replay(job, rollout, prompt)
+    except Exception as problem:  # no decoder, or no memory for it
+        raise LesaError(f"pictures cannot be decoded ({problem})") from problem
+    if not isinstance(pictures, Tensor) or not pictures.is_floating_point():
+        raise LesaError(f"{type(job.pipe).__name__} decodes to no tensor")
+    return pictures.unflatten(0, (2, -1)).float().cpu()
+
+
 def _share(job: Job, rollout: Rollout) -> float | None:
-    """Seconds of a skipped step, which mixes cached features, over those of a full one."""
-    if not job.work.timed_rows:
+    """Seconds of a skipped step, which mixes cached features, over those of a full one; None where
+    none is skipped."""
+    skipped = rollout.spec.schedule.skipped_steps
+    if not job.work.timed_rows or not skipped:
         return None
     full = job.work.seconds / job.work.timed_rows * job.work.width
     base = job.kept_base(rollout.spec.schedule.steps)
     assert base is not None
     branch = next(iter(rollout.result.coefficients))
     _, output = base.at(0, branch, [0], next(job.models[0].parameters()).device)
-    row = rollout.result.coefficients[branch][rollout.spec.schedule.skipped_steps[0]]
+    row = rollout.result.coefficients[branch][skipped[0]]
     parts = [output] * len(row)
 
     def mixed() -> float:

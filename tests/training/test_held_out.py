@@ -162,3 +162,11 @@ def test_a_target_out_of_reach_leaves_the_nearest(monkeypatch):
     trained = lesa.train(pipe, None, STEPS, 3, target_psnr=100, **options)
     assert any("is the nearest to 100 dB at p10 (30.0)" in line for line in told.lines)
     assert max(len(plan.full_steps) for plan in trained.calibrated) == STEPS - 1
+
+
+def test_where_every_step_is_full_the_pictures_are_the_plain_ones_and_nothing_is_skipped():
+    pipe, call = make("flux", prompts=2)
+    options = dict(call=call, form="table", validation=0, progress=False)
+    (entry,) = lesa.train(pipe, None, STEPS, STEPS, **options).calibrations
+    assert entry.schedule.full_steps == tuple(range(STEPS))
+    assert entry.worth.share is None and entry.worth.minimum > 80  # float32 of another batch size
