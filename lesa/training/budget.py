@@ -61,13 +61,11 @@ class Budget:
         one fit of every number of full steps, and what the prompts that judge say of it."""
         least = _least(prompts, judging, full_steps, num_steps)
         if self.generations is not None and self.generations < least:
-            each = least / prompts
-            possible = int(self.generations / each)
-            fewer = f", or at most {possible} prompts" if possible else ""
             raise LesaError(
                 f"budget={self.generations:g}: {prompts} prompts need {least:.1f} plain "
                 f"generations, one each and an accelerated run per number of full steps, and one "
-                f"more of those that judge; give {least:.1f} or more{fewer}"
+                f"more of those that judge; give {least:.1f} or more"
+                f"{_or_fewer(prompts, self.generations / least)}"
             )
 
     def per_prompt(self, full_steps: int, counts: int, num_steps: int, prompts: int) -> float:
@@ -87,17 +85,14 @@ class Budget:
         """
         if self.seconds is None:
             return self
-        found = Budget(generations=self.seconds / seconds)
-        least = _least(prompts, judging, full_steps, steps)
-        assert found.generations is not None
-        if found.generations < least:
-            possible = int(found.generations / least * prompts)
-            fewer = f", or at most {possible} prompts" if possible else ""
+        generations, least = self.seconds / seconds, _least(prompts, judging, full_steps, steps)
+        if generations < least:
             raise LesaError(
                 f"budget={self.seconds:g}s: a plain generation takes {seconds:.1f} s, so that "
-                f"{prompts} prompts need {clock(least * seconds)}; give that or more{fewer}"
+                f"{prompts} prompts need {clock(least * seconds)}; give that or more"
+                f"{_or_fewer(prompts, generations / least)}"
             )
-        return found
+        return Budget(generations)
 
     def estimate(
         self, seconds: float, prompts: int, full_steps: Sequence[int], num_steps: int
@@ -134,3 +129,9 @@ class Shares:
 
 def _least(prompts: int, judging: int, full_steps: Sequence[int], num_steps: int) -> float:
     return prompts + (prompts + judging) * sum(full_steps) / num_steps
+
+
+def _or_fewer(prompts: int, share: float) -> str:
+    """How many prompts this share of what all need would pay for, if for any."""
+    possible = int(prompts * share)
+    return f", or at most {possible} prompts" if possible else ""
