@@ -10,6 +10,7 @@ alike. Only full steps are computed, and those that several rollouts have in com
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -63,11 +64,11 @@ class LockStep:
         at = self._visit(step, steers=latent.shape == output.shape)
         outputs, features = (part.unflatten(0, places.shape) for part in (output, feature))
         features = {copy: features[:, copy].clone() for copy in full}
-        base = self.base.at(step.index, step.branch, self.which, latents.device)
+        base = cache(lambda: self.base.at(step.index, step.branch, self.which, latent.device))
         for copy, rollout in enumerate(self.rollouts):
             source = self.prefixes.source(copy, step.index)
             if source is None:
-                outputs[:, copy] = base[1]
+                outputs[:, copy] = base()[1]
                 continue
             if rollout.spec.schedule.is_full(step.index):
                 rollout.push(step.branch, features[source])
@@ -78,7 +79,8 @@ class LockStep:
                 rollout.follow(self.rollouts[source], at)
             elif copy not in features:
                 tails = self._tails(batch, places[:, copy])
-                outputs[:, copy] = rollout.forecast(at, latents[:, copy], base, tails, self.fitted)
+                known = None if rollout.spec.frozen else base()
+                outputs[:, copy] = rollout.forecast(at, latents[:, copy], known, tails, self.fitted)
         return make_output(kind, output)
 
     def _places(self, rows: int) -> Tensor:
@@ -131,7 +133,7 @@ class LockStep:
 
 
 def steps_computed(rollouts: Sequence[Rollout]) -> int:
-    """How many steps of each picture `run_rollouts` computes in full, where nobody loses."""
+    """How many steps of each picture `run_rollouts` computes in full."""
     prefixes = Prefixes([rollout.spec for rollout in rollouts])
     steps = rollouts[0].spec.schedule.steps if rollouts else 0
     return sum(len(prefixes.computed(step)) for step in range(steps))

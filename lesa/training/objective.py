@@ -28,6 +28,6 @@ def objective(scores: npt.NDArray[np.float64] | Tensor) -> float:
 
 
 def quality(rollout: Rollout) -> float:
-    """The objective of a rollout's scores, in dB; minus infinity where it has lost a race."""
+    """The objective of a rollout's scores, in dB; minus infinity where it has none."""
     score = rollout.result.score
     return -float("inf") if score is None else objective(score)

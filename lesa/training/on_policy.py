@@ -39,7 +39,7 @@ class _Recorder(Rollout):
         self,
         at: Visit,
         latent: Tensor,
-        base: tuple[Tensor, Tensor],
+        base: tuple[Tensor, Tensor] | None,
         tails: Tails | None = None,
         fitted: Sequence[int] | None = None,
     ) -> Tensor:

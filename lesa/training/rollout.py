@@ -157,21 +157,23 @@ class Rollout:
         self,
         at: Visit,
         latent: Tensor,
-        base: tuple[Tensor, Tensor],
+        base: tuple[Tensor, Tensor] | None,
         tails: Tails | None = None,
         fitted: Sequence[int] | None = None,
     ) -> Tensor:
         """Fit the row of a skipped step on the states at hand, store it, and apply it.
 
         All tensors are ``[rows, pictures, ...]``: the current latent, the base run's latent (of one
-        row, without that dimension) and output, and the forecast output. ``tails`` makes what
-        leads from a forecast feature of some pictures to their outputs; None where the output
-        itself is forecast. ``fitted`` are the pictures that the row is fitted to; None for all.
+        row, without that dimension) and output, None where nothing is fitted, and the forecast
+        output. ``tails`` makes what leads from a forecast feature of some pictures to their
+        outputs; None where the output itself is forecast. ``fitted`` are the pictures that the row
+        is fitted to; None for all.
         """
         ring, rows = self.state.rings[at.branch], self.result.coefficients[at.branch]
         regressors = [*ring, latent] if self.spec.uses_latent else ring
         columns = [*range(len(ring)), *([rows.shape[1] - 1] if self.spec.uses_latent else [])]
         if not self.spec.frozen:
+            assert base is not None  # what is fitted has something to be fitted to
             target = self._target(at, guided(base[1], at.shares), latent[0] - base[0])
             some = slice(None) if fitted is None else [*fitted]
             tail = None if tails is None else tails(fitted)

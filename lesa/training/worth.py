@@ -59,7 +59,7 @@ def measure(job: Job, rollout: Rollout) -> Worth | None:
 
 
 def _pictures(job: Job, rollout: Rollout, prompt: int) -> Tensor:
-    """The plain and the accelerated pictures of a prompt, floats on the host ``[2, pictures, ...]``.
+    """Plain and accelerated pictures of a prompt, floats on the host ``[2, pictures, ...]``.
 
     Raises LesaError where the pipeline cannot decode, or decodes to no tensor of them.
     """
