@@ -30,7 +30,7 @@ class GroupedRollout(Rollout):
         self,
         at: Visit,
         latent: Tensor,
-        base: tuple[Tensor, Tensor],
+        base: tuple[Tensor, Tensor] | None,
         tails: Tails | None = None,
         fitted: Sequence[int] | None = None,
     ) -> Tensor:
@@ -43,6 +43,7 @@ class GroupedRollout(Rollout):
         if not self.spec.frozen:
             some = slice(None) if fitted is None else [*fitted]
             seen = [guided(part[:, some], at.shares) for part in regressors]
+            assert base is not None
             target = self._target(at, guided(base[1], at.shares), latent[0] - base[0])[some]
             wanted, (parts, _) = self._split([target])[0][0], self._split(seen)
             self.grouped[key] = torch.stack(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, read_sample
-from lesa.training.job import Job
+from lesa.training.job import Job, in_batches
 from lesa.training.row_fit import Tail
 
 __all__ = ["Batch", "take_rows"]
@@ -48,12 +48,9 @@ class Batch:
 
         Sample and feature are ``[total, ...]``, zero in the other rows.
         """
-        parts = [
-            rows[start : start + job.batch_size] for start in range(0, len(rows), job.batch_size)
-        ]
         output = feature = None
         started = time.perf_counter()
-        for part in parts:
+        for part in in_batches(rows, job.batch_size):
             args, kwargs = self.rows(part)
             result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
             sample = read_sample(result)

@@ -16,7 +16,7 @@ from lesa.core.checks import shown
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.training.base_run import BaseRun
-from lesa.training.job import Job, followed, parts_of
+from lesa.training.job import Job, followed, in_batches, parts_of
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics, inner_products
 from lesa.training.work import Work
@@ -170,16 +170,18 @@ def _collect_rest(
     base, ends = job.new_base(num_inference_steps), {}
     collector = Collector(job.tap, job.work, base)
     with job.controlled(collector):
-        for batch in [*_batches(known, total, job), *_batches(0, known, job)]:
+        size = job.batch_size
+        batches = [*in_batches(range(known, total), size), *in_batches(range(known), size)]
+        for batch in batches:
             collector.pictures = len(batch) * job.pictures
-            collector.first = batch.start * job.pictures
+            collector.first = batch[0] * job.pictures
             started = time.perf_counter()
             final = job.run(batch, num_inference_steps)
-            ends[batch.start] = final.cpu().double().flatten(1)
+            ends[batch[0]] = final.cpu().double().flatten(1)
             rows, num_latents, joint = collector.reduce(final)
             if told is not None and len(ends) == 1:
                 told((time.perf_counter() - started) / len(batch))
-            if batch.start < known:
+            if batch[0] < known:
                 continue
             if found is None:
                 found = Statistics(collector.sigmas, job.tap, num_latents, rows)
@@ -191,11 +193,6 @@ def _collect_rest(
     assert found is not None
     base.final = torch.cat([ends[start] for start in sorted(ends)])
     return found, collector.peak_bytes
-
-
-def _batches(begin: int, end: int, job: Job) -> list[range]:
-    size = job.batch_size
-    return [range(start, min(start + size, end)) for start in range(begin, end, size)]
 
 
 def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 from lesa.hooks.denoiser import Denoiser, read_sample
 from lesa.hooks.plain_copy import ordinary
-from lesa.training.job import Job, followed
+from lesa.training.job import Job, followed, in_batches
 
 __all__ = ["FITTED", "Batch", "Data", "record"]
 
@@ -84,7 +84,7 @@ class Data:
                 [
                     record(_drawn(job, draw), rows, num_steps)
                     for draw in range(count)
-                    for rows in _groups(of, job.batch_size)
+                    for rows in in_batches(of, job.batch_size)
                 ]
                 for count, of in zip(draws, (learns, judges), strict=True)
             )
@@ -99,10 +99,6 @@ def _drawn(job: Job, draw: int) -> Job:
 def _draws(pictures: int, rows: Sequence[int], job: Job) -> int:
     """How often each of these prompts is drawn, to have about so many pictures."""
     return max(1, round(pictures / (len(rows) * job.pictures))) if rows else 0
-
-
-def _groups(rows: Sequence[int], size: int) -> list[Sequence[int]]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _kept(part: Any) -> Any:

@@ -163,6 +163,11 @@ class Job:
         }
 
 
+def in_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+    """The rows, so many at a time."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 def model_id(pipe: Any) -> str:
     """What a pipeline is called: its Hub id, or the name of its folder without the way there."""
     source = str(getattr(pipe, "name_or_path", "") or "").rstrip("/\\")
