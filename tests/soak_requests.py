@@ -234,7 +234,8 @@ def own_loop(pipe: Any, request: Request) -> Iterator[torch.Tensor]:
 def serve(pipes: Pipelines, request: Request, *, renew: bool = False) -> str:
     """A digest of the picture that a request ends in, or of how it ended."""
     pipe = pipes.pipe(request, renew=renew)
-    torch.manual_seed(request.seed)  # where a scheduler draws its noise from
+    if request.scheduler == "stochastic":  # it draws its noise from the process's one source,
+        torch.manual_seed(request.seed)  # behind a lock of torch's that a forked child may find shut
     if request.loop:
         return _serve_loop(pipe, request)
     inner: list[str] = []
@@ -283,7 +284,8 @@ def _event(pipe: Any, request: Request, values: dict[str, Any], inner: list[str]
 
 def nested(pipe: Any, request: Request) -> str:
     """The same request on a sibling with a scheduler of its own, from inside a run of `pipe`."""
-    torch.manual_seed(request.seed)
+    if request.scheduler == "stochastic":
+        torch.manual_seed(request.seed)
     own = type(pipe.scheduler).from_config(pipe.scheduler.config)
     sibling = quiet(type(pipe)(**{**pipe.components, "scheduler": own}))
     return digest(torch.as_tensor(sibling(**arguments(sibling, inside(request)))[0]))
