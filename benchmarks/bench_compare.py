@@ -6,13 +6,15 @@ on its own published schedule and on the list that was searched for lesa, on the
 and seeds; on a U-Net also lesa with a second forecaster for the hidden tap (`lesa-hidden`). Writes
 benchmarks/results/compare/<pipeline>.json, and with `--report FOLDER` also the HTML report. With
 `--methods lesa,foca` rows of other methods stay in the file where they ran on the same prompts and
-weights.
+weights. With `--methods foca,fora`, without lesa, nothing is trained: these rows, on their own
+lists, are put beside those of the file, which stay.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -64,29 +66,36 @@ def measure(
     seen = prompts(name, CALIBRATION, seed=0, split="train")
     peers = [method for method in methods.split(",") if method != OURS]
     parse(peers or "all", Bench(steps, pipe, call, seen))  # before the long training
-    forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=log)
-    training = {
-        "prompts": CALIBRATION,
-        "seconds": time.perf_counter() - started,
-        "log": log.lines,
-    }
-    print(f"{name}: trained in {training['seconds']:.0f} s", flush=True)
+    facts: dict[str, Any] = {"weights": hashes(pipe)}
+    forecaster = None
+    if trains(methods):
+        forecaster = lesa.train(pipe, seen, steps, counts, call=call, progress=log)
+        seconds = time.perf_counter() - started
+        facts["training"] = {"prompts": CALIBRATION, "seconds": seconds, "log": log.lines}
+        print(f"{name}: trained in {seconds:.0f} s", flush=True)
     bench = Bench(steps, pipe, call, seen, forecaster)
     contenders = prepare(methods, counts, bench, searched=True)
-    if hasattr(pipe, "unet"):
+    if forecaster is not None and hasattr(pipe, "unet"):
         contenders.append(hidden(pipe, seen, counts[-1], call))
     print(f"{name}: {len(contenders)} rows prepared", flush=True)
     texts = prompts(name, unseen, seed=1, split="test")
     options = dict(seed=1000, batch_size=batch_size)
     result = compare(pipe, texts, contenders, call, progress=Progress(), **options)
     mine = [method for method in contenders if method.name == OURS]
+    if not mine:
+        return result, facts
     judged = compare(pipe, texts, mine, call, judges=[attributes], **options)  # it is slow
     result.plain_more |= judged.plain_more
     scores = {row["label"]: row["scores"] for row in judged.rows}
     for row in result.rows:
         row |= {"scores": scores[row["label"]]} if row["label"] in scores else {}
     result.notes += left_out(methods, bench)
-    return result, {"weights": hashes(pipe), "training": training}
+    return result, facts
+
+
+def trains(methods: str) -> bool:
+    """Is lesa among the methods?"""
+    return methods == "all" or OURS in methods.split(",")
 
 
 def hashes(pipe: Any) -> dict[str, str]:
@@ -108,7 +117,7 @@ def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     Rows on step lists that are no longer lesa's are dropped. Every kept row carries the `commit`
     that it was measured at; a row without one was measured at that of the file's environment.
     """
-    if any(known.get(key) != found[key] for key in ("prompts", "seed", "settings", "weights")):
+    if not alike(known, found):
         return found
     known = renamed(known)
     new = {row["label"] for row in found["rows"]}
@@ -134,6 +143,27 @@ def kept(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def alike(known: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Did an earlier file's rows run the same prompts and seeds on the same weights?"""
+    same = ("prompts", "seed", "settings", "weights")
+    return all(known.get(key) == found[key] for key in same)
+
+
+def added(known: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """An earlier file, with rows of other methods than lesa put in, each with its `commit`."""
+    known, at = renamed(known), found["environment"]["commit"]
+    rows = [{**row, "commit": at} for row in found["rows"]]
+    labels = {row["label"] for row in rows}
+    old = [row for row in known["rows"] if row["label"] not in labels]
+    curves = {k: v for k, v in known["error_per_step"].items() if k not in labels}
+    told = f"{len(rows)} rows of other methods were put in at commit {at}."
+    return known | {
+        "rows": [*old, *rows],
+        "error_per_step": {**curves, **found["error_per_step"]},
+        "notes": [*known["notes"], *found["notes"], told],
+    }
+
+
 def renamed(report: dict[str, Any]) -> dict[str, Any]:
     """A file in which methods have the names of today."""
     return json.loads(with_canonical_names(json.dumps(report)))
@@ -153,7 +183,7 @@ def rounded(value: Any) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipelines", default=",".join(PIPELINES), help="a comma list")
-    parser.add_argument("--methods", default="all", help="all, or a comma list with lesa")
+    parser.add_argument("--methods", default="all", help="all, or a comma list")
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
@@ -170,7 +200,16 @@ def main() -> None:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
         facts |= {"environment": begun, "attributes": shares(result)}
         found, path = rounded(result.to_dict() | facts), options.out / "compare" / f"{name}.json"
-        write(path, kept(json.loads(path.read_text()), found) if path.exists() else found)
+        known = json.loads(path.read_text()) if path.exists() else None
+        if trains(options.methods):
+            write(path, found if known is None else kept(known, found))
+        elif known is not None and alike(known, found):
+            write(path, added(known, found))
+        else:
+            sys.exit(
+                f"--methods {options.methods}: {path} holds no rows of lesa's on these "
+                "prompts and weights; add lesa to the methods"
+            )
 
 
 if __name__ == "__main__":

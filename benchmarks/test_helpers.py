@@ -24,7 +24,7 @@ from _contenders import (
 )
 from _environment import command, environment, slug, write
 from _timing import interleaved, ratios, repeats, rotation, summary, wall_timer
-from bench_compare import kept
+from bench_compare import added, kept
 
 
 @pytest.fixture
@@ -200,3 +200,21 @@ def test_two_partial_runs_leave_each_kept_row_the_commit_that_it_was_measured_at
         "1 rows of other methods are kept from commit two.",
         "2 rows of other methods are kept from commit one.",
     ]
+
+
+def test_rows_of_peers_alone_are_put_beside_those_that_the_file_has():
+    def report(commit, **rows):
+        found = [
+            {"method": m, "label": m, "schedule": "own: 0,5", "value": v} for m, v in rows.items()
+        ]
+        curves = {label: [value] for label, value in rows.items()}
+        at = {"environment": {"commit": commit}, "notes": [], "training": f"of {commit}"}
+        return {"rows": found, "error_per_step": curves, **at}
+
+    found = added(report("one", lesa=1, fora=2, foca=3), report("two", foca=4, dicache=5))
+    assert [(row["method"], row["value"], row.get("commit")) for row in found["rows"]] == [
+        ("lesa", 1, None), ("fora", 2, None), ("foca", 4, "two"), ("dicache", 5, "two"),
+    ]  # fmt: skip
+    assert found["error_per_step"] == {"lesa": [1], "fora": [2], "foca": [4], "dicache": [5]}
+    assert (found["environment"], found["training"]) == ({"commit": "one"}, "of one")
+    assert found["notes"] == ["2 rows of other methods were put in at commit two."]
