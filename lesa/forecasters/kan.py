@@ -59,11 +59,21 @@ def bspline_basis(x: Tensor, intervals: int, grid: Grid) -> Tensor:
     return weights.new_zeros(*x.shape, intervals + 3).scatter(-1, places, weights)
 
 
+def ending_basis(x: Tensor, intervals: int, grid: Grid) -> Tensor:
+    """The same splines, each of which ends on its own knots: outside the grid they fall to 0.
+
+    Those of a grid with 4 more intervals on each side, without the 4 outermost of each."""
+    width = 4 * (grid[1] - grid[0]) / intervals
+    wide = bspline_basis(x, intervals + 8, (grid[0] - width, grid[1] + width))
+    return wide[..., 4:-4]
+
+
 class EdgeSplineLayer(FullPrecision):
     """y_o = sum_i base[o, i] silu(x_i) + sum_g spline[o, i, g] B_g(x_i): one spline per edge.
 
-    x [N, inputs] -> [N, outputs]. Outside the grid the splines hold their border value and the SiLU
-    branch goes on linearly. `zero` makes the layer return 0 at first.
+    x [N, inputs] -> [N, outputs]. Outside the grid the splines hold their border value, or with
+    `ending` fall to 0 as in the release; the SiLU branch goes on linearly. `zero` makes the layer
+    return 0 at first.
     Source: LESA's release (efficient-kan form); Liu et al. 2024 (arXiv 2404.19756), eq. 2.10.
     """
 
@@ -74,16 +84,18 @@ class EdgeSplineLayer(FullPrecision):
         intervals: int = 5,
         grid: Grid = (-3.0, 3.0),
         zero: bool = False,
+        ending: bool = False,
     ) -> None:
         super().__init__()
         self.intervals, self.grid = check_grid(intervals, grid)
+        self.basis = ending_basis if ending else bspline_basis
         base = torch.randn(outputs, inputs) / inputs**0.5
         spline = torch.randn(outputs, inputs, intervals + 3) * (0.1 / inputs**0.5)
         self.base = nn.Parameter(base * (not zero))
         self.spline = nn.Parameter(spline * (not zero))
 
     def forward(self, x: Tensor) -> Tensor:
-        basis = bspline_basis(x, self.intervals, self.grid)  # [N, inputs, intervals + 3]
+        basis = self.basis(x, self.intervals, self.grid)  # [N, inputs, intervals + 3]
         smooth = functional.linear(functional.silu(x), self.base)
         return smooth + functional.linear(basis.flatten(-2), self.spline.flatten(-2))
 
@@ -117,7 +129,13 @@ class RidgeSpline(FullPrecision):
 class KAN(nn.Sequential):
     """Edge-spline layers of the given widths, the last of which starts at 0."""
 
-    def __init__(self, widths: Sequence[int], intervals: int = 5, grid: Grid = (-3.0, 3.0)) -> None:
+    def __init__(
+        self,
+        widths: Sequence[int],
+        intervals: int = 5,
+        grid: Grid = (-3.0, 3.0),
+        ending: bool = False,
+    ) -> None:
         if len(widths) < 2 or min(widths) < 1:
             raise LesaError(
                 f"widths={list(widths)} is not a network; give at least [inputs, outputs]"
@@ -125,7 +143,9 @@ class KAN(nn.Sequential):
         last = len(widths) - 2
         super().__init__(
             *(
-                EdgeSplineLayer(widths[i], widths[i + 1], intervals, grid, zero=i == last)
+                EdgeSplineLayer(
+                    widths[i], widths[i + 1], intervals, grid, zero=i == last, ending=ending
+                )
                 for i in range(last + 1)
             )
         )

@@ -123,7 +123,7 @@ def make_gate(settings: Settings) -> nn.Module:
     if settings.gate == "mlp":
         return MLP([inputs, nodes, nodes, 1])
     if settings.spline == "edge":
-        return KAN([inputs, nodes, nodes, 1], settings.intervals or INTERVALS)
+        return KAN([inputs, nodes, nodes, 1], settings.intervals or INTERVALS, ending=True)
     return RidgeSpline(inputs, nodes, settings.intervals or INTERVALS)
 
 

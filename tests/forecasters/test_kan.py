@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lesa.errors import LesaError
-from lesa.forecasters.kan import KAN, MLP, EdgeSplineLayer, RidgeSpline, bspline_basis
+from lesa.forecasters.kan import (
+    KAN,
+    MLP,
+    EdgeSplineLayer,
+    RidgeSpline,
+    bspline_basis,
+    ending_basis,
+)
 
 GRID = (-3.0, 3.0)
 
@@ -30,6 +37,13 @@ def cox_de_boor(x, intervals, grid):
 @given(x=st.floats(-2.99, 2.99), intervals=st.integers(1, 9))
 def test_closed_form_matches_cox_de_boor(x, intervals):
     basis = bspline_basis(torch.tensor(x, dtype=torch.float64), intervals, GRID)
+    assert (basis - cox_de_boor(x, intervals, GRID)).abs().max() < 1e-12
+
+
+@settings(deadline=None)
+@given(x=st.floats(-20, 20), intervals=st.integers(1, 9))
+def test_splines_that_end_match_cox_de_boor_outside_the_grid_too(x, intervals):
+    basis = ending_basis(torch.tensor(x, dtype=torch.float64), intervals, GRID)
     assert (basis - cox_de_boor(x, intervals, GRID)).abs().max() < 1e-12
 
 
