@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from _result_tables import (
@@ -18,7 +18,7 @@ from _result_tables import (
     table,
 )
 
-from lesa.evaluation.ranking import decibels
+from lesa.evaluation.ranking import OTHER_FORM, Row, decibels, ours
 
 MADE = "Made by `python benchmarks/make_results.py`; do not edit."
 PEERS = [text for where in LISTS.values() for text in (f"best peer, {where}", "lesa better by")]
@@ -45,11 +45,20 @@ def section(heading: str, part: dict[str, Any]) -> Iterator[str]:
     yield "\nFell short:\n" if short else "\nNo target was missed.\n"
     yield from short
     yield from limits(rows)
+    yield from _with_network(rows)
     yield from attributes(part)
     yield "\n<details><summary>All rows</summary>\n"
     yield from table((*ALL, "full steps are"), every(rows))
     yield "\n</details>\n"
     yield from (f"{note}\n" for note in part.get("notes", ()))
+
+
+def _with_network(rows: Sequence[Row]) -> Iterator[str]:
+    """The same table of the form "disca", where it ran."""
+    if ours(rows, OTHER_FORM):
+        yield '\nWith a network on skipped steps, `form="disca"`, on the list that it chose:\n'
+        head = ("full steps", "", f"{OTHER_FORM}, dB", *PEERS)
+        yield from table(head, against(rows, OTHER_FORM))
 
 
 def speed_page(main: dict[str, Any], loops: dict[str, dict[str, Any]]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from lesa.evaluation.ranking import (
+    OURS,
     Row,
     decibels,
     difference,
@@ -97,9 +98,9 @@ def best(rows: Sequence[Row], count: int, lists: str, key: str) -> Row | None:
     return max(peers, key=lambda row: decibels(row[key]), default=None)
 
 
-def against(rows: Sequence[Row]) -> Iterator[list[str]]:
+def against(rows: Sequence[Row], method: str = OURS) -> Iterator[list[str]]:
     """A line per number of full steps and metric: lesa, the best peer on either kind of list."""
-    for row in ours(rows):
+    for row in ours(rows, method):
         videos = {key: words for key, words in OF_VIDEOS.items() if key in row}
         for key, words in {**METRICS, **videos}.items():
             cells = [f"{wanted(row)}" if key == "psnr_mean" else "", words, value(row, key)]

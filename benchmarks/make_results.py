@@ -20,7 +20,15 @@ from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transf
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
 from _untrained_page import untrained_page  # noqa: E402
 
-from lesa.evaluation.ranking import Row, ours, wanted  # noqa: E402
+from lesa.evaluation.ranking import (  # noqa: E402
+    OTHER_FORM,
+    OTHER_TAP,
+    OURS,
+    UNTRAINED,
+    Row,
+    ours,
+    wanted,
+)
 from lesa.util.files import write_atomically  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -38,16 +46,18 @@ HEAD = f"""# Results
 {MADE}
 
 Measured on the embedded pipelines: small, truly trained ones of the real diffusers classes
-(`testbed/`). Each row compares lesa with the best of up to 29 other methods.
+(`testbed/`). Each row compares lesa with the best of up to %d other methods.
 
 - **Runs.** Every method runs the same unseen prompts with the same seeds and sampler as the plain
   run, and is compared with it in PSNR on floats, picture by picture, in dB.
 - **Peers.** A peer is met at its fewest full steps that are not below lesa's, so ties favour the
-  peer, but with at most 15 % more of them. The best peer is chosen anew for the mean, the 10th
+  peer, but with at most 15 %% more of them. The best peer is chosen anew for the mean, the 10th
   percentile (p10) and the minimum. "Their own lists" are full steps as the peers publish or choose
   them, "searched steps" the list that was searched for lesa. PAB and FasterCache still do 85 to
-  90 % of the plain run's work: they are among all rows, to be read by TFLOP.
-- **Ranges** are 95 % bootstrap intervals over the prompts, of differences paired by prompt. They
+  90 %% of the plain run's work: they are among all rows, to be read by TFLOP.
+- **With a network** is lesa's form for few-step models (`form="disca"`), which runs two blocks on
+  every skipped step, as DisCa does: its "faster" is lower.
+- **Ranges** are 95 %% bootstrap intervals over the prompts, of differences paired by prompt. They
   are missing where a file is older than they are.
 - **Targets.** 8 dB above the best peer on its own list in the mean and 5 dB in p10, no lower a
   minimum, and 3 dB in the mean over peers on searched steps. Each page lists what fell short.
@@ -76,7 +86,7 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
 
 def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator[str]:
     """What is measured and how, one table, and where the pages are."""
-    yield HEAD
+    yield HEAD % max(map(_others, compared.values()))
     head = ("pipeline", "full steps", "lesa: mean / p10 / minimum", "best peer, mean")
     more = ("lesa better by: mean / p10 / minimum", "over peers on searched steps", "faster")
     order = [name for name in KINDS if name in compared] + [*(compared.keys() - KINDS.keys())]
@@ -90,16 +100,21 @@ def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator
     yield ""
 
 
+def _others(part: dict[str, Any]) -> int:
+    """How many methods a pipeline's file has besides lesa in its forms."""
+    return len({row["method"] for row in part["rows"]} - {OURS, OTHER_TAP, OTHER_FORM, UNTRAINED})
+
+
 def summary(name: str, part: dict[str, Any]) -> Iterator[list[str]]:
     """A line per number of full steps."""
     rows, steps = part["rows"], part["settings"]["num_inference_steps"]
-    for number, row in enumerate(ours(rows)):
+    for number, row in enumerate([*ours(rows), *ours(rows, OTHER_FORM)]):
         own = {key: best(rows, wanted(row), "own", key) for key in METRICS}
         given = best(rows, wanted(row), "searched", "psnr_mean")
         peer = own["psnr_mean"]
         yield [
             "" if number else f"[{name}](results/{name}.md), {steps} steps",
-            f"{wanted(row)}",
+            f"{wanted(row)}{', with a network' * (row['method'] == OTHER_FORM)}",
             " / ".join(shown(row[key]) for key in METRICS),
             f"{shown(peer['psnr_mean'])} ({title(peer)})" if peer else "",
             " / ".join(f"{ahead(row, p, key):+.1f}" for key, p in own.items() if p),
@@ -143,8 +158,18 @@ def _behind(compared: dict[str, dict[str, Any]], key: str) -> list[tuple[float, 
             peer = best(rows, wanted(row), "own", key)
             if peer is not None and (by := ahead(row, peer, key)) < 0:
                 place = f"{name} with {wanted(row)} of {steps} steps in full"
-                found.append((by, f"{-by:.1f} dB on {place} ({title(peer)})"))
+                more = _with_network(rows, wanted(row), peer, key)
+                found.append((by, f"{-by:.1f} dB on {place} ({title(peer)}{more})"))
     return sorted(found)
+
+
+def _with_network(rows: Sequence[Row], count: int, peer: Row, key: str) -> str:
+    """How far ahead of the peer lesa's form with a network is, where it ran."""
+    row = next((row for row in ours(rows, OTHER_FORM) if wanted(row) == count), None)
+    if row is None:
+        return ""
+    by = ahead(row, peer, key)
+    return f'; with `form="disca"` lesa is {abs(by):.1f} dB {"ahead" if by >= 0 else "behind"}'
 
 
 def _readme_line(rows: Sequence[Row], row: Row, loops: Sequence[dict[str, Any]]) -> list[str]:

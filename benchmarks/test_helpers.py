@@ -25,6 +25,7 @@ from _contenders import (
 from _environment import command, environment, slug, write
 from _timing import interleaved, ratios, repeats, rotation, summary, wall_timer
 from bench_compare import added, kept
+from make_results import weaker
 
 
 @pytest.fixture
@@ -218,3 +219,19 @@ def test_rows_of_peers_alone_are_put_beside_those_that_the_file_has():
     assert found["error_per_step"] == {"lesa": [1], "fora": [2], "foca": [4], "dicache": [5]}
     assert (found["environment"], found["training"]) == ({"commit": "one"}, "of one")
     assert found["notes"] == ["2 rows of other methods were put in at commit two."]
+
+
+def test_where_a_peer_is_ahead_the_form_with_a_network_is_named_too():
+    def row(method, mean):
+        label = {"method": method, "label": f"{method} @1", "full_steps": 1, "schedule": "own: 0"}
+        return label | {"psnr_mean": mean, "psnr_min": mean}
+
+    def told(*rows):
+        part = {"rows": [*rows], "settings": {"num_inference_steps": 4}}
+        return "".join(weaker({"schnell": part}))
+
+    behind = told(row("lesa", 22.0), row("disca", 25.0))
+    assert "in the mean by 3.0 dB on schnell with 1 of 4 steps in full (DisCa); in the" in behind
+    both = told(row("lesa", 22.0), row("disca", 25.0), row("lesa-disca", 28.5))
+    assert '(DisCa; with `form="disca"` lesa is 3.5 dB ahead); in the worst' in both
+    assert "nowhere measured" in told(row("lesa", 26.0), row("disca", 25.0))

@@ -38,9 +38,9 @@ def name(row: Row) -> str:
     return row["method"] + " (searched steps)" * is_borrowed(row)
 
 
-def ours(rows: Sequence[Row]) -> list[Row]:
-    """lesa's rows, most full steps first."""
-    return sorted((row for row in rows if row["method"] == OURS), key=wanted, reverse=True)
+def ours(rows: Sequence[Row], method: str = OURS) -> list[Row]:
+    """lesa's rows, or those of another of its forms, most full steps first."""
+    return sorted((row for row in rows if row["method"] == method), key=wanted, reverse=True)
 
 
 def opponents(rows: Sequence[Row], count: int) -> list[Row]:
