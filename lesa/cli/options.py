@@ -35,7 +35,9 @@ PipelineOption = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        "--prompts", help="A line each, or CSV, TSV, JSON, JSONL, parquet.", rich_help_panel=PROMPTS
+        "--prompts",
+        help="A line each, or CSV, TSV, JSON, JSONL, parquet; lesa:16: the first 16 of lesa's own.",
+        rich_help_panel=PROMPTS,
     ),
 ]
 NegativePrompt = Annotated[

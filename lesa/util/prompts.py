@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from lesa.errors import LesaError
 
-__all__ = ["check_text", "read_other_prompts", "read_prompts"]
+__all__ = ["OWN", "check_text", "own_prompts", "read_other_prompts", "read_prompts"]
+
+OWN = "lesa"  # the name, in place of a file's, of the prompts that come with lesa
 
 _FIELDS = ("prompt", "prompts", "text", "caption")  # the first of them that a record has
 _FILES = (
@@ -23,6 +26,7 @@ _FILES = (
 def read_prompts(path: str | Path, field: str = "prompts") -> list[str]:
     """The prompts of a file, by its ending, as benchmarks and data sets publish them.
 
+    "lesa", "lesa:16" and "lesa:17-48" are no files but lesa's own prompts, see `own_prompts`.
     .csv, .tsv and .parquet: the column prompt, prompts, text or caption, the first of them that is
     there (DrawBench, PartiPrompts). .json: a list, .jsonl: a value per line, of texts or of objects
     with such a field; .json may also be an object whose field annotations, prompts or captions is
@@ -33,6 +37,8 @@ def read_prompts(path: str | Path, field: str = "prompts") -> list[str]:
         valid Unicode.
     """
     path = Path(path)
+    if re.fullmatch(rf"{OWN}(:.*)?", str(path)) and not path.is_file():
+        return own_prompts(str(path), field)
     try:
         found = _records(path, field)
     except FileNotFoundError:
@@ -50,6 +56,31 @@ def read_prompts(path: str | Path, field: str = "prompts") -> list[str]:
     for prompt in prompts:
         check_text(prompt, f"{field}={str(path)!r}: its prompt")
     return prompts
+
+
+def own_prompts(name: str = OWN, field: str = "prompts") -> list[str]:
+    """lesa's own calibration prompts: 100 sentences in twelve languages, written for it.
+
+    "lesa": all; "lesa:16": the first 16, which are varied by themselves; "lesa:17-48": those from
+    the 17th to the 48th, to measure on what was not trained on.
+
+    Raises: LesaError for another name, or prompts that are not there.
+    """
+    file = Path(__file__).with_name("calibration_prompts.txt")
+    prompts = file.read_text(encoding="utf-8").splitlines()
+    match = re.fullmatch(rf"{OWN}(?::(?:(\d+)-)?(\d+))?", name)
+    if match is None:
+        raise LesaError(
+            f"{field}={name!r}: not a part of lesa's own prompts; give {OWN}, {OWN}:16 or"
+            f" {OWN}:17-48"
+        )
+    first, last = int(match[1] or 1), int(match[2] or len(prompts))
+    if not 1 <= first <= last <= len(prompts):
+        raise LesaError(
+            f"{field}={name!r}: lesa has {len(prompts)} prompts of its own; give {OWN}:1 to"
+            f" {OWN}:{len(prompts)}, or a part such as {OWN}:17-48"
+        )
+    return prompts[first - 1 : last]
 
 
 def read_other_prompts(
