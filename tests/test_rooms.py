@@ -33,6 +33,7 @@ ALLOWED = {
     "training": {"core", "util", "hooks", "forecasters"},
     "testbed": {"hooks"},
     "api": {"core", "hooks", "engine", "forecasters", "ops"},
+    "integrations": {"lesa", "core", "hooks", "engine", "forecasters", "api"},
 }
 ALLOWED["evaluation"] = {"lesa", *ALLOWED}
 ALLOWED["cli"] = {"lesa", *ALLOWED}

@@ -1,0 +1,1 @@
+"""lesa inside other engines: one adapter per engine, each imports its engine when it is used."""
