@@ -16,12 +16,14 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from lesa.cli.launch import leads, refuse_ranks, speaks
 from lesa.errors import LesaError, is_out_of_memory
 from lesa.util.files import require_writable_file, write_atomically
 from lesa.util.strict_json import to_json
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BAD_INPUT, INTERRUPTED = 2, 130
+IN_ONE_PROCESS = ("compare", "demo")
 STDOUT = Path("-")
 
 
@@ -71,10 +73,13 @@ def guarded(command: Function) -> Function:
     @functools.wraps(command)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         try:
+            if command.__name__ in IN_ONE_PROCESS:
+                refuse_ranks(command.__name__)
             with _warnings_in_words(), _no_empty_folders(kwargs):
                 return command(*args, **kwargs)
         except LesaError as error:
-            complain(str(error))
+            if speaks(error):
+                complain(str(error))
             raise typer.Exit(BAD_INPUT) from None
         except OSError as error:  # a disk that fills up, a folder that goes away
             complain(f"file={error.filename!r}: {error.strerror or error}; check the disk")
@@ -171,12 +176,16 @@ def check_json(target: Path | None) -> None:
 
 
 def console(target: Path | None) -> Console:
-    """Where text for people goes: stderr while standard output carries JSON."""
-    return Console(stderr=target == STDOUT, highlight=False)
+    """Where text for people goes: stderr while standard output carries JSON; of several processes
+    the first one speaks."""
+    return Console(stderr=target == STDOUT, highlight=False, quiet=not leads())
 
 
 def emit(target: Path | None, value: Any) -> None:
-    """Write `value` as JSON to a file or to standard output; nothing without a target."""
+    """Write `value` as JSON to a file or to standard output; nothing without a target, or where
+    another process speaks."""
+    if not leads():
+        return
     if target == STDOUT:
         sys.stdout.write(to_json(value))
     elif target is not None:

@@ -3,45 +3,54 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import asdict
-from math import ceil
 from typing import Any
 
 from rich.console import Console
 
 from lesa.cli.calls import full_steps_of
 from lesa.cli.inputs import load_forecaster
+from lesa.cli.launch import check_ranks
+from lesa.cli.make_pictures import make_pictures
+from lesa.cli.manifest import Manifest, run_key
 from lesa.cli.output import check_json, say
-from lesa.cli.pictures import NO_VIDEO, can_write_videos, file_name, save
+from lesa.cli.pictures import NO_VIDEO, can_write_videos
 from lesa.cli.requests import GenerateRequest
 from lesa.cli.saved import look_at
 from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
+from lesa.util.ranks import joined
 
 _GIVE = "give either --full-steps or --interval, or what shall be reached, as --target-speedup 4"
 
 
 def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
-    """Save a picture of every prompt, print what it took and return all of it.
+    """Save a picture of every prompt that has none yet, print what it took and return all of it.
+
+    Under torchrun or `accelerate launch` every process makes whole batches of its own.
 
     Raises: LesaError for bad input, before the pipeline is loaded where it can be told.
     """
     texts = request.texts()
-    with Progress().bar("load", 0):
-        pipe, settings, forecaster, cache = _prepare(request, texts)
-    facts = make_pictures(pipe, texts, settings, request, forecaster, cache)
-    _tell(facts, len(texts), request, console)
+    check_ranks(len(texts), request.batch_size, request.device)
+    checked = _checked(request)
+    with joined() as ranks:
+        with Progress(quiet=not ranks.leads).bar("load", 0):
+            pipe = _loaded(request, texts, *checked)
+        forecaster, settings, cache = checked
+        told = _told(request, settings, cache, pipe)
+        manifest = Manifest(request.out, run_key(pipe, forecaster, told), ranks.rank)
+        facts = make_pictures(pipe, texts, settings, request, forecaster, cache, ranks, manifest)
+    if ranks.leads:
+        _tell(facts, len(texts), request, console)
     return facts | asdict(request.full_step)
 
 
-def _prepare(
-    request: GenerateRequest, texts: list[str]
-) -> tuple[Any, dict[str, Any], Any, dict[str, Any]]:
-    """The pipeline, the arguments of its call, the forecaster and those of `lesa.enable`."""
+def _checked(request: GenerateRequest) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """The forecaster, the arguments of the pipeline's call and those of `lesa.enable`."""
     saved = look_at(request.named)
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     steps = request.num_inference_steps
@@ -51,9 +60,30 @@ def _prepare(
     request.check_target()
     require_writable(request.out)
     check_json(request.json)
+    Manifest(request.out).read()
+    return forecaster, settings, cache
+
+
+def _loaded(
+    request: GenerateRequest,
+    texts: list[str],
+    forecaster: Any,
+    settings: dict[str, Any],
+    _cache: Mapping[str, Any],
+) -> Any:
+    """The pipeline, ready to be called."""
     pipe = request.load(settings, texts, forecaster)
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
-    return pipe, settings, forecaster, cache
+    return pipe
+
+
+def _told(
+    request: GenerateRequest, settings: Mapping[str, Any], cache: Mapping[str, Any], pipe: Any
+) -> dict[str, Any]:
+    """What was asked for that pixels depend on."""
+    full_step = request.full_step
+    where = {"device": pipe.device.type, "dtype": str(pipe.dtype), "fps": request.fps}
+    return {"settings": dict(settings), "cache": dict(cache), **asdict(full_step), **where}
 
 
 def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
@@ -98,50 +128,6 @@ def _check_reach(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> N
         raise LesaError(told) from None
 
 
-def make_pictures(
-    pipe: Any,
-    prompts: Sequence[str],
-    settings: Mapping[str, Any],
-    request: GenerateRequest,
-    forecaster: Any,
-    cache: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Generate in batches and save each batch at once, so that an interrupt loses one at most.
-
-    Args:
-        forecaster: What skips steps, None for a plain run.
-        cache: Arguments of `lesa.enable` beside it; empty for a plain run.
-    """
-    from lesa.api import accelerate, stats
-    from lesa.hooks.timed_run import generate
-
-    files, seconds, counters, moving = [], 0.0, None, False
-    work = ceil(len(prompts) / request.batch_size) * settings["num_inference_steps"]
-    with (
-        Progress().bar("generate", work) as bar,
-        accelerate(pipe, forecaster, **cache) if cache else nullcontext(),
-    ):
-        for start in range(0, len(prompts), request.batch_size):
-            chunk = prompts[start : start + request.batch_size]
-            seeds = range(request.seed + start, request.seed + start + len(chunk))
-            run = generate(pipe, chunk, seeds, settings, on_step=bar.advance)
-            seconds += run.seconds
-            moving = run.images.ndim == 5
-            for row, (prompt, image) in enumerate(zip(chunk, run.images, strict=True)):
-                files += save(image, request.out, file_name(start + row, prompt), request.fps)
-        if cache:
-            counters = stats(pipe)
-    return {
-        "files": files,
-        "seconds": seconds,
-        "settings": dict(settings),
-        "scheduler": type(pipe.scheduler).__name__,
-        "video": moving,
-        "stats": counters.to_dict() if counters else None,
-        "summary": str(counters) if counters else "plain run",
-    }
-
-
 def _tell(
     facts: Mapping[str, Any],
     count: int,
@@ -156,6 +142,8 @@ def _tell(
         f"{count} {what} in {request.out}, {facts['seconds']:.3g} s of denoising,"
         f" {full} of {steps} steps in full"
     )
+    if facts["made"] < count:
+        told = f"{count} {what} in {request.out}, of which {count - facts['made']} were there"
     say(console, told)
     if facts["video"] and not can_write_videos():
         say(console, NO_VIDEO)

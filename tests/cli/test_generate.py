@@ -134,7 +134,7 @@ def test_a_video_is_a_strip_and_an_mp4(tmp_path):
     pytest.importorskip("imageio_ffmpeg")
     options = ("--num-inference-steps", 2, "--frames", 5, "--fps", 10, "--out", tmp_path)
     assert "1 video in" in run("generate", "hunyuan", "--prompt", "a red circle", *options)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".mp4"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".mp4", ".jsonl"}
     strip = Image.open(tmp_path / "0000-a-red-circle.png")
     assert strip.size == (5 * 64, 64)
     with imageio.get_reader(tmp_path / "0000-a-red-circle.mp4") as reader:
@@ -150,7 +150,7 @@ def test_a_video_without_the_packages(tmp_path, monkeypatch):
     monkeypatch.setattr("lesa.cli.pictures.find_spec", lambda _: None)
     options = ("--num-inference-steps", 2, "--frames", 5, "--out", tmp_path)
     assert NO_VIDEO in run("generate", "hunyuan", "--prompt", "a", *options)
-    assert [path.name for path in tmp_path.iterdir()] == ["0000-a.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0000-a.png", "manifest.jsonl"]
 
 
 @pytest.mark.parametrize(

@@ -52,11 +52,14 @@ def test_ctrl_c_while_generating_keeps_what_is_finished(tmp_path):
     done = interrupt(args, lambda: out.exists() and len(list(out.glob("*.png"))) >= 2, tmp_path)
     assert done.returncode == 130, done.stderr
     assert "interrupted" in done.stderr and "Traceback" not in done.stderr
-    pictures = list(out.iterdir())
+    pictures = sorted(out.glob("*.png"))
     assert 2 <= len(pictures) < 200
     for path in pictures:  # complete ones, under their final names only
-        assert path.suffix == ".png"
         Image.open(path).load()
+    assert {path.suffix for path in out.iterdir()} == {".png", ".jsonl"}
+    lines = map(json.loads, (out / "manifest.jsonl").read_text().splitlines())
+    noted = [line["file"] for line in lines]
+    assert noted == [path.name for path in pictures][: len(noted)] and noted
 
 
 def test_ctrl_c_while_collecting_is_taken_up_again(tmp_path):
