@@ -19,13 +19,12 @@ from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import (
     CLIMBS,
-    REACH,
     OpenLoop,
     Steps,
     candidates,
+    first_gap,
     handicap,
     judge_of,
-    neighbours,
 )
 from lesa.training.statistics import Statistics
 
@@ -33,7 +32,7 @@ DRIFTS = (1.0, 0.5)  # values of beta that compete: which is best depends on the
 GENTLE = (0.5, 0.0)  # where the sampler is known in part, steering more does harm
 SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
-RACERS, LEADERS, FINALISTS = 14, 4, 8  # lists: in the first race, and in the second
+RACERS, FINALISTS = 12, 4  # lists: in the first race, and in the second
 FEWEST = 3  # prompts in a race
 
 
@@ -57,16 +56,16 @@ class Calibrator:
     def race(self, lists: Sequence[Steps], budget: float) -> list[Steps]:
         """The best lists as true accelerated runs show them, the best first.
 
-        Many run on few prompts; then the leaders, and what becomes of the first one where a single
-        full step moves, on twice as many or more.
+        Many run on few prompts; then the best one of each length of the first gap, and the next
+        best, on as many as are paid for. The few decide badly between those lengths.
         """
         lists = [*lists[:RACERS]]
         leaders = self._ranked(lists, budget / 2)
         if leaders is None:
             return lists
-        near = {*neighbours(leaders[0], self._steps, REACH)} - {*lists}
-        likely = sorted(near, key=self.judge.quality, reverse=True)
-        finalists = [*leaders[:LEADERS], *likely[: FINALISTS - LEADERS]]
+        gaps = [first_gap(steps, self._steps) for steps in leaders]
+        firsts = [leaders[gaps.index(gap)] for gap in sorted({*gaps})]
+        finalists = [*dict.fromkeys([*firsts, *leaders])][:FINALISTS]
         return self._ranked(finalists, budget / 2) or leaders
 
     def _ranked(self, lists: Sequence[Steps], budget: float) -> list[Steps] | None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product, zip_longest
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +18,12 @@ from lesa.training.statistics import Statistics
 
 Vector = npt.NDArray[np.float64]
 Steps = tuple[int, ...]
-EARLY, LATER = (0.25, 0.45, 0.6, 0.75, 0.9, 1.1), (0.5, 0.75, 1.0, 1.3)  # of shapes that are tried
-CLIMBS = 3  # of the shapes whose steps move
-FIRST = 8  # lists with an early second full step that come before all others
-EARLY_SHARE, LATE = 0.04, 1.0  # of the steps; dB
+EARLY = (0.0, 0.12, 0.25, 0.45, 0.6, 0.75, 0.9, 1.1)  # of shapes that are tried
+LATER = (0.5, 0.75, 1.0, 1.3)
+FIRST_GAPS = (0.04, 0.12)  # bounds of early, medium and late second full steps, of all steps
+LATE = 1.0  # dB
 REACH = 2  # steps by which a full step moves at a time
+CLIMBS = 4  # of the shapes whose steps move
 
 
 class OpenLoop:
@@ -73,26 +74,21 @@ class OpenLoop:
             self._errors[key] = np.append(indices, step), np.append(weights, -1.0)
         return self._errors[key]
 
-    def remaining(self, full_steps: Steps, step: int) -> Vector:
-        """Squared error of the final latent per picture that the skipped steps from one step on
-        add, relative to the latent's mean square."""
+    def scores(self, full_steps: Steps) -> Vector:
+        """The error of the final latent per picture, relative to its mean square, in dB; higher is
+        better."""
         schedule = Schedule.explicit(full_steps, self.statistics.num_steps)
-        steps = [skipped for skipped in schedule.skipped_steps if skipped >= step]
-        errors = {branch: self._total(branch, schedule, steps) for branch in self.rates}
+        errors = {branch: self._total(branch, schedule) for branch in self.rates}
         energy = np.zeros(len(self.joint))
         for group in self.groups:
             total = sum(place @ errors[branch] for branch, place in group)
             energy += (self.joint @ total) @ total / len(self.groups)
-        return energy / self.scale
+        return -10 * np.log10(np.maximum(energy / self.scale, 1e-12))
 
-    def scores(self, full_steps: Steps) -> Vector:
-        """The same of all skipped steps in dB; higher is better."""
-        return -10 * np.log10(np.maximum(self.remaining(full_steps, 0), 1e-12))
-
-    def _total(self, branch: str, schedule: Schedule, steps: Sequence[int]) -> Vector:
+    def _total(self, branch: str, schedule: Schedule) -> Vector:
         """A branch's share of the final latent's error, in its own basis."""
         total = np.zeros(self.statistics.size)
-        for step in steps:
+        for step in schedule.skipped_steps:
             cached = schedule.cached_before(step, self.history)
             indices, weights = self._error(branch, step, cached)
             np.add.at(total, indices, self.rates[branch][step] * weights)
@@ -140,16 +136,22 @@ def climb(
         score, best = found
 
 
+def first_gap(full_steps: Steps, num_steps: int) -> int:
+    """0 where the second full step is early (at most 2 of 50), 1 where it is medium, 2 where it is
+    late (beyond 6 of 50)."""
+    second = full_steps[1] if len(full_steps) > 1 else 0
+    return sum(second > max(1, round(bound * num_steps)) for bound in FIRST_GAPS)
+
+
 def handicap(full_steps: Steps, num_steps: int) -> float:
-    """dB by which a list with a late second full step has to be better than others.
+    """dB by which a list whose second full step is not early has to be better than others.
 
     In the first steps it is decided what the picture shows. With a long first gap one picture of
     fifteen to fifty becomes another one, which a few calibration prompts do not show: on embedded
     HunyuanVideo (10 of 50) the worst of 24 unseen prompts has 13 to 15 dB (latents) where the
     second full step is 1 or 2, 4 dB where it is 3 or later, at means within 1 dB.
     """
-    early = max(1, round(EARLY_SHARE * num_steps))
-    return LATE if len(full_steps) > 1 and full_steps[1] > early else 0.0
+    return LATE if first_gap(full_steps, num_steps) else 0.0
 
 
 def shaped(count: int, statistics: Statistics) -> list[Steps]:
@@ -170,29 +172,29 @@ def shaped(count: int, statistics: Statistics) -> list[Steps]:
 def candidates(
     judge: Judge, count: int, advance: Callable[[], object] = lambda: None
 ) -> list[Steps]:
-    """Step lists for accelerated runs to choose from.
+    """Step lists for accelerated runs to choose from, in turn from four rows.
 
-    First the `FIRST` of `shaped` that are most like the prior's own and whose second full step is
-    early; then, the best on the statistics first, those with a later one, and what the best of both
-    kinds become where single steps move; last the rest. How far the first gap may reach is left to
-    accelerated runs: an error at high noise changes what the model sees at every later full step,
-    and statistics of plain runs know nothing of that. ``advance`` is called `CLIMBS` times.
+    One row has the lists of `shaped` whose second full step is early, those most like the prior's
+    own first. The others have the lists with an early, a medium and a late one, the best on the
+    statistics first, and what the first of them become where single steps move. How long the first
+    gap may be is left to accelerated runs: an error at high noise changes what the model sees at
+    every later full step, and statistics of plain runs know nothing of that. ``advance`` is called
+    `CLIMBS` times.
     """
     num_steps, lists = judge.statistics.num_steps, shaped(count, judge.statistics)
-    late = [steps for steps in lists if handicap(steps, num_steps)]
-    early = [steps for steps in lists if steps not in late]
-    found = {steps: judge.quality(steps) for steps in late}
-    ranked = [sorted(kind, key=judge.quality, reverse=True) for kind in (early, late)]
-    starts = [(steps, min(2, count)) for steps in ranked[0][: CLIMBS - 1]]
-    starts += [(steps, 1) for steps in ranked[1][:1]]
-    for start, held in starts:
-        best, score = climb(start, num_steps, judge.quality, REACH, held)
-        found[best] = score
-        advance()
-    for _ in range(CLIMBS - len(starts)):
-        advance()
-    others = sorted(found, key=lambda x: handicap(x, num_steps) - found[x])
-    return [*dict.fromkeys([*early[:FIRST], *others, *early[FIRST:]])]
+    kinds = [[x for x in lists if first_gap(x, num_steps) == gap] for gap in range(3)]
+    rows = [kinds[0]]
+    for kind, climbs in zip(kinds, (CLIMBS - 2, 1, 1), strict=True):
+        found = {steps: judge.quality(steps) for steps in kind}
+        starts = sorted(kind, key=found.__getitem__, reverse=True)[:climbs]
+        for start in starts:
+            best, score = climb(start, num_steps, judge.quality, REACH, min(2, count))
+            found[best] = score
+        for _ in range(climbs):
+            advance()
+        rows.append(sorted(found, key=found.__getitem__, reverse=True))
+    turns = chain.from_iterable(zip_longest(*rows))
+    return [*dict.fromkeys(steps for steps in turns if steps is not None)]
 
 
 def search_schedule(

@@ -53,23 +53,12 @@ class Simulation:
         sampler = statistics.sampler
         return statistics.has_latent and sampler is not None and sampler.trusted
 
-    def remaining(self, full_steps: Steps, step: int) -> Vector:
-        """Squared error per picture that comes after a step, relative to the final latent's mean
-        square."""
-        end = self.statistics.num_steps
-        return np.maximum(self._energies(full_steps, end) - self._energies(full_steps, step), 0.0)
-
-    def _energies(self, full_steps: Steps, step: int) -> Vector:
-        """Squared error of the latent per picture at a step, as the sampler alone carries it to the
-        end."""
-        before = tuple(full for full in full_steps if full < step)
-        state = self._state(before, step) if before else np.zeros(len(self.gram))
-        carried = float(np.prod(self.keep[step:])) ** 2
-        return carried * ((self.joint @ state) @ state) / self.scale
-
     def scores(self, full_steps: Steps) -> Vector:
-        """The errors at the end in dB; higher is better."""
-        return -10 * np.log10(np.maximum(self.remaining(full_steps, 0), 1e-12))
+        """The error of the final latent per picture, relative to its mean square, in dB; higher is
+        better."""
+        state = self._state(full_steps, self.statistics.num_steps)
+        energy = (self.joint @ state) @ state / self.scale
+        return -10 * np.log10(np.maximum(energy, 1e-12))
 
     def quality(self, full_steps: Steps) -> float:
         """The objective of the scores."""

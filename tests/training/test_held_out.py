@@ -12,13 +12,13 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.forecasters.worth import Worth
 from lesa.training import aims
-from lesa.training.calibrate import Calibrator
+from lesa.training.calibrate import FINALISTS, Calibrator
 from lesa.training.closed_loop import replay, run_rollouts
 from lesa.training.collect import collect
 from lesa.training.job import Job
 from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
-from lesa.training.search import handicap
+from lesa.training.search import first_gap, handicap
 from lesa.util.progress import Progress
 
 PLAN = Schedule.explicit((0, 2, 4), STEPS)
@@ -68,6 +68,24 @@ def test_races_put_the_best_list_first_and_late_second_steps_back():
     found = calibrator.race(lists, 1e6)
     assert found == calibrator._ranked(found, 1e6)
     assert job.work.rows > before
+
+
+def test_the_best_list_of_each_first_gap_is_in_the_second_race(monkeypatch):
+    job = make_job("flux")
+    statistics = collect(job, STEPS)
+    calibrator = Calibrator(job, lesa.LesaForecaster("table", num_steps=STEPS), statistics)
+    lists = [(0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 1, 5), (0, 2, 4), (0, 3, 5), (0, 2, 3)]
+    races = []
+
+    def ranked(lists, budget):
+        races.append([*lists])
+        return [*lists]
+
+    monkeypatch.setattr(calibrator, "_ranked", ranked)
+    calibrator.race(lists, 1.0)
+    gaps = [first_gap(x, STEPS) for x in races[1]]
+    assert races[0] == lists and races[1][0] == (0, 1, 2) and len(races[1]) == FINALISTS
+    assert {*gaps} == {first_gap(x, STEPS) for x in lists} and (0, 1, 5) not in races[1]
 
 
 def test_a_replayed_plain_run_is_the_plain_run():
