@@ -25,6 +25,14 @@ def check_finite(**numbers: float | None) -> None:
             raise LesaError(f"{_option(name)}={value}: not a finite number; give one such as 3.5")
 
 
+def check_step_seconds(seconds: float | None, dry_run: bool) -> None:
+    """LesaError for no time, or one that nothing is planned with."""
+    check_finite(step_seconds=seconds)
+    if seconds is not None and (seconds <= 0 or not dry_run):
+        wrong = "it is for a plan; give --dry-run too" if seconds > 0 else "not above 0; give more"
+        raise LesaError(f"step-seconds={seconds:g}: {wrong}")
+
+
 def check_seed(seed: int) -> None:
     """LesaError for a seed that torch's generators do not take, or that is below 0."""
     if not 0 <= seed <= MOST_SEED:

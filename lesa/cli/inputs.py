@@ -12,6 +12,7 @@ from lesa.errors import LesaError, is_out_of_memory
 
 if TYPE_CHECKING:
     from lesa.cli.full_step import FullStep
+    from lesa.cli.preparation import Preparation
 
 # What diffusers imports where it is installed, and tells of its optional parts.
 _TALKATIVE = ("bitsandbytes", "torchao", "torch.utils._pytree")
@@ -34,12 +35,13 @@ def load_pipeline(
     dtype: str | None = None,
     scheduler: str | None = None,
     full_step: FullStep | None = None,
+    preparation: Preparation | None = None,
 ) -> Any:
     """A pipeline from a folder or a hub id, or an embedded one (see `embedded_name`).
 
     Without `device` CUDA is taken where there is any. Without `dtype` it is bfloat16 on CUDA and
     float32 elsewhere; the embedded pipeline is always float32. `scheduler` is
-    one of `lesa.cli.schedulers`; `full_step` is switched on.
+    one of `lesa.cli.schedulers`; `full_step` is switched on, and `preparation` is a recipe's.
 
     Raises: LesaError if it cannot be loaded or lesa does not know its denoiser.
     """
@@ -56,9 +58,11 @@ def load_pipeline(
         pipe = _from_pretrained(name, wanted)
     model_spec(find_denoiser(pipe))
     pipe.set_progress_bar_config(disable=True)
-    pipe = pipe.to(target)
+    pipe = pipe.to(target) if preparation is None else preparation.place(pipe, target)
     if scheduler is not None:
         set_scheduler(pipe, scheduler)
+    if preparation is not None:
+        preparation.set_scheduler(pipe)
     if full_step is not None:
         full_step.apply(pipe)
     return pipe

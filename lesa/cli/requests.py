@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lesa.cli import completion
-from lesa.cli.checks import check_at_least, check_finite
+from lesa.cli.checks import check_at_least, check_finite, check_step_seconds
 from lesa.cli.names import choose
 from lesa.cli.options import FORECASTER, OUTPUT, PIPELINE, PROMPTS, Counts, Prompts, Steps
 from lesa.cli.run_request import RunRequest
@@ -77,6 +77,18 @@ class TrainRequest(RunRequest):
             help="Steps of the sampler, as for generate; several: 50,28.", rich_help_panel=PIPELINE
         ),
     ] = None
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Print what it would take, and load nothing.", rich_help_panel=OUTPUT
+        ),
+    ] = False
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="For --dry-run: what one full step of one prompt takes.", rich_help_panel=OUTPUT
+        ),
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +97,7 @@ class TrainRequest(RunRequest):
             choose(self.tap, TAPS, "tap")
         check_at_least(0, polish=self.polish)
         check_finite(target_psnr=self.target_psnr)
+        check_step_seconds(self.step_seconds, self.dry_run)
         from lesa.training.arguments import checked_target
         from lesa.training.budget import Budget
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from lesa.cli.options import (
     Seed,
     Size,
 )
+from lesa.cli.recipe import Config, Recipe
 from lesa.errors import LesaError
 from lesa.util.prompts import check_text
 
@@ -40,6 +42,7 @@ class RunRequest:
     """
 
     pipeline: Pipeline = None
+    config: Config = None
     negative_prompt: NegativePrompt = None
     scheduler: Scheduler = None
     guidance_scale: Guidance = None
@@ -76,6 +79,28 @@ class RunRequest:
         if self.pipeline is None:
             raise LesaError(f"pipeline=None: none given; {_GIVE}")
         return self.pipeline
+
+    @property
+    def recipe(self) -> Recipe:
+        """What --config names; a recipe that says nothing without it."""
+        return Recipe() if self.config is None else self.config
+
+    def saved(self, without: bool = False) -> Saved:
+        """What the pipeline is, before it is loaded; without=True: by the recipe's model where the
+        pipeline does not lie here.
+
+        Raises: LesaError where there is none, or one of another class than the recipe's.
+        """
+        from lesa.cli.inputs import embedded_name
+        from lesa.cli.saved import look_at
+
+        recipe, model = self.recipe, self.recipe.model
+        there = os.path.exists(self.named) or embedded_name(self.named) is not None
+        found = model.saved(self.named) if without and model and not there else look_at(self.named)
+        if model is not None:
+            model.check(found.kind, found.denoiser)
+        recipe.preparation.check_scheduler(self.scheduler, found.scheduler)
+        return found
 
     @property
     def full_step(self) -> FullStep:
@@ -131,6 +156,7 @@ class RunRequest:
             dtype=self.dtype,
             scheduler=self.scheduler,
             full_step=self.full_step,
+            preparation=self.recipe.preparation,
         )
         if self.scheduler is None:
             set_trained_scheduler(pipe, forecaster)

@@ -10,7 +10,7 @@ from rich.console import Console
 from lesa.cli.inputs import parse_counts
 from lesa.cli.output import check_json, say
 from lesa.cli.requests import TrainRequest
-from lesa.cli.saved import look_at
+from lesa.cli.run_plan import check_memory, print_plan
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.hooks.scheduler_advice import other_size
@@ -32,6 +32,11 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     """
     texts = request.texts()
     validation = request.validation_texts(texts)
+    if request.dry_run:
+        settings, steps, counts = _asked(request, texts, len(validation or ()))
+        everyone = len(texts) + len(validation or ())
+        judging = _judging(texts, len(validation or ()))
+        return print_plan(request, settings, steps, counts, everyone, judging, console)
     with Progress().bar("load", 0):
         pipe, settings, steps, counts = _prepare(request, texts, len(validation or ()))
     import lesa
@@ -74,17 +79,9 @@ def _prepare(
     request: TrainRequest, texts: list[str], validation: int
 ) -> tuple[Any, dict[str, Any], tuple[int, ...], tuple[int, ...]]:
     """The pipeline, the arguments of its call, the numbers of steps and of full steps."""
-    saved = look_at(request.named)
-    settings = request.settings(saved)
-    asked = request.num_inference_steps
-    asked = f"{settings['num_inference_steps']}" if asked is None else asked
-    steps = parse_counts(asked, field="num-inference-steps")
-    check_steps(max(steps), saved.scheduler)
-    settings["num_inference_steps"] = max(steps)
-    counts = _full_steps(request, steps)
-    judging = validation or quarter(len(texts)) or len(texts)
-    Budget.parse(request.budget).check(len(texts) + validation, judging, counts, steps[0])
+    settings, steps, counts = _asked(request, texts, validation)
     request.check_target()
+    check_memory(request, settings, len(texts) + validation, steps)
     require_writable(request.out)
     check_json(request.json)
     pipe = request.load(settings, texts)
@@ -93,6 +90,28 @@ def _prepare(
         raise LesaError(f"{size}: training cannot follow its steps, {problem}")
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
     return pipe, settings, steps, counts
+
+
+def _asked(
+    request: TrainRequest, texts: list[str], validation: int
+) -> tuple[dict[str, Any], tuple[int, ...], tuple[int, ...]]:
+    """The arguments of the pipeline's call, the numbers of steps and of full steps, checked."""
+    saved = request.saved(without=request.dry_run)
+    settings = request.settings(saved)
+    asked = request.num_inference_steps
+    asked = f"{settings['num_inference_steps']}" if asked is None else asked
+    steps = parse_counts(asked, field="num-inference-steps")
+    check_steps(max(steps), saved.scheduler)
+    settings["num_inference_steps"] = max(steps)
+    counts = _full_steps(request, steps)
+    judging = _judging(texts, validation)
+    Budget.parse(request.budget).check(len(texts) + validation, judging, counts, steps[0])
+    return settings, steps, counts
+
+
+def _judging(texts: list[str], validation: int) -> int:
+    """How many of the prompts judge."""
+    return validation or quarter(len(texts)) or len(texts)
 
 
 ONE_LIST = ("paper", "disca")  # forms that are tied to one step list
