@@ -1,4 +1,4 @@
-"""The native part; the rest is declared in pyproject.toml.
+"""The native part, and recipes/ as a folder of the package; the rest is in pyproject.toml.
 
     LESA_BUILD_EXT=auto   (default) built where torch's headers and a compiler are found
     LESA_BUILD_EXT=1      built, or the build fails and says why
@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError
 
 MODE = os.environ.get("LESA_BUILD_EXT", "auto")
@@ -126,6 +127,18 @@ class BuildNative(build_ext):
                 raise CompileError(f"{command[0]} ended with code {code}; its message is above.")
 
 
+class BuildPython(build_py):
+    """Copies recipes/ into the package, where an installed lesa looks for them by name."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib) / "lesa" / "recipes"
+            folder.mkdir(parents=True, exist_ok=True)
+            for recipe in sorted(Path("recipes").glob("*.yaml")):
+                shutil.copy(recipe, folder)
+
+
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         tag = super().get_tag()
@@ -148,4 +161,5 @@ def extensions() -> list[Extension]:
     return [Extension(f"lesa._native_{n}", sources[n], optional=optional) for n in names]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel})
+COMMANDS_OF_SETUP = {"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel}
+setup(ext_modules=extensions(), cmdclass=COMMANDS_OF_SETUP)

@@ -75,7 +75,7 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for folder in ("lesa", "kernels"):
+    for folder in ("lesa", "kernels", "recipes"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
         shutil.copy(ROOT / name, copy)
@@ -136,6 +136,8 @@ def test_the_wheel_holds_everything_that_is_read_at_run_time(wheel):
         if path.suffix in {".json", ".safetensors", ".txt", ".j2"}
     }
     assert data <= names
+    recipes = {f"lesa/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/*.yaml")}
+    assert recipes and {name for name in names if name.startswith("lesa/recipes/")} == recipes
 
 
 def test_the_wheel_has_the_command_and_the_extras(wheel):
