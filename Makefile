@@ -15,8 +15,8 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a forecaster on the embedded pipeline, skip most steps, write lesa-demo/
 	$(BIN)/lesa demo
 
-test: $(STAMP)  ## run the tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## run the tests, two at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)  ## run the tests that `make test` leaves out for their time
 	$(BIN)/python -m pytest -m slow
