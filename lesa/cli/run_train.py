@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from lesa.cli.inputs import parse_counts
+from lesa.cli.launch import check_ranks, refuse_ranks
 from lesa.cli.output import check_json, say
 from lesa.cli.requests import TrainRequest
 from lesa.cli.run_plan import check_memory, print_plan
@@ -18,6 +19,7 @@ from lesa.training.arguments import quarter
 from lesa.training.budget import Budget
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
+from lesa.util.ranks import Ranks, joined
 
 if TYPE_CHECKING:
     from lesa.forecasters import LesaForecaster
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
     """Train, save the forecaster, print its lists of full steps and return what is known of it.
+
+    Under torchrun or `accelerate launch` the processes share the denoiser's batches.
 
     Raises:
         LesaError: for bad input, before the pipeline is loaded where it can be told.
@@ -37,12 +41,32 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
         everyone = len(texts) + len(validation or ())
         judging = _judging(texts, len(validation or ()))
         return print_plan(request, settings, steps, counts, everyone, judging, console)
-    with Progress().bar("load", 0):
+    check_ranks(len(texts) + len(validation or ()), request.batch_size, request.device)
+    if request.form == "disca":
+        refuse_ranks("train --form disca")
+    with joined() as ranks:
+        forecaster = _train(request, texts, validation, ranks)
+        if ranks.leads:
+            forecaster.save_pretrained(request.out)
+    for schedule in forecaster.calibrated:
+        listed = ", ".join(map(str, schedule.full_steps))
+        console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
+    say(console, f"forecaster in {request.out}")
+    end_if_interrupted(forecaster)
+    lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
+    facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
+    return facts | asdict(request.full_step)
+
+
+def _train(
+    request: TrainRequest, texts: list[str], validation: list[str] | None, ranks: Ranks
+) -> LesaForecaster:
+    with Progress(quiet=not ranks.leads).bar("load", 0):
         pipe, settings, steps, counts = _prepare(request, texts, len(validation or ()))
     import lesa
 
     optional: dict[str, Any] = {} if request.tap is None else {"tap": request.tap}
-    forecaster = lesa.train(
+    return lesa.train(
         pipe,
         texts,
         num_inference_steps=steps,
@@ -56,17 +80,9 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
         call=settings,
         seed=request.seed,
         folder=request.out,
+        group=ranks.group,
         **optional,
     )
-    forecaster.save_pretrained(request.out)
-    for schedule in forecaster.calibrated:
-        listed = ", ".join(map(str, schedule.full_steps))
-        console.print(f"{len(schedule.full_steps)} of {schedule.steps} in full: {listed}")
-    say(console, f"forecaster in {request.out}")
-    end_if_interrupted(forecaster)
-    lists = [{"num_steps": s.steps, "full_steps": s.full_steps} for s in forecaster.calibrated]
-    facts = {"folder": request.out, "calibrated": lists, "metadata": forecaster.metadata}
-    return facts | asdict(request.full_step)
 
 
 def end_if_interrupted(forecaster: LesaForecaster) -> None:

@@ -86,7 +86,7 @@ def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
     them."""
     if aim.schedule is not None:
         return [[aim.schedule.bind(calibrator.statistics.num_steps).full_steps]]
-    found = calibrator.search(aim.full_steps)
+    found = calibrator.job.ranks.told(calibrator.search(aim.full_steps))
     for lists in found:
         calibrator.store_open_loop(lists[0])
     return found
@@ -102,7 +102,7 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
     calibrator.store(rollout)
     rollout = calibrator.joint_fit(rollout, aim.polish, work.joint)
-    worth = measure(job, rollout)
+    worth = job.ranks.told(measure(job, rollout))
     calibrator.store(rollout, worth)
     calibrator.tell(rollout, worth)
     return worth
@@ -113,7 +113,7 @@ def _reach(calibrator: Calibrator, aim: Aim, target: float) -> None:
     that do not hold it are forgotten, unless none does."""
     steps, found = calibrator.statistics.num_steps, dict[int, float]()
     for count in _guesses(calibrator, aim.full_steps[0], target, found):
-        lists = calibrator.search([count])[0]
+        lists = calibrator.job.ranks.told(calibrator.search([count]))[0]
         calibrator.store_open_loop(lists[0])
         worth = _fit(calibrator, lists, aim)
         found[count] = float("-inf") if worth is None else worth.p10

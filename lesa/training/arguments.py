@@ -15,6 +15,7 @@ from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
 from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.job import call_arguments, pipeline_arguments
+from lesa.util.ranks import Ranks
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
@@ -206,6 +207,26 @@ def check_at_least(least: int, **numbers: int) -> None:
     """LesaError for what is no whole number, or below the least."""
     for name, value in numbers.items():
         whole(name, value, least)
+
+
+def check_ranks(ranks: Ranks, prompts: int, batch_size: int, form: str) -> None:
+    """LesaError where a rank would have no batch of the plain run, or the form takes one process.
+
+    What goes on after the plain run has fewer batches at some steps; it needs no more ranks.
+    """
+    if ranks.size == 1:
+        return
+    if form == "disca":
+        raise LesaError(
+            f"group={ranks.size} ranks: form='disca' is trained by one process; leave group out"
+        )
+    batches = -(-prompts // batch_size)
+    if batches < ranks.size:
+        smaller = f", or batch_size={prompts // ranks.size}" * (prompts >= ranks.size)
+        raise LesaError(
+            f"group={ranks.size} ranks: {prompts} prompts at batch_size={batch_size} are {batches} "
+            f"batches, so that a rank would have none; give at most {batches} ranks{smaller}"
+        )
 
 
 def checked_target(target: float | None, form: str, schedule: Schedule | None) -> float | None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lesa.errors import LesaError
+from lesa.util.ranks import Ranks
 
 __all__ = ["BaseRun"]
 
@@ -38,6 +39,7 @@ class BaseRun:
     pictures: int
     folder: Path | None = None
     final: Tensor | None = None
+    _ends: Tensor | None = None
     _latents: dict[str, Tensor] = field(default_factory=dict)  # branch -> [steps, pictures, ...]
     _outputs: dict[str, Tensor] = field(default_factory=dict)  # [steps, pictures, parts, ...]
 
@@ -64,6 +66,28 @@ class BaseRun:
         at = torch.tensor(pictures)
         latent, output = self._latents[branch][step, at], self._outputs[branch][step, at]
         return latent.to(device), output.transpose(0, 1).to(device)
+
+    def end(self, first: int, final: Tensor) -> None:
+        """Keep the final latents ``[pictures, ...]`` of pictures from one on."""
+        own = final.cpu().double().flatten(1)
+        if self._ends is None:
+            self._ends = own.new_zeros(self.pictures, own.shape[1])
+        self._ends[first : first + len(own)] = own
+        self._own[first : first + len(own)] = [True] * len(own)
+
+    def finish(self, ranks: Ranks) -> None:
+        """The run has ended, on every rank: each has put some pictures, and all get all."""
+        others = ~torch.tensor(self._own)
+        if ranks.size > 1:
+            for kept in (*self._latents.values(), *self._outputs.values()):
+                for step in kept:
+                    step[others] = 0
+                    ranks.assemble(step)
+        assert self._ends is not None  # something was run
+        self.final = ranks.assemble(self._ends)
+
+    def __post_init__(self) -> None:
+        self._own = [False] * self.pictures  # that this rank has put
 
     @property
     def nbytes(self) -> int:

@@ -15,7 +15,9 @@ from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, read_sample
 from lesa.training.job import Job, in_batches
 from lesa.training.row_fit import Tail
 
-__all__ = ["Batch", "take_rows"]
+__all__ = ["Batch", "Computed", "take_rows"]
+
+Computed = tuple[type | ListOf, Tensor, Tensor]  # class of an output, sample, feature
 
 
 @dataclass
@@ -43,28 +45,47 @@ class Batch:
 
         return sample
 
-    def compute(self, rows: list[int], job: Job) -> tuple[type | ListOf, Tensor, Tensor]:
+    def compute(self, rows: list[int], job: Job, known: Computed | None = None) -> Computed:
         """Run the model on these rows, a batch at a time: class of its output, sample, feature.
 
-        Sample and feature are ``[total, ...]``, zero in the other rows.
+        Sample and feature are ``[total, ...]``, zero in the other rows. Where several ranks share
+        the work each runs whole batches, and all get all of them; ``known`` is what an earlier call
+        of this shape gave, for a rank that has no batch.
         """
+        own = job.ranks.share(in_batches(rows, job.batch_size))
+        done = sum(map(len, own))
+        if own or known is None:
+            kind, output, feature = self._own(own or [rows[:1]], job, kept=bool(own))
+        else:
+            kind, output = known[0], torch.zeros_like(known[1])
+            feature = output if known[2] is known[1] else torch.zeros_like(known[2])
+        if len(rows) > done:
+            job.work.computed(len(rows) - done)
+        for part in {id(output): output, id(feature): feature}.values():
+            job.ranks.assemble(part)
+        return kind, output, feature
+
+    def _own(self, batches: Sequence[Sequence[int]], job: Job, kept: bool) -> Computed:
+        """This rank's batches; zeros of their shape where they are not ``kept``."""
         output = feature = None
         started = time.perf_counter()
-        for part in in_batches(rows, job.batch_size):
+        for part in batches:
             args, kwargs = self.rows(part)
             result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
             sample = read_sample(result)
             tapped = sample if job.tap == "output" else tapped
             assert sample is not None and tapped is not None  # collect has refused such models
             if output is None or feature is None:
-                output = sample.new_zeros(self.total, *sample.shape[1:])
-                feature = tapped.new_zeros(self.total, *tapped.shape[1:])
-            index = torch.tensor(part, device=sample.device)
-            output[index], feature[index] = sample, tapped
-            job.work.computed(len(part))
+                feature = output = sample.new_zeros(self.total, *sample.shape[1:])
+                if tapped is not sample:
+                    feature = tapped.new_zeros(self.total, *tapped.shape[1:])
+            if kept:
+                index = torch.tensor(part, device=sample.device)
+                output[index], feature[index] = sample, tapped
+                job.work.computed(len(part))
         assert output is not None and feature is not None
         output.flatten()[:1].cpu()  # waits for a device
-        job.work.took(len(rows), time.perf_counter() - started)
+        job.work.took(sum(map(len, batches)), time.perf_counter() - started)
         return kind_of(result), output, feature
 
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
-from lesa.hooks.denoiser import Denoiser, ListOf, make_output
+from lesa.hooks.denoiser import Denoiser, make_output
 from lesa.hooks.step_clock import Step
 from lesa.training.base_run import BaseRun
-from lesa.training.batch import Batch
+from lesa.training.batch import Batch, Computed
 from lesa.training.collect import collect
 from lesa.training.job import Job, followed, parts_of
 from lesa.training.prefixes import Prefixes
@@ -52,7 +52,7 @@ class LockStep:
         self.statistics = statistics
         self.which, self.fitted = job.pictures_of(prompts), job.fitted_among(prompts)
         self.prefixes = Prefixes([rollout.spec for rollout in rollouts])
-        self.last: dict[tuple[str, int], tuple[type | ListOf, Tensor, Tensor]] = {}
+        self.last: dict[tuple[str, int], Computed] = {}
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
@@ -105,13 +105,12 @@ class LockStep:
             (places if some is None else places[:, [*some]]).flatten().tolist()
         )
 
-    def _compute(
-        self, batch: Batch, branch: str, rows: Tensor
-    ) -> tuple[type | ListOf, Tensor, Tensor]:
+    def _compute(self, batch: Batch, branch: str, rows: Tensor) -> Computed:
         """The model on some rows; where there are none, tensors of the shapes of the last time."""
         key = branch, batch.total
         if rows.numel() or key not in self.last:
-            self.last[key] = batch.compute(rows.flatten().tolist() or [0], self.job)
+            known = self.last.get(key)
+            self.last[key] = batch.compute(rows.flatten().tolist() or [0], self.job, known)
         kind, output, feature = self.last[key]
         return kind, output.clone(), feature
 
@@ -159,10 +158,16 @@ def run_rollouts(
 
     Final latents, and with them errors and scores, lie on the host in float64, wherever the
     pipeline is: they are copied once per run.
+
+    Several ranks run what the first one was told, and find what it finds: no later decision can
+    differ between them.
     """
     if not rollouts:
         return
     rows = [*(range(len(job.prompts)) if prompts is None else prompts)]
+    specs, rows = job.ranks.told(([rollout.spec for rollout in rollouts], rows))
+    for rollout, spec in zip(rollouts, specs, strict=True):
+        rollout.spec = spec
     if job.kept_base(num_inference_steps) is None:
         collect(job, num_inference_steps)
     base = job.kept_base(num_inference_steps)
@@ -174,6 +179,9 @@ def run_rollouts(
         step = LockStep(job, some, prior, statistics, rows, base)
         with job.controlled(step):
             final = job.run(rows * len(some), num_inference_steps)
+        found = [rollout.result for rollout in some]
+        kept = [part for r in found for part in (*r.coefficients.values(), *r.shared.values())]
+        job.ranks.same([final, *kept])
         ends = final.cpu().double().reshape(len(some), len(rows) * job.pictures, -1)
         target = base.final[job.pictures_of(rows)]
         for rollout, end in zip(some, ends, strict=True):
@@ -186,6 +194,7 @@ def _groups(job: Job, rollouts: Sequence[Rollout], prompts: int) -> list[range]:
     each = prompts * job.pictures * job.work.bytes_of(max(r.spec.history for r in rollouts))
     free = free_memory(next(job.models[0].parameters()).device)
     size = max(1, min(len(rollouts), int(MEMORY * free / max(1, each))))
+    size = min(job.ranks.everyone(size))
     return [range(at, min(at + size, len(rollouts))) for at in range(0, len(rollouts), size)]
 
 

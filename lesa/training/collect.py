@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,24 +131,25 @@ def collect(
 ) -> Statistics:
     """Statistics of the base trajectories at one step count.
 
-    With ``job.folder`` the file is rewritten after every batch, and an interrupted collection
-    continues where it stopped. At most one batch's features are in memory. After the first batch
-    ``told`` is given the seconds that a prompt took. Raises LesaError when the folder holds
-    statistics of other prompts or settings.
+    With ``job.folder`` the file is rewritten after every batch, by several ranks after each has had
+    one, and an interrupted collection continues where it stopped. At most one batch's features are
+    in memory. After the first batch ``told`` is given the seconds that a prompt took. Raises
+    LesaError when the folder holds statistics of other prompts or settings.
     """
     name = f"statistics-{num_inference_steps}.safetensors"
     path = None if job.folder is None else job.folder / name
-    found = _resumed(path, job, job.fingerprint(num_inference_steps))
+    found = job.ranks.told(_resumed(path, job, job.fingerprint(num_inference_steps)))
     each, probed = job.pictures * num_inference_steps, job.tap == "hidden"
     with job.phase("collect", (len(job.prompts) + probed) * each) as bar:
         found, peak = _collect_rest(job, num_inference_steps, found, path, told)
         if probed:
             found.probed = _probe_sampler(job, num_inference_steps)
-        size = f", file {path.stat().st_size / 1e6:.2f} MB" if path is not None else ""
         bar.detail = (
             f"{len(job.prompts)} prompts x {num_inference_steps} steps, "
-            f"at most {peak / 1e6:.1f} MB of features held{size}"
+            f"at most {peak / 1e6:.1f} MB of features held"
         )
+        if path is not None and job.ranks.leads:
+            bar.detail += f", file {path.stat().st_size / 1e6:.2f} MB"
     job.work.width = sum(found.rows.values())
     job.work.plain += job.rows(num_inference_steps)
     return found
@@ -164,43 +165,80 @@ def _collect_rest(
     """The statistics with the prompts that they lack, and the most bytes of features held.
 
     Prompts that they have are run once more at last, in the batches that they ran in before: what
-    follows needs the plain run of all, to the last bit as if nothing had been interrupted.
+    follows needs the plain run of all, to the last bit as if nothing had been interrupted. Several
+    ranks run a batch each at a time, and all get all of it.
     """
     total, known = len(job.prompts), 0 if found is None else len(found.prompts)
-    base, ends = job.new_base(num_inference_steps), {}
+    base, ranks, size = job.new_base(num_inference_steps), job.ranks, job.batch_size
     collector = Collector(job.tap, job.work, base)
+    batches = [*in_batches(range(known, total), size), *in_batches(range(known), size)]
     with job.controlled(collector):
-        size = job.batch_size
-        batches = [*in_batches(range(known, total), size), *in_batches(range(known), size)]
-        for batch in batches:
-            collector.pictures = len(batch) * job.pictures
-            collector.first = batch[0] * job.pictures
+        for together in in_batches(batches, ranks.size):
+            own = [*together[ranks.rank : ranks.rank + 1]]
             started = time.perf_counter()
-            final = job.run(batch, num_inference_steps)
-            ends[batch[0]] = final.cpu().double().flatten(1)
-            rows, num_latents, joint = collector.reduce(final)
-            if told is not None and len(ends) == 1:
-                told((time.perf_counter() - started) / len(batch))
-            if batch[0] < known:
-                continue
-            if found is None:
-                found = Statistics(collector.sigmas, job.tap, num_latents, rows)
-                found.setting = job.fingerprint(num_inference_steps)
-                found.depends_on = job.depends_on()
-            found.extend(joint, [job.prompts[i] for i in batch])
-            if path is not None:
+            mine = [_run_batch(job, collector, batch, num_inference_steps) for batch in own]
+            if told is not None and batches[0] in together:  # every rank has a batch
+                told(ranks.told((time.perf_counter() - started) / len(own[0])))
+            found = found or _empty(job, collector, mine[0], num_inference_steps)
+            _extend(job, found, together, mine, known)
+            if path is not None and ranks.leads:
                 found.save(path)
     assert found is not None
-    base.final = torch.cat([ends[start] for start in sorted(ends)])
+    base.finish(ranks)
     return found, collector.peak_bytes
+
+
+def _run_batch(
+    job: Job, collector: Collector, batch: Sequence[int], num_inference_steps: int
+) -> Trajectories:
+    """The plain run of some prompts."""
+    collector.pictures = len(batch) * job.pictures
+    collector.first = batch[0] * job.pictures
+    final = job.run(batch, num_inference_steps)
+    if collector.base is not None:
+        collector.base.end(collector.first, final)
+    return collector.reduce(final)
+
+
+def _empty(
+    job: Job, collector: Collector, batch: Trajectories, num_inference_steps: int
+) -> Statistics:
+    """Statistics of no prompt, of the layout that a first batch shows."""
+    found = Statistics(collector.sigmas, job.tap, batch.num_latents, batch.rows)
+    found.setting = job.fingerprint(num_inference_steps)
+    found.depends_on = job.depends_on()
+    return found
+
+
+def _extend(
+    job: Job,
+    found: Statistics,
+    together: Sequence[Sequence[int]],
+    mine: Sequence[Trajectories],
+    known: int,
+) -> None:
+    """Add the batches of all ranks, of which one at most is this rank's, but for known prompts."""
+    counts = [len(batch) * job.pictures for batch in together]
+    size = found.joint_size
+    joint = torch.zeros(sum(counts), size, size, dtype=torch.float64)
+    parts = joint.split(counts)
+    for own in mine:
+        parts[job.ranks.rank].copy_(own.joint)
+    job.ranks.assemble(joint)
+    for batch, part in zip(together, parts, strict=True):
+        if batch[0] >= known:
+            found.extend(part, [job.prompts[i] for i in batch])
+    others = sum(counts) - sum(len(own.joint) for own in mine)
+    if others:
+        done = others * found.num_steps
+        job.work.computed(done * sum(found.rows.values()), done)
 
 
 def _probe_sampler(job: Job, num_inference_steps: int) -> Sampler | None:
     """How outputs move the latent, from one more run: hidden features do not tell it."""
     collector = Collector("output", job.work)
-    collector.pictures = job.pictures
     with job.controlled(collector):
-        rows, num_latents, joint = collector.reduce(job.run([0], num_inference_steps))
+        rows, num_latents, joint = _run_batch(job, collector, [0], num_inference_steps)
     return Statistics(collector.sigmas, "output", num_latents, rows, joint).sampler
 
 

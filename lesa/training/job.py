@@ -29,6 +29,7 @@ from lesa.hooks.weights_hash import weights_hash
 from lesa.training.base_run import BaseRun
 from lesa.training.work import Work
 from lesa.util.progress import Bar, Progress
+from lesa.util.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class Job:
     held_out: the numbers of the prompts that nothing is fitted to, only judged on. call: further
     arguments of ``pipe(...)``; embeddings hold one row per prompt. tap: the feature
     to forecast. seed: picture i starts from noise seed + i, whatever batch it runs in. batch_size:
-    rows that the denoiser computes at once. folder: where statistics are kept, or None.
+    rows that the denoiser computes at once. folder: where statistics are kept, or None. ranks: who
+    shares the denoiser's batches; all else every rank does for itself, with the same results.
     """
 
     pipe: Any
@@ -51,6 +53,7 @@ class Job:
     progress: Progress = field(default_factory=lambda: Progress(quiet=True))
     work: Work = field(default_factory=Work)
     held_out: frozenset[int] = frozenset()
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def models(self) -> list[torch.nn.Module]:

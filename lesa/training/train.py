@@ -21,9 +21,11 @@ from lesa.training.job import Job
 from lesa.training.on_policy import visited_gram
 from lesa.training.search import search_schedule
 from lesa.training.statistics import Statistics
+from lesa.training.work import Work
 from lesa.util.files import require_writable
 from lesa.util.numerics import gradients
 from lesa.util.progress import Progress
+from lesa.util.ranks import Ranks
 
 
 @gradients()
@@ -47,6 +49,7 @@ def train(
     settings: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool | Progress = True,
+    group: Any = None,
     **more: Any,
 ) -> LesaForecaster:
     """Train a forecaster for a diffusers pipeline on a few prompts.
@@ -78,6 +81,9 @@ def train(
             `lesa.forecasters.settings.Settings`).
         folder: keep statistics here, to resume an interrupted collection.
         progress: show bars and log lines; or a Progress, which keeps the lines.
+        group: a process group of torch.distributed whose ranks share the work, each with a whole
+            pipeline of its own (of the same weights); all get the same forecaster. None: this
+            process does all of it, also as one of several that run one pipeline together.
         more: the same as in ``call`` or ``settings``, each told by its name.
 
     Returns:
@@ -101,11 +107,14 @@ def train(
     arguments.checked_settings(form, tap, fields)
     texts = arguments.checked_prompts(prompts, taken)
     where = None if folder is None else require_writable(folder, "folder")
-    report = progress if isinstance(progress, Progress) else Progress(quiet=not progress)
+    ranks = Ranks.of(group)
+    quiet = not progress or not ranks.leads
+    report = progress if isinstance(progress, Progress) else Progress(quiet=quiet)
     everyone, held = arguments.held_out(validation, texts, taken)
+    arguments.check_ranks(ranks, len(everyone), batch_size, form)
     aim = Aim(counts, wanted, schedule, bool(refine), polish, Budget.parse(budget), target)
     aim.budget.check(len(everyone), len(held or everyone), wanted, counts[0])
-    job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, held_out=held)
+    job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, Work(), held, ranks)
     _check_tap(job)
     collected = collect_all(job, aim)
     forecaster = _untrained(job, collected[0], form, fields)
