@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lesa.errors import LesaError
-from lesa.training.collect import Collector
+from lesa.training.collector import Collector
 from lesa.training.statistics import Statistics, inner_products
 from lesa.training.work import Work
 
