@@ -32,6 +32,7 @@ ALLOWED = {
     "engine": {"core", "util", "ops", "hooks", "forecasters"},
     "training": {"core", "util", "hooks", "forecasters"},
     "testbed": {"hooks"},
+    "exchange": {"core", "util", "forecasters"},
     "api": {"core", "hooks", "engine", "forecasters", "ops"},
     "integrations": {"lesa", "core", "hooks", "engine", "forecasters", "api"},
 }

@@ -1,0 +1,1 @@
+"""Other programs' files: checkpoints that are converted, step lists that are exported."""
