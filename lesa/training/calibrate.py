@@ -18,7 +18,6 @@ from lesa.training.joint_fit import joint_fit
 from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
 from lesa.training.search import (
-    CLIMBS,
     OpenLoop,
     Steps,
     candidates,
@@ -48,10 +47,14 @@ class Calibrator:
         self.plain = OpenLoop(statistics, forecaster.settings.history)
 
     def search(self, counts: Sequence[int]) -> list[list[Steps]]:
-        """Step lists for each number of full steps, the best on the statistics first."""
-        with self.job.progress.bar("schedule search", CLIMBS * len(counts)) as bar:
+        """Step lists for each number of full steps, as `candidates` orders them."""
+        with self.job.progress.bar("schedule search", len(counts)) as bar:
             bar.detail = f"{len(counts)} counts on the statistics, {self._steps} steps"
-            return [candidates(self.judge, count, bar.advance) for count in counts]
+            found = []
+            for count in counts:
+                found.append(candidates(self.judge, count))
+                bar.advance()
+            return found
 
     def race(self, lists: Sequence[Steps], budget: float) -> list[Steps]:
         """The best lists as true accelerated runs show them, the best first.

@@ -39,7 +39,7 @@ def joint_fit(
     are taken on another part of the fitted prompts. What races is judged like all rollouts, on
     prompts that are fitted and on those that are not. Early rows keep their shrinkage: what the
     final latents of a few prompts would make of them fails the odd one. The ``budget``, in full
-    steps of a prompt, says on how many prompts all this runs.
+    steps of a prompt, says on how many prompts all this runs, and on how many gaps.
     """
     places = _places(rollout.fixed(), sigmas)
     for turn in range(rounds if places else 0):
@@ -55,13 +55,16 @@ def _round(
     turn: int,
     budget: float,
 ) -> Rollout:
-    """One step of Gauss-Newton, on as many prompts as the budget pays for."""
+    """One step of Gauss-Newton, of as many gaps and on as many prompts as the budget pays for."""
     here = rollout.fixed()
+    places = _affordable(here, places, DERIVATIVES * budget)
+    if not places:
+        return rollout
     each = _slope_steps(here, places)
     some = _some(job.fitted, min(MOST, int(DERIVATIVES * budget / each)), turn)
     last = (len(RACE) + 1) * len(here.spec.schedule.full_steps)  # at most, of a prompt that judges
     judges = job.mixed(int((budget - each * len(some)) / last))
-    if not some or len(judges) < min(FEWEST, len(job.prompts)):
+    if len(judges) < min(FEWEST, len(job.prompts)):
         return rollout
     with job.phase("derivatives of the final latents", job.rows(each, len(some))) as bar:
         bar.detail = f"{len(places)} coefficients, {len(some)} prompts, {num_steps} steps"
@@ -114,6 +117,21 @@ def _nearby(rollout: Rollout, places: Sequence[Place]) -> list[list[Rollout]]:
         [rollout, *(_moved(rollout, [place], one) for place in places[at : at + TOGETHER])]
         for at in range(0, len(places), TOGETHER)
     ]
+
+
+def _affordable(rollout: Rollout, places: Sequence[Place], budget: float) -> Sequence[Place]:
+    """The coefficients of as many gaps as the derivatives on one prompt pay for, the longest first;
+    what a long one makes wrong is more."""
+    schedule = rollout.spec.schedule
+
+    def length(place: Place) -> int:
+        step = place[1]
+        return step - max(full for full in schedule.full_steps if full < step)
+
+    while places and _slope_steps(rollout, places) > budget:
+        least = min((length(place), place[1]) for place in places)
+        places = [place for place in places if (length(place), place[1]) != least]
+    return places
 
 
 def _slope_steps(rollout: Rollout, places: Sequence[Place]) -> int:

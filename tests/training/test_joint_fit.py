@@ -89,8 +89,24 @@ def test_derivatives_are_taken_on_the_fitted_prompts_in_turn_as_the_budget_pays(
     assert seen == [[0, 2], [3, 0]]
     assert set(judged[-1]) == {0, 1, 2, 3}
     seen.clear()
-    assert joint_fit(job, rollout, LATE, 1, 0.5 * each) is rollout and not seen
+    assert joint_fit(job, rollout, LATE, 1, 0.1 * each) is rollout and not seen
     assert joint_fit(job, rollout, LATE, 1, 2 * each + 1) is rollout and not seen  # nobody judges
+
+
+def test_a_small_budget_pays_for_the_longest_gaps():
+    schedule = Schedule.explicit((0, 2, 4, 5), 10)
+    rows = {branch: torch.zeros(10, 2).double() for branch in ("cond", "uncond")}
+    here = Rollout(RolloutSpec(schedule, 1, uses_latent=True, rows=rows, frozen=True))
+    levels = [0.8 * (1 - step / 10) for step in range(11)]
+    places = fitting._places(here, levels)
+    assert {place[1] for place in places} == {1, 3, 9}
+    whole = fitting._slope_steps(here, places)
+    assert fitting._affordable(here, places, whole) == places
+    fewer = fitting._affordable(here, places, whole - 1)
+    assert fewer == [place for place in places if place[1] != 1]
+    least = fitting._affordable(here, places, fitting._slope_steps(here, fewer) - 1)
+    assert {place[:2] for place in least} == {("cond", 9), ("uncond", 9)}
+    assert not fitting._affordable(here, places, 0)
 
 
 def test_only_the_last_row_of_a_gap_is_moved_and_none_at_high_noise():
@@ -109,9 +125,9 @@ def test_what_rollouts_have_in_common_is_computed_once(name, monkeypatch):
     """The same end as a run of its own, and fewer model calls."""
     rows, compute = [], closed_loop.Batch.compute
 
-    def counted(self, chosen, job):
+    def counted(self, chosen, job, known):
         rows.append(len(chosen))
-        return compute(self, chosen, job)
+        return compute(self, chosen, job, known)
 
     job = make_job(name)
     fitted = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
