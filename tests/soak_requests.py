@@ -234,8 +234,9 @@ def own_loop(pipe: Any, request: Request) -> Iterator[torch.Tensor]:
 def serve(pipes: Pipelines, request: Request, *, renew: bool = False) -> str:
     """A digest of the picture that a request ends in, or of how it ended."""
     pipe = pipes.pipe(request, renew=renew)
-    if request.scheduler == "stochastic":  # it draws its noise from the process's one source,
-        torch.manual_seed(request.seed)  # behind a lock of torch's that a forked child may find shut
+    # The process's one source of noise is behind a lock, which a forked child may find shut.
+    if request.scheduler == "stochastic":
+        torch.manual_seed(request.seed)
     if request.loop:
         return _serve_loop(pipe, request)
     inner: list[str] = []
