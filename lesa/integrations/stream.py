@@ -6,6 +6,10 @@ ring and how a forecast is mixed is the same here as in `lesa.enable`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,21 +19,49 @@ from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable, StepTables
 from lesa.errors import LesaError
-from lesa.hooks.generation import Generation, Generations, Loop
+from lesa.hooks.added_noise import adds_noise, is_multistep
+from lesa.hooks.generation import Generation
+from lesa.hooks.noise_levels import levels_problem, noise_levels
+from lesa.hooks.pipeline_state import executed_steps, first_step, guidance_parts, order_of
 from lesa.hooks.step_clock import Step
 
-__all__ = ["Plan", "Stream", "run_of"]
+__all__ = ["Plan", "Stream", "hidden_config", "run_of"]
 
 
-def run_of(scheduler: object, pipe: object = None) -> Generation:
+def hidden_config(engine: str, forecaster: object, options: Mapping[str, Any]) -> LesaConfig:
+    """A configuration for an engine that keeps what the blocks return.
+
+    Raises:
+        LesaError: an option is invalid, or the forecaster was made for the output tap.
+    """
+    given = {} if forecaster is None else {"forecaster": forecaster}
+    config = LesaConfig(**{**options, **given})
+    if config.forecaster.tap == "output" or config.forecaster.uses_latent:
+        raise LesaError(
+            f"forecaster {config.forecaster.name!r}: it was made for the output tap, {engine} "
+            "keeps what the blocks return; train one with tap='hidden'"
+        )
+    return replace(config, tap="hidden")
+
+
+def run_of(scheduler: Any, pipe: Any = None) -> Generation:
     """The run that a diffusers scheduler is set to, as `lesa.enable` would see it.
 
     Args:
         scheduler: after its `set_timesteps`.
         pipe: the pipeline in whose call this is; tells of img2img and of batched guidance.
     """
-    timesteps = getattr(scheduler, "timesteps", None)
-    return Generations(()).begin(Loop(pipe, scheduler, timesteps, pipe is not None, {}, {}, None))
+    times = scheduler.timesteps
+    first = first_step(pipe, scheduler, times)
+    steps = executed_steps(pipe, scheduler, times, first, calling=pipe is not None)
+    run = Generation(times, first=first, num_steps=steps, sampler=type(scheduler).__name__)
+    run.parts = 1 if pipe is None else guidance_parts(pipe)
+    run.noise, run.multistep = adds_noise(scheduler, {}), is_multistep(scheduler)
+    run.sigmas = noise_levels(scheduler, first, steps) or ()
+    run.levels_problem = levels_problem(scheduler, first, steps)
+    if order_of(scheduler) > 1:
+        run.problem = f"scheduler of order {order_of(scheduler)}"
+    return run
 
 
 class Plan:
@@ -54,57 +86,74 @@ class Plan:
         self.config.check_run(run.num_steps, "cond#", run.sigmas)
         return self.config.bound_schedule(run.num_steps, run.sigmas)
 
-    def stream(self, run: Generation, branch: str = "cond") -> Stream:
-        """An empty stream for one guidance branch of a run.
+    def check_model(self, name: str) -> None:
+        """LesaError where the forecaster was trained for another class than diffusers' `name`."""
+        trained: Any = self.config.forecaster
+        if hasattr(trained, "check_model"):
+            trained.check_model(name, tap=self.config.resolved_tap)
+
+    def stream(self, run: Generation, branch: str = "cond", start: int = 0) -> Stream:
+        """An empty stream for one guidance branch of a run, from step `start` on.
 
         Raises:
             LesaError: as `schedule`; also where there is no table for the run or the branch.
         """
         self.schedule(run)
         self.config.check_run(run.num_steps, branch, run.sigmas)
-        step = Step(0, run.num_steps, run.sigmas, branch, True, None, run.parts, run)
+        step = Step(start, run.num_steps, run.sigmas, branch, True, None, run.parts, run)
         table = self._tables.of(step, run.parts * max(run.pictures, 1))
         if isinstance(table, str):
             raise LesaError(table)
-        return Stream(table)
+        return Stream(table, start)
 
 
 class Stream:
-    """The features of one guidance branch of a run, from its first step on.
+    """The features of one guidance branch of a run, from step `start` on.
 
     At each step ask `skips(step)`; then either `forecast(step)`, or run the model and `keep` what
-    it gave. A step that was left out, or a feature of another shape, leaves a hole: the steps after
-    it are not skipped. The ring goes with the last skipped step.
+    it gave. A step that was left out, or a feature of another shape, leaves a hole: no later step
+    is skipped, and a new stream may begin there. The ring goes with the last skipped step.
     """
 
-    def __init__(self, table: StepTable) -> None:
-        self.table = table
+    def __init__(self, table: StepTable, start: int = 0) -> None:
+        self._table, self._start = table, start
         self._ring: Ring | None = None
         self._mixer: Mixer | None = None
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the cached features."""
-        return 0 if self._ring is None else self._ring.nbytes
+    def uses_latent(self) -> bool:
+        """Whether forecasts weigh the current latent."""
+        return self._table.uses_latent
+
+    @property
+    def state(self) -> Tensor | None:
+        """The cached features [K, ...]."""
+        return None if self._ring is None else self._ring.data
 
     def scheduled(self, step: int) -> bool:
         """Whether the table forecasts this step."""
-        return step < len(self.table.rows) and self.table.rows[step] is not None
+        index = step - self._start
+        return 0 <= index < len(self._table.rows) and self._table.rows[index] is not None
 
-    def skips(self, step: int) -> bool:
-        """Whether it can be forecast: the table says so and the features are there."""
+    def skips(self, step: int, latent: Tensor | None = None) -> bool:
+        """Whether it can be forecast: the table says so, the features are there and the latent, if
+        it is weighed, has their shape."""
         ring = self._ring
-        return self.scheduled(step) and (
-            ring is not None and ring.pushed == self.table.expected[step]
-        )
+        if not self.scheduled(step) or ring is None:
+            return False
+        if ring.pushed != self._table.expected[step - self._start]:
+            return False
+        like = ring.features[0]
+        return not self.uses_latent or (latent is not None and latent.shape == like.shape)
 
     def keep(self, step: int, feature: Tensor) -> None:
         """Take the feature of a full step, where a later step needs it."""
-        if step >= len(self.table.rows) or not self.table.pushes[step]:
+        index, table = step - self._start, self._table
+        if not 0 <= index < len(table.rows) or not table.pushes[index]:
             return
-        if self._ring is None and not self.table.expected[step]:
-            self._ring = Ring(self.table.history, feature)
-            self._mixer = Mixer(self.table, self._ring)
+        if self._ring is None and not table.expected[index]:
+            self._ring = Ring(table.history, feature)
+            self._mixer = Mixer(table, self._ring)
         if self._ring is None or not self._ring.matches(feature):
             return self.release()
         self._ring.push(feature)
@@ -113,26 +162,21 @@ class Stream:
         """The feature of a step that `skips`.
 
         Args:
-            step: its index.
+            step: its index in the run.
             latent: what the model would get, in the feature's shape; for tables that weigh it.
 
         Raises:
-            LesaError: the history is not there, or the latent has another shape.
+            LesaError: it cannot be forecast.
         """
-        if not self.skips(step) or self._ring is None or self._mixer is None:
+        ring, mixer, index = self._ring, self._mixer, step - self._start
+        if not self.skips(step, latent) or ring is None or mixer is None:
             raise LesaError(f"step={step}: its history is not there; run the model at this step")
-        like = self._ring.features[0]
-        if self.table.uses_latent and (latent is None or latent.shape != like.shape):
-            found = None if latent is None else list(latent.shape)
-            raise LesaError(
-                f"latent={found}: the table weighs a latent of {list(like.shape)}; use a "
-                "forecaster without it, as lesa.Prior()"
-            )
-        weighed = latent.to(like.dtype) if self.table.uses_latent and latent is not None else None
-        feature = self._mixer(step, torch.empty_like(like), weighed)
-        if self.table.pushes[step]:
-            self._ring.push(feature)
-        if step == self.table.last:
+        like = ring.features[0]
+        weighed = latent.to(like.dtype) if self.uses_latent and latent is not None else None
+        feature = mixer(index, torch.empty_like(like), weighed)
+        if self._table.pushes[index]:
+            ring.push(feature)
+        if index == self._table.last:
             self.release()
         return feature
 
