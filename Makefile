@@ -6,11 +6,11 @@ OLDEST := .venv-oldest
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-oldest lint bench gpu profile clean
+.PHONY: help demo test test-slow test-oldest lint bench gpu profile release-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-11s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "make %-13s %s\n", $$1, $$2}' Makefile
 
 demo: $(STAMP)  ## train a forecaster on the embedded pipeline, skip most steps, write lesa-demo/
 	$(BIN)/lesa demo
@@ -40,6 +40,13 @@ gpu: $(STAMP)  ## all that only a GPU can tell, in eight minutes, into gpu-evide
 profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys and ncu
 	PYTHON=$(BIN)/python benchmarks/profile_nsys.sh
 	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
+
+release-check: $(STAMP)  ## build wheels and sdists, check and import them; lint workflow and Dockerfiles
+	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	$(BIN)/python tests/release_check.py --out dist
+	@for tool in "actionlint .github/workflows/ci.yml" "hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda"; do \
+	  if command -v $${tool%% *} > /dev/null; then echo "$$tool" && $$tool || exit 1; \
+	  else echo "not linted, for want of $${tool%% *}: $${tool#* }"; fi; done
 
 clean:  ## remove what the targets made, the environment included
 	rm -rf .venv $(OLDEST) build dist *.egg-info testbed/build testbed/*.egg-info lesa-demo profiles gpu-evidence .benchmarks \
