@@ -25,11 +25,17 @@ PEERS = [text for where in LISTS.values() for text in (f"best peer, {where}", "l
 ALL = ("method", "full steps", "mean", "p10", "minimum", "SSIM", "seconds", "TFLOP")
 
 
-def pipeline_page(name: str, part: dict[str, Any], main: dict[str, Any]) -> Iterator[str]:
-    """The comparisons of one pipeline; that of flux with fewer steps is in `main_job.json`."""
+def pipeline_page(
+    name: str, part: dict[str, Any], main: dict[str, Any], tail: dict[str, Any] | None = None
+) -> Iterator[str]:
+    """The comparisons of one pipeline, `tail` on more prompts; that of flux with fewer steps is in
+    `main_job.json`."""
     steps = part["settings"]["num_inference_steps"]
     yield f"# {name}\n\n{MADE} How to read it: [results](../results.md).\n"
     yield from section(f"{steps} steps (`compare/{name}.json`)", part)
+    if tail is not None:
+        count = len(tail["prompts"])
+        yield from section(f"{count} unseen prompts, few methods (`tails/{name}.json`)", tail)
     if name == "flux":
         shared = {key: main[key] for key in ("environment", "training")}
         yield from section("28 steps (`main_job.json`)", shared | main["28 steps"])

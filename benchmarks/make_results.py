@@ -72,7 +72,10 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
     """Path in the repository -> text of every page."""
     compared = {path.stem: read(path) for path in sorted((results / "compare").glob("*.json"))}
     main, loops = read(results / "main_job.json"), sorted(results.glob("loop_*.json"))
-    found = {name: pipeline_page(name, part, main) for name, part in compared.items()}
+    tails = {path.stem: read(path) for path in (results / "tails").glob("*.json")}
+    found = {
+        name: pipeline_page(name, part, main, tails.get(name)) for name, part in compared.items()
+    }
     found["speed"] = speed_page(main, {path.name: read(path) for path in loops})
     for name, write in (("ablations", ablation_page), ("transfer", transfer_page)):
         if (path := results / f"{name}.json").exists():
