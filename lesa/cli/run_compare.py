@@ -15,7 +15,6 @@ from lesa.cli.checks import DRAWING, require_packages
 from lesa.cli.names import choose
 from lesa.cli.output import say
 from lesa.cli.requests import CompareRequest
-from lesa.cli.saved import look_at
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 from lesa.util.prompts import read_other_prompts, read_prompts
@@ -70,7 +69,7 @@ def _read(request: CompareRequest) -> _Inputs:
     if request.report is not None:
         require_packages(f"report={str(request.report)!r}", *DRAWING)
     assert request.prompts is not None  # or the request is for --flops-only
-    saved = look_at(request.named)
+    saved = request.saved()
     texts = read_prompts(request.prompts)
     others = calibration_prompts(saved.embedded, request.calibration, texts)
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None

@@ -17,7 +17,6 @@ from lesa.cli.manifest import Manifest, run_key
 from lesa.cli.output import check_json, say
 from lesa.cli.pictures import NO_VIDEO, can_write_videos
 from lesa.cli.requests import GenerateRequest
-from lesa.cli.saved import look_at
 from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
 from lesa.util.files import require_writable
@@ -51,7 +50,7 @@ def run_generate(request: GenerateRequest, console: Console) -> dict[str, Any]:
 
 def _checked(request: GenerateRequest) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """The forecaster, the arguments of the pipeline's call and those of `lesa.enable`."""
-    saved = look_at(request.named)
+    saved = request.saved()
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     steps = request.num_inference_steps
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
