@@ -7,9 +7,10 @@ pipeline and its scheduler run on the CPU, on latents of the real size, for a fe
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lesa.hooks.model_specs import model_spec
 
 __all__ = ["Measured", "measure"]
 
+_PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
 STEPS = 2  # of the loop that is run: where there are two denoisers, one each
 
 
@@ -34,7 +36,7 @@ class Measured:
         dtype: of the weights and of the embeddings.
         parameters: of a denoiser.
         rows: of the denoiser that a step computes: its guidance branches.
-        flops: of a step in full.
+        flops: of a step in full; None where the denoiser's forward looks at values.
         latent_bytes, output_bytes: of what the denoiser is given and returns in a step, summed
             over its calls.
         argument_bytes: of a row, all arguments of a call.
@@ -43,11 +45,10 @@ class Measured:
     dtype: torch.dtype
     parameters: int = 0
     rows: int = 0
-    flops: int = 0
+    flops: int | None = 0
     latent_bytes: int = 0
     output_bytes: int = 0
     argument_bytes: int = 0
-    shapes: list[tuple[int, ...]] = field(default_factory=list)  # of latents, by call
 
     @property
     def feature_bytes(self) -> int:
@@ -79,9 +80,9 @@ def measure(model: Published, settings: Mapping[str, Any], dtype: torch.dtype) -
             f"{model.told}: model: {model.pipeline} cannot be run without weights ({reason});"
             " correct its configuration, or the arguments of the call"
         ) from error
-    for name in ("rows", "flops", "latent_bytes", "output_bytes"):
+    for name in ("rows", "latent_bytes", "output_bytes"):
         setattr(found, name, getattr(found, name) // STEPS)
-    return found
+    return replace(found, flops=None if found.flops is None else found.flops // STEPS)
 
 
 def _count(module: nn.Module) -> int:
@@ -118,7 +119,7 @@ def _arguments(model: Published, settings: Mapping[str, Any], dtype: torch.dtype
         else torch.zeros(1, *shape, dtype=dtype)
         for name, shape in model.text.items()
     }
-    given = {name: value for name, value in settings.items() if "prompt" not in name}
+    given = {name: v for name, v in settings.items() if not _PROMPT.fullmatch(name)}
     more = {"num_inference_steps": STEPS, "output_type": "latent"}
     return {**given, **more, **made, "generator": torch.Generator().manual_seed(0)}
 
@@ -129,26 +130,27 @@ def _recorded(denoiser: nn.Module, found: Measured) -> Iterator[None]:
     numbers = _shortened(denoiser)
     own = denoiser.forward
     latent_name = model_spec(denoiser).latent
-    seen: dict[Any, tuple[int, Any]] = {}
+    seen: dict[str, tuple[int | None, Any]] = {}
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         key = str([(leaf.shape, leaf.dtype) for leaf in _tensors((args, kwargs))])
+        latent: Any = kwargs.get(latent_name, args[0] if args else None)
         if key not in seen:
             there = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
             denoiser.forward = own
-            seen[key] = _counted(denoiser, there[0], there[1], numbers)
+            seen[key] = _counted(denoiser, there[0], there[1], numbers) or (
+                None, _by_channels(denoiser, latent, kwargs)
+            )  # fmt: skip
             denoiser.forward = forward
         flops, output = seen[key]
-        latent: Any = kwargs.get(latent_name, args[0] if args else None)
         rows = len(latent)
         found.rows += rows
-        found.flops += flops
+        found.flops = None if flops is None or found.flops is None else found.flops + flops
         found.latent_bytes += latent[:1].nbytes
         found.output_bytes += sum(leaf.nbytes for leaf in _tensors(output))
         of_rows = [leaf for leaf in _tensors((args, kwargs)) if leaf.ndim and len(leaf) == rows]
         each = sum(leaf.nbytes // rows for leaf in of_rows)
         found.argument_bytes = max(found.argument_bytes, each)
-        found.shapes.append(tuple(latent.shape))
         return tree_map_only(Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), output)
 
     denoiser.forward = forward
@@ -160,17 +162,32 @@ def _recorded(denoiser: nn.Module, found: Measured) -> Iterator[None]:
 
 def _counted(
     denoiser: nn.Module, args: Any, kwargs: Mapping[str, Any], numbers: Mapping[str, int]
-) -> tuple[int, Any]:
+) -> tuple[int, Any] | None:
     """Operations of a call, with the one block that is left of each container counted as often as
-    there were, and what it returns."""
+    there were, and what it returns; None where the forward asks for values."""
     counter = FlopCounterMode(display=False)
-    with torch.device("meta"), counter:
-        output = denoiser(*args, **kwargs)
+    try:
+        with torch.device("meta"), counter:
+            output = denoiser(*args, **kwargs)
+    except (NotImplementedError, RuntimeError) as error:
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower():
+            return None
+        raise
     by_module, total = counter.get_flop_counts(), counter.get_total_flops()
     for blocks, number in numbers.items():
         one = by_module[f"{type(denoiser).__name__}.{blocks}.0"]
         total += (number - 1) * sum(one.values())
     return total, output
+
+
+def _by_channels(denoiser: nn.Module, latent: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    """What a denoiser of pictures or videos ``[rows, channels, ...]`` returns: as many channels as
+    its configuration says."""
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    config: Any = denoiser.config
+    output = latent.new_zeros(len(latent), config.out_channels, *latent.shape[2:])
+    return Transformer2DModelOutput(output) if kwargs.get("return_dict", True) else (output,)
 
 
 def _shortened(denoiser: nn.Module) -> dict[str, int]:

@@ -42,8 +42,8 @@ class Cost:
         """With the rows and operations of a model."""
         if self.full_steps is None:
             return self
-        rows, flops = (self.full_steps * each for each in (found.rows, found.flops))
-        return replace(self, rows=rows, flops=flops)
+        flops = None if found.flops is None else self.full_steps * found.flops
+        return replace(self, rows=self.full_steps * found.rows, flops=flops)
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,8 @@ class Plan:
         told = (
             f"at most {cost.generations:.0f} plain generations = {cost.full_steps:.0f} full steps"
         )
-        if cost.rows is None or cost.flops is None:
-            return told
-        return f"{told} = {cost.rows:.0f} rows = {cost.flops / 1e15:.4g} PFLOP"
+        told += "" if cost.rows is None else f" = {cost.rows:.0f} rows"
+        return told + ("" if cost.flops is None else f" = {cost.flops / 1e15:.4g} PFLOP")
 
     def _memory(self, memory: Memory) -> dict[str, str]:
         names = [gigabytes(size) for size in memory.denoisers]

@@ -54,7 +54,9 @@ def print_plan(
             told, offload = recipe.preparation.told, recipe.preparation.offload
             check_fits(told, memory, request.batch_size, offload, limit, "memory.device")
         cost = cost.of_model(found)
+        notes = ["operations: its forward looks at values"] * (found.flops is None)
         more = {"parameters": found.parameters, "branches": found.rows, "memory": memory}
+        more["notes"] = notes
     plan = Plan(
         recipe.title, recipe.licence, request.named, _dtype_name(request), settings, steps,
         full_steps, prompts, judging, request.batch_size, measures, cost, **more,
