@@ -181,7 +181,7 @@ def check_fits(
     weights, pictures = memory.resident(offload), batch_size * memory.picture
     if weights + pictures <= limit:
         return
-    more = {"none": "model", "model": "sequential"}.get(offload)
+    more = {"none": "model", "model": "sequential"}.get(offload) if device != "cpu" else None
     remedies = [f"set offload: {more} under memory"] * bool(more and weights > limit / 2)
     remedies += ["lower batch-size"] * (batch_size > 1 and pictures > limit / 2)
     raise LesaError(

@@ -93,7 +93,7 @@ class Published:
         ):
             if there not in (None, wanted):
                 raise LesaError(
-                    f"{self.told}: model.{name}={wanted!r}: the pipeline that is given has a"
+                    f"{self.told}: model.{name}={wanted!r}: the one that is given is"
                     f" {there}; give a recipe for that class, or another pipeline"
                 )
 

@@ -183,8 +183,19 @@ def _unique_keys(loader: Any) -> Any:
     return Unique
 
 
-def _take(context: typer.Context, recipe: Recipe | None) -> Recipe | None:
+def _read(name: str) -> Recipe | LesaError:
+    """A recipe, or why there is none: typer would put words of its own in the place of an error's,
+    so that `_take` raises it."""
+    try:
+        return read_recipe(name)
+    except LesaError as error:
+        return error
+
+
+def _take(context: typer.Context, recipe: Recipe | LesaError | None) -> Recipe | None:
     """Make a recipe's values the defaults of the command's options."""
+    if isinstance(recipe, LesaError):
+        raise recipe
     if recipe is not None and not context.resilient_parsing:
         names = {parameter.name for parameter in context.command.params}
         taken = OPTIONS if context.command.name == "train" else SHARED
@@ -199,7 +210,7 @@ def _complete(incomplete: str) -> list[str]:
     return [name for name in recipe_names() if name.startswith(incomplete)]
 
 
-_parser: Callable[[str], Recipe] = read_recipe
+_parser: Callable[[str], Any] = _read
 Config = Annotated[
     Recipe | None,
     typer.Option(
