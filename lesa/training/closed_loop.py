@@ -192,7 +192,7 @@ def run_rollouts(
 def _groups(job: Job, rollouts: Sequence[Rollout], prompts: int) -> list[range]:
     """Rollouts that run in one call: as many as `MEMORY` of what is free has room for."""
     each = prompts * job.pictures * job.work.bytes_of(max(r.spec.history for r in rollouts))
-    free = free_memory(next(job.models[0].parameters()).device)
+    free = free_memory(job.device)
     size = max(1, min(len(rollouts), int(MEMORY * free / max(1, each))))
     size = min(job.ranks.everyone(size))
     return [range(at, min(at + size, len(rollouts))) for at in range(0, len(rollouts), size)]

@@ -61,6 +61,12 @@ class Job:
         return find_denoisers(self.pipe)
 
     @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes; under offload its weights lie elsewhere between calls."""
+        weights = next(self.models[0].parameters()).device
+        return torch.device(getattr(self.pipe, "_execution_device", weights))
+
+    @property
     def pictures(self) -> int:
         """Pictures or videos per prompt."""
         return pictures_per_prompt(self.call)
