@@ -32,7 +32,7 @@ GENTLE = (0.5, 0.0)  # where the sampler is known in part, steering more does ha
 SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 RACERS, FINALISTS = 12, 4  # lists: in the first race, and in the second
-FEWEST = 3  # prompts in a race
+FEWEST, DECISIVE = 3, 6  # prompts in a race, and where first gaps of all lengths meet
 
 
 class Calibrator:
@@ -60,9 +60,12 @@ class Calibrator:
         """The best lists as true accelerated runs show them, the best first.
 
         Many run on few prompts; then the best one of each length of the first gap, and the next
-        best, on as many as are paid for. The few decide badly between those lengths.
+        best, on as many as are paid for. The few decide badly between those lengths: where these
+        are not `DECISIVE` prompts, lists with an early second full step race alone.
         """
-        lists = [*lists[:RACERS]]
+        prompts = min(len(self.job.prompts), budget / 2 / (FINALISTS * len(lists[0])))
+        early = [steps for steps in lists if not first_gap(steps, self._steps)]
+        lists = (early if early and prompts < DECISIVE else [*lists])[:RACERS]
         leaders = self._ranked(lists, budget / 2)
         if leaders is None:
             return lists

@@ -12,7 +12,7 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.forecasters.worth import Worth
 from lesa.training import aims
-from lesa.training.calibrate import FINALISTS, Calibrator
+from lesa.training.calibrate import DECISIVE, FINALISTS, Calibrator
 from lesa.training.closed_loop import replay, run_rollouts
 from lesa.training.collect import collect
 from lesa.training.job import Job
@@ -63,15 +63,17 @@ def test_races_put_the_best_list_first_and_late_second_steps_back():
         x: quality(rollout) - handicap(x, STEPS) for x, rollout in zip(lists, rollouts, strict=True)
     }
     assert calibrator._ranked(lists, 1e6) == sorted(lists, key=ahead.__getitem__, reverse=True)
-    assert calibrator._ranked(lists, 1) is None and calibrator.race(lists, 1) == lists
+    early = [(0, 1, 2), (0, 1, 5)]
+    assert calibrator._ranked(lists, 1) is None and calibrator.race(lists, 1) == early
     before = job.work.rows
-    found = calibrator.race(lists, 1e6)
+    found = calibrator.race(early, 1e6)
     assert found == calibrator._ranked(found, 1e6)
     assert job.work.rows > before
 
 
 def test_the_best_list_of_each_first_gap_is_in_the_second_race(monkeypatch):
-    job = make_job("flux")
+    """Where that has enough prompts; else those with an early second full step race alone."""
+    job = make_job("flux", prompts=DECISIVE)
     statistics = collect(job, STEPS)
     calibrator = Calibrator(job, lesa.LesaForecaster("table", num_steps=STEPS), statistics)
     lists = [(0, 1, 2), (0, 1, 3), (0, 1, 4), (0, 1, 5), (0, 2, 4), (0, 3, 5), (0, 2, 3)]
@@ -82,10 +84,14 @@ def test_the_best_list_of_each_first_gap_is_in_the_second_race(monkeypatch):
         return [*lists]
 
     monkeypatch.setattr(calibrator, "_ranked", ranked)
-    calibrator.race(lists, 1.0)
+    calibrator.race(lists, 2 * FINALISTS * 3 * DECISIVE)
     gaps = [first_gap(x, STEPS) for x in races[1]]
     assert races[0] == lists and races[1][0] == (0, 1, 2) and len(races[1]) == FINALISTS
     assert {*gaps} == {first_gap(x, STEPS) for x in lists} and (0, 1, 5) not in races[1]
+    calibrator.race(lists, 2 * FINALISTS * 3 * DECISIVE - 1)
+    assert races[2] == races[3] == lists[:4]
+    calibrator.race(lists[4:], 1.0)
+    assert races[4] == lists[4:]  # no other
 
 
 def test_a_replayed_plain_run_is_the_plain_run():
