@@ -80,10 +80,11 @@ def counts(value: Any) -> str:
 
 
 def as_settings(value: Any) -> dict[str, Any]:
-    """Names and values, of arguments of a pipeline or of fields of a configuration."""
+    """Names and values, of arguments of a pipeline or of fields of a configuration; lists stay what
+    a configuration's JSON would have."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise ValueError("a list of names and values; write {true_cfg_scale: 4.0}")
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in value.items()}
+    return dict(value)
 
 
 def as_pairs(value: Any) -> list[str]:
