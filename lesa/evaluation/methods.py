@@ -18,6 +18,7 @@ from lesa.evaluation.peers.disca import DISTILLED
 from lesa.evaluation.peers.disca_own import OWN_DISCA
 from lesa.evaluation.peers.dpcache import PLANNED
 from lesa.evaluation.peers.forecasters import FORECASTERS
+from lesa.evaluation.peers.inside_cache_dit import INSIDE
 from lesa.evaluation.peers.learned import LEARNED
 from lesa.evaluation.peers.meancache import AVERAGED
 from lesa.evaluation.peers.sencache import SENSITIVE
@@ -34,6 +35,7 @@ PEERS: dict[str, Peer] = {
     **UNETS,
     **CACHES,
     **DBCACHES,
+    **INSIDE,
     **ADAPTIVE,
     **LEARNED,
     **PLANNED,

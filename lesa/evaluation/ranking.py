@@ -15,6 +15,8 @@ OURS = "lesa"
 OTHER_TAP = "lesa-hidden"  # lesa too, where a benchmark trains a second forecaster; no opponent
 OTHER_FORM = "lesa-disca"  # lesa too, with a network on skipped steps; no opponent
 UNTRAINED = "lesa-untrained"  # lesa too, where nobody has trained anything; no opponent
+IN_ENGINE = "lesa-cache-dit"  # lesa too, run by another engine; no opponent
+_OWN = (OURS, OTHER_TAP, OTHER_FORM, UNTRAINED, IN_ENGINE)
 _MORE = 1.15  # times lesa's full steps: what a peer may have and still do comparable work
 
 
@@ -53,7 +55,7 @@ def opponents(rows: Sequence[Row], count: int) -> list[Row]:
     found: dict[str, Row] = {}
     for row in sorted(rows, key=wanted):
         comparable = wanted(row) >= count and row["full_steps"] <= _MORE * count
-        if row["method"] not in (OURS, OTHER_TAP, OTHER_FORM, UNTRAINED) and comparable:
+        if row["method"] not in _OWN and comparable:
             found.setdefault(name(row), row)
     return sorted(found.values(), key=lambda row: decibels(row["psnr_mean"]), reverse=True)
 

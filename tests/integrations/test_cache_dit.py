@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import lesa
-from lesa.core.schedule import Schedule
-from lesa.core.table import Table
 from lesa.errors import LesaError
+from lesa.evaluation import Bench
+from lesa.evaluation import build as method
 from lesa.forecasters import LesaForecaster
 from lesa.hooks.noise_levels import noise_levels
+from tests.integrations.captured import FULL, STEPS, trained
 from tests.tiny_pipelines import build, run
 
 cache_dit = pytest.importorskip("cache_dit")
 integration = pytest.importorskip("lesa.integrations.cache_dit")
-STEPS, FULL = 8, Schedule.explicit([0, 1, 4])
 
 
 @pytest.fixture(autouse=True)
@@ -41,22 +41,13 @@ def inside():
         cache_dit.disable_cache(pipe)
 
 
-def trained(pipe, branches=("cond", "uncond")):
-    """Rows for the run that the pipeline's scheduler was last set to, other ones in each branch."""
-    made = LesaForecaster(form="table", tap="hidden", history=2, branches=branches)
-    for i, branch in enumerate(branches):
-        table = Table.from_rows(FULL.bind(STEPS), 2, lambda s, _, i=i: [1.3 + i / 4, -0.3 - i / 4])
-        levels = noise_levels(pipe.scheduler, 0, STEPS)
-        made.correct(table.schedule, levels, branch, table.coefficients)
-    return made
-
-
 @pytest.mark.parametrize("name", ["flux", "qwen"])
 def test_the_pictures_are_those_of_lesa(name, inside):
     """With guidance as a call of its own, whose rows are others; twice, and at other steps."""
     pipe, call = build(name)
     plain = run(pipe, call(num_inference_steps=STEPS))
-    forecaster = trained(pipe)
+    levels = noise_levels(pipe.scheduler, 0, STEPS)
+    forecaster = trained(levels, model=type(pipe.transformer).__name__, tap="hidden")
     with lesa.accelerate(pipe, forecaster, schedule=FULL, graph="off"):
         own = run(pipe, call(num_inference_steps=STEPS))
         assert lesa.stats(pipe).skipped == 2 * 5
@@ -110,5 +101,26 @@ def test_mistakes_are_one_sentence(inside, monkeypatch):
     with pytest.raises(LesaError, match="30 for a run of 6 steps"):
         run(pipe, call())
     monkeypatch.setattr(cache_dit, "__version__", "2.0.1")
-    with pytest.raises(LesaError, match="cache-dit=2.0.1: .* pip install"):
+    with pytest.raises(LesaError, match="cache_dit=2.0.1: .* pip install"):
         integration.configs(pipe)
+
+
+def test_the_row_of_compare(quiet):
+    """Untrained here, which `enable` at the hidden tap makes too; nothing is left behind."""
+    pipe, call = build("flux")
+    settings = call(num_inference_steps=STEPS)
+    del settings["generator"]
+    bench = Bench(STEPS, pipe, settings, ["a title"])
+    found = method("lesa-cache-dit", 3, bench)
+    assert found.schedule_text == "own: 3 steps; lesa-untrained at the hidden tap"
+    plain = run(pipe, call(num_inference_steps=STEPS))
+    with found.applied(pipe) as use:
+        inside = run(pipe, call(num_inference_steps=STEPS))
+        assert (use.full_steps(), use.cache_bytes() > 0) == (3, True)
+    with lesa.accelerate(pipe, full_steps=3, tap="hidden", graph="off"):
+        own = run(pipe, call(num_inference_steps=STEPS))
+    torch.testing.assert_close(inside, own, rtol=0, atol=2e-5)
+    assert torch.equal(run(pipe, call(num_inference_steps=STEPS)), plain)
+    assert method("lesa-cache-dit", 3, bench, searched=FULL).schedule_text.startswith(
+        "searched: 0,1"
+    )

@@ -123,10 +123,20 @@ def dbcache(
         enable_separate_cfg=two_calls,
     )
     calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    with enabled(pipe, num_steps, cache_config=config, calibrator_config=calibrator) as use:
+        yield use
+
+
+@contextmanager
+def enabled(pipe: Any, num_steps: int, **configs: Any) -> Iterator[Use]:
+    """`cache_dit.enable_cache(pipe, **configs)` for a while; as it was before afterwards."""
+    import cache_dit
+
+    model = pipe.transformer
     with restored(model):
         try:
             with _quiet():
-                cache_dit.enable_cache(pipe, cache_config=config, calibrator_config=calibrator)
+                cache_dit.enable_cache(pipe, **configs)
             with metered(model, partial(_held, model), num_steps) as use:
                 yield use
         finally:
