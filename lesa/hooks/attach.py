@@ -18,7 +18,7 @@ from lesa.hooks.class_swap import (
     FeatureHook,
     Listener,
     Noticed,
-    Slot,
+    Signals,
     is_swapped,
     restore,
     swap,
@@ -60,13 +60,13 @@ def attach(
         denoiser.watch(known)
     for mixin, parts in spec.swapped(core).items():
         for part in parts:
-            swap(part, mixin, _lesa_slot=denoiser._slot)
-    hook = _feature_hook(core, spec, denoiser._slot) if spec.tail else None
+            swap(part, mixin, _lesa_signals=denoiser._signals)
+    hook = _feature_hook(core, spec, denoiser._signals) if spec.tail else None
     if hook is not None:
         spec.module(core, spec.tail).register_forward_pre_hook(hook, with_kwargs=True)
     if spec.embedding:
         embedding = core.get_submodule(spec.embedding)
-        embedding.register_forward_pre_hook(Listener(denoiser._slot))
+        embedding.register_forward_pre_hook(Listener(denoiser._signals))
     core.__dict__["_cache_config"] = controller if config is None else config
     swap(model, _Controlled, _lesa_denoiser=denoiser)
     return denoiser
@@ -173,15 +173,15 @@ for _name in (
     setattr(_Controlled, _name, Noticed(_name, _Controlled))
 
 
-def _feature_hook(core: nn.Module, spec: ModelSpec, slot: Slot) -> FeatureHook | None:
+def _feature_hook(core: nn.Module, spec: ModelSpec, signals: Signals) -> FeatureHook | None:
     """The pre-hook of the tail; None where the tail does not get what the row says."""
     if not spec.joined:
-        return FeatureHook(slot)
+        return FeatureHook(signals)
     joined: Any = spec.module(core, spec.joined)
     *_, before, tail = spec.module(core, spec.tail.rpartition(".")[0]).children()
     fits = tail.in_channels == before.out_channels + joined.out_channels
     # else the blocks join in another place
-    return FeatureHook(slot, joined.out_channels) if fits else None
+    return FeatureHook(signals, joined.out_channels) if fits else None
 
 
 def _clean(core: nn.Module, spec: ModelSpec) -> None:

@@ -19,7 +19,7 @@ __all__ = [
     "Noticed",
     "OnlyLast",
     "Skippable",
-    "Slot",
+    "Signals",
     "Swapped",
     "FeatureHook",
     "is_swapped",
@@ -28,10 +28,10 @@ __all__ = [
 ]
 
 # Attributes that a swapped module carries and its copies do not.
-_OWN = ("_lesa_denoiser", "_lesa_slot")
+_OWN = ("_lesa_denoiser", "_lesa_signals")
 
 
-class Slot:
+class Signals:
     """What the forward may see: plain attributes, since dynamo cannot trace a ContextVar."""
 
     def __init__(self) -> None:
@@ -62,13 +62,13 @@ class Swapped:
 class Skippable(Swapped):
     """A block container that iterates over nothing on a skipped step."""
 
-    _lesa_slot: Slot
+    _lesa_signals: Signals
 
     def __iter__(self) -> Iterator[nn.Module]:
-        return iter(()) if self._lesa_slot.skip else super().__iter__()  # type: ignore[misc]
+        return iter(()) if self._lesa_signals.skip else super().__iter__()  # type: ignore[misc]
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):  # a slice would be built with this class, without a slot
+        if isinstance(index, slice):  # a slice would be built with this class, without signals
             return nn.ModuleList(list(self._modules.values())[index])  # type: ignore[attr-defined]
         return super().__getitem__(index)  # type: ignore[misc]
 
@@ -78,19 +78,19 @@ class OnlyLast(Skippable):
 
     def __iter__(self) -> Iterator[nn.Module]:
         modules = list(self._modules.values())  # type: ignore[attr-defined]
-        return iter(modules[-1:] if self._lesa_slot.skip else modules)
+        return iter(modules[-1:] if self._lesa_signals.skip else modules)
 
     def __len__(self) -> int:
-        return 1 if self._lesa_slot.skip else len(self._modules)  # type: ignore[attr-defined]
+        return 1 if self._lesa_signals.skip else len(self._modules)  # type: ignore[attr-defined]
 
 
 class Identity(Swapped):
     """A module that returns its first argument on a skipped step."""
 
-    _lesa_slot: Slot
+    _lesa_signals: Signals
 
     def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._lesa_slot.skip:
+        if self._lesa_signals.skip:
             return hidden_states
         return super().__call__(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
@@ -102,31 +102,31 @@ class FeatureHook:
     skipped step computes.
     """
 
-    def __init__(self, slot: Slot, joined: int = 0) -> None:
-        self.slot, self.joined = slot, joined
+    def __init__(self, signals: Signals, joined: int = 0) -> None:
+        self.signals, self.joined = signals, joined
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        slot = self.slot
-        if slot.capture:
+        signals = self.signals
+        if signals.capture:
             # A copy where it is a part: a view would keep all channels alive
-            slot.captured = args[0][:, : -self.joined].clone() if self.joined else args[0]
-        if not slot.skip or slot.feature is None:
+            signals.captured = args[0][:, : -self.joined].clone() if self.joined else args[0]
+        if not signals.skip or signals.feature is None:
             return None
         if self.joined:
-            return (self._join(slot.feature, args[0]), *args[1:]), kwargs
+            return (self._join(signals.feature, args[0]), *args[1:]), kwargs
         # Context parallelism may split the input of the first block, which is not run here.
-        if slot.feature.shape != args[0].shape and not slot.sharded:
-            slot.mismatch = True
+        if signals.feature.shape != args[0].shape and not signals.sharded:
+            signals.mismatch = True
             return None
-        return (slot.feature.to(args[0]), *args[1:]), kwargs
+        return (signals.feature.to(args[0]), *args[1:]), kwargs
 
     def _join(self, feature: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """The tail's input from the feature and what is `given` behind it."""
         behind = given[:, -self.joined :]
         if feature.shape[2:] != behind.shape[2:] or len(feature) != len(behind):
-            self.slot.mismatch = True
+            self.signals.mismatch = True
             return given
         return torch.cat([feature.to(given), behind], dim=1)
 
@@ -137,12 +137,12 @@ class FeatureHook:
 class Listener:
     """Pre-hook of the time embedding: what it is called with."""
 
-    def __init__(self, slot: Slot) -> None:
-        self.slot = slot
+    def __init__(self, signals: Signals) -> None:
+        self.signals = signals
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.slot.capture or self.slot.skip:
-            self.slot.embedded = args
+        if self.signals.capture or self.signals.skip:
+            self.signals.embedded = args
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Listener:
         return self

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lesa.errors import LesaError
-from lesa.hooks.class_swap import ControlListener, Slot, Swapped
+from lesa.hooks.class_swap import ControlListener, Signals, Swapped
 from lesa.hooks.model_specs import ModelSpec
 from lesa.hooks.pipeline_state import control_parts, control_scale, controls_of
 from lesa.hooks.step_clock import Step, StepClock
@@ -103,8 +103,8 @@ class Denoiser:
         self._merged_at = -1
         self._merged: Sequence[Any] = ()
         self._call: Callable[..., Any] = type(model).__call__
-        self._slot = Slot()
-        # The slot is one per model: two threads that share it take turns, also in parts of it.
+        self._signals = Signals()
+        # One set of signals per model: two threads that share it take turns, also in parts of it.
         self.turn = threading.RLock()
         renew_in_children(self)
         self.names = tuple(inspect.signature(type(core_of(model)).forward).parameters)[1:]
@@ -113,9 +113,9 @@ class Denoiser:
         self._control_parts: tuple[Any, dict[str, int]] = lambda: None, {}
 
     def renew(self) -> None:
-        """In a forked process: the slot and the turn are free."""
+        """In a forked process: the signals and the turn are free."""
         self.turn = threading.RLock()
-        self._slot.__init__()  # type: ignore[misc]  # the parts of the model hold this very one
+        self._signals.__init__()  # type: ignore[misc]  # the parts of the model hold this very one
 
     @property
     def model(self) -> nn.Module:
@@ -182,14 +182,14 @@ class Denoiser:
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tap: bool = False) -> Run:
         """Run the whole model; feature and embedding are noted with `tap` only."""
-        slot = self._slot
+        signals = self._signals
         with self.turn:
-            slot.capture = tap
+            signals.capture = tap
             try:
                 output = self._call(self.model, *args, **kwargs)
-                feature, embedded = slot.captured, slot.embedded
+                feature, embedded = signals.captured, signals.embedded
             finally:
-                slot.capture, slot.captured, slot.embedded = False, None, None
+                signals.capture, signals.captured, signals.embedded = False, None, None
         if feature is not None and self.spec.upcast:
             latent = self.latent(args, kwargs)
             feature = feature.to(latent.dtype)
@@ -200,18 +200,18 @@ class Denoiser:
 
         The output is None where the shape of `feature` is not the one that the tail gets.
         """
-        slot = self._slot
+        signals = self._signals
         for name in self.spec.zeroed:
             if kwargs.get(name) is not None:
                 kwargs = {**kwargs, name: torch.zeros_like(kwargs[name][:1, :1, :1, :1])}
         with self.turn:
-            slot.skip, slot.feature, slot.mismatch = True, feature, False
-            slot.sharded = getattr(core_of(self.model), "_parallel_config", None) is not None
+            signals.skip, signals.feature, signals.mismatch = True, feature, False
+            signals.sharded = getattr(core_of(self.model), "_parallel_config", None) is not None
             try:
                 output = self._call(self.model, *args, **kwargs)
-                return Run(None if slot.mismatch else output, feature, slot.embedded)
+                return Run(None if signals.mismatch else output, feature, signals.embedded)
             finally:
-                slot.skip, slot.feature, slot.embedded = False, None, None
+                signals.skip, signals.feature, signals.embedded = False, None, None
 
     def reset(self) -> None:
         """Tell the clock and the controller that this thread's generation is over."""

@@ -20,7 +20,7 @@ from lesa.engine.graphs.capture import CudaRecorder, Recording
 from lesa.engine.graphs.refusal import refusal
 from lesa.engine.graphs.step_graphs import GraphKey, State, StepGraphs
 from lesa.engine.graphs.weights_state import signature
-from lesa.hooks.class_swap import FeatureHook, Slot
+from lesa.hooks.class_swap import FeatureHook, Signals
 
 CPU = torch.device("cpu")
 B, L, C, OUT, K, STEPS = 1, 5, 8, 3, 3, 6
@@ -654,7 +654,7 @@ def hook_forward(linear):
 
 
 def hook_tap(linear):
-    linear.register_forward_pre_hook(FeatureHook(Slot()), with_kwargs=True)
+    linear.register_forward_pre_hook(FeatureHook(Signals()), with_kwargs=True)
 
 
 @pytest.mark.parametrize(
