@@ -32,7 +32,7 @@ GENTLE = (0.5, 0.0)  # where the sampler is known in part, steering more does ha
 SHRINKAGES = (0.5, 0.0)  # that compete as well
 EXACT = 0.01  # relative RMS misfit of a sampler that is known but for rounding
 RACERS, FINALISTS = 12, 4  # lists: in the first race, and in the second
-FEWEST, DECISIVE = 3, 6  # prompts in a race, and where first gaps of all lengths meet
+FEWEST, DECISIVE = 4, 6  # prompts in a race, and where first gaps of all lengths meet
 
 
 class Calibrator:

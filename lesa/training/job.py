@@ -107,9 +107,9 @@ class Job:
         return [i for i in range(len(self.prompts)) if i not in self.held_out]
 
     def mixed(self, count: int) -> list[int]:
-        """So many prompts at most, of which about half are held out where any are."""
+        """So many prompts at most, of which about a quarter are held out where any are."""
         apart = sorted(self.held_out)
-        held = apart[: max(count // 2, count - len(self.fitted))]
+        held = apart[: max(1, round(count / 4), count - len(self.fitted))]
         return sorted(self.fitted[: max(0, count - len(held))] + held)
 
     def fitted_among(self, prompts: Sequence[int]) -> list[int]:
