@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lesa.core.schedule import Schedule
     from lesa.core.table import Table
     from lesa.engine.config import LesaConfig
+    from lesa.engine.options import options
+    from lesa.engine.slot import Slot
     from lesa.engine.stats import Stats
     from lesa.errors import LesaError
     from lesa.forecasters import FoCa, HiCache, Prior, Reuse, Spectrum, Taylor
@@ -40,6 +42,8 @@ _HOME = {
     "remove_lesa_cache": "api",
     "stats": "api",
     "LesaConfig": "engine.config",
+    "options": "engine.options",
+    "Slot": "engine.slot",
     "Stats": "engine.stats",
     "LesaError": "errors",
     "FoCa": "forecasters",
@@ -67,6 +71,7 @@ __all__ = [
     "Prior",
     "Reuse",
     "Schedule",
+    "Slot",
     "Spectrum",
     "Stats",
     "Table",
@@ -75,6 +80,7 @@ __all__ = [
     "apply_lesa_cache",
     "disable",
     "enable",
+    "options",
     "patch_diffusers",
     "register_model",
     "remove_lesa_cache",

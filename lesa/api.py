@@ -52,6 +52,7 @@ def enable(
     quality: Quality | None = None,
     tap: Tap | None = None,
     graph: Literal["auto", "off"] = "auto",
+    memory_limit: int | None = None,
 ) -> None:
     """Accelerate a pipeline: most of its denoising steps are forecast from a few full ones.
 
@@ -80,6 +81,7 @@ def enable(
         quality=quality,
         tap=tap,
         graph=graph,
+        memory_limit=memory_limit,
         **options,
     )
     found = find_denoisers(pipe)

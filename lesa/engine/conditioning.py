@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Callable, Iterator
-from itertools import starmap
 from typing import Any, NamedTuple
 
 import torch
@@ -53,15 +52,22 @@ class Conditioning:
         for name in _watched(call):
             value = call.argument(name)
             if isinstance(value, (dict, list, tuple)):
-                self._nested.append((name, list(starmap(self._known, _leaves(name, value)))))
+                leaves = _leaves(name, value)
+                self._nested.append((name, [self._known(*leaf, call.part) for leaf in leaves]))
             else:
-                self._single.append((name, self._known(name, value)))
+                self._single.append((name, self._known(name, value, call.part)))
         # Prompt embeddings may be the user's, who keeps them; positions are made by the pipeline.
-        self._places = [weakref.ref(place) for place in _places(call)]
+        # A part of a batch is not kept by anybody.
+        self._places = [] if call.part else [weakref.ref(place) for place in _places(call)]
         self._watched: list[weakref.ref[Tensor]] = []
 
+    def fits(self, latent: Any) -> bool:
+        """Whether a latent is laid out as the first one."""
+        return _layout(latent) == self._latent
+
     def change(self, call: Call) -> str | None:
-        """What is not as at the first call, if anything."""
+        """What is not as at the first call, if anything. Of a part of a batch, which is put
+        together anew at every step, tensors are not asked which ones they are."""
         if call.step.num_steps != self._num_steps:
             return "number of steps changed"
         latent = call.argument(call.denoiser.spec.latent)
@@ -75,13 +81,17 @@ class Conditioning:
             return "adapters, attention processors or the ControlNet's scale changed"
         if _kinds(call) != self._kinds:
             return "an argument appeared or vanished"
+        return self._change_inside(call)
+
+    def _change_inside(self, call: Call) -> str | None:
+        """Which argument is another one than at the first call."""
         for name, known in self._single:
-            if not known.is_still(call.argument(name)):
+            if not known.is_still(call.argument(name), call.part):
                 return self._changed(name, call)
         for name, knowns in self._nested:
             leaves = _leaves(name, call.argument(name))
             for (label, leaf), known in zip(leaves, knowns, strict=False):
-                if not known.is_still(leaf):
+                if not known.is_still(leaf, call.part):
                     return self._changed(label, call)
             if len(leaves) != len(knowns):
                 return f"{name} changed in length"
@@ -89,10 +99,13 @@ class Conditioning:
             self._watch_places(call)
         return None
 
-    def _known(self, label: str, value: Any) -> _Known:
+    def _known(self, label: str, value: Any, part: bool) -> _Known:
         held = value
-        if isinstance(value, Tensor) and label not in self._remade:
-            held = weakref.ref(value, self._ended)
+        if isinstance(value, Tensor):
+            if part:
+                held = _kind(value)
+            elif label not in self._remade:
+                held = weakref.ref(value, self._ended)
         return _Known(held, _version(value))
 
     def _changed(self, label: str, call: Call) -> str:
@@ -100,7 +113,7 @@ class Conditioning:
         for name, knowns in (*[(name, [known]) for name, known in self._single], *self._nested):
             leaves = _leaves(name, call.argument(name))
             for (place, leaf), known in zip(leaves, knowns, strict=False):
-                if isinstance(leaf, Tensor) and not known.is_still(leaf):
+                if isinstance(leaf, Tensor) and not known.is_still(leaf, call.part):
                     self._remade.add(place)
         return f"{label} changed"
 
@@ -186,20 +199,43 @@ def _is_equal(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
+class _Kind(NamedTuple):
+    """What is known of a tensor of which only a part was given. Not its shape: where a prompt is
+    padded to the longest one in its batch, that changes with the batch."""
+
+    ndim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
 class _Known(NamedTuple):
     """A conditioning argument at the first call: a tensor by a weak reference and its version, or
-    itself and its version where others of equal values may come."""
+    itself and its version where others of equal values may come; by its kind alone in a part of a
+    batch."""
 
     held: Any
     version: int
 
-    def is_still(self, value: Any) -> bool:
+    def is_still(self, value: Any, part: bool = False) -> bool:
         """Whether `value` is the same object, unwritten, or an equal number; an equal tensor where
-        the first one is held."""
+        the first one is held; any tensor of the same kind in a part of a batch."""
         if isinstance(value, Tensor):
             held = self.held
+            if part or held.__class__ is _Kind:
+                return self._is_alike(value)
             if isinstance(held, Tensor) and held is not value:
                 return _version(held) == self.version and _is_equal(held, value)
             same = held is value or (held.__class__ is weakref.ref and held() is value)
             return same and (value.is_inference() or value._version == self.version)
         return value is self.held or (value.__class__ in _NUMBERS and value == self.held)
+
+    def _is_alike(self, value: Tensor) -> bool:
+        """Whether a tensor is of the first one's kind, as far as that is still known."""
+        held = self.held() if self.held.__class__ is weakref.ref else self.held
+        if isinstance(held, Tensor):
+            held = _kind(held)
+        return held is None or held == _kind(value)
+
+
+def _kind(value: Tensor) -> _Kind:
+    return _Kind(value.ndim, value.dtype, value.device)

@@ -47,6 +47,9 @@ class LesaConfig:
         scheduler: the diffusers scheduler of a custom loop, instead of the two above.
         target_speedup, target_psnr, quality: instead of a count, what it shall reach; see
             `lesa.forecasters.target.Target`. The count is chosen when a generation begins.
+        memory_limit: bytes that the cached features of all requests may take together; steps of a
+            request that finds no room are computed in full. No limit if None. CUDA graphs, which
+            have features in buffers of their own, are not counted.
 
     Raises:
         LesaError: a field is invalid or two contradict each other.
@@ -63,6 +66,7 @@ class LesaConfig:
     target_speedup: float | None = None
     target_psnr: float | None = None
     quality: Quality | None = None
+    memory_limit: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.forecaster, (str, PathLike)):
@@ -77,6 +81,9 @@ class LesaConfig:
         if not isinstance(self.graph, str) or self.graph not in ("auto", "off"):
             raise LesaError(f"graph is {shown(self.graph)}: give 'auto' or 'off'.")
         self._check_loop()
+        if self.memory_limit is not None:
+            limit = whole("memory_limit", self.memory_limit, 1)
+            object.__setattr__(self, "memory_limit", limit)
         if self.num_inference_steps is not None:
             self.bound_schedule(self.num_inference_steps, self.sigmas)
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import threading
 from dataclasses import replace
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -14,41 +13,28 @@ from lesa.engine import nvtx_ranges
 from lesa.engine.config import LesaConfig
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.hidden_tap import HiddenTap
+from lesa.engine.joint import BUSY, run_joint
+from lesa.engine.kept import Decision, Kept
+from lesa.engine.options import current_options
+from lesa.engine.plans import Plans
+from lesa.engine.pool import Pool
 from lesa.engine.stats import Counters, Stats
-from lesa.engine.step_table import StepTables
 from lesa.engine.trajectory import FeatureTap, OutputTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.attach import refuse_other_cache
-from lesa.hooks.denoiser import Call, Denoiser
+from lesa.hooks.denoiser import Call, Denoiser, Run
+from lesa.hooks.request import Joint, Request
 
 __all__ = ["CacheController"]
 
 logger = logging.getLogger("lesa")
 
 
-class _Decision(NamedTuple):
-    """What becomes of a call: a forecast of `trajectory` if `skip`, else the whole model runs.
-
-    `trajectory` is the one that keeps the feature then, if any, and `reason` says why the call is
-    full though no schedule asked for it.
-    """
-
-    trajectory: Trajectory | None
-    skip: bool = False
-    reason: str | None = None
-
-
-class _Own(threading.local):
-    """A thread's trajectories by guidance branch."""
-
-    def __init__(self) -> None:
-        self.trajectories: dict[str, Trajectory] = {}
-
-
 class CacheController:
     """Computes the scheduled steps in full and forecasts the others from a table.
 
-    State belongs to one thread, generation and guidance branch. Whatever it does not understand
+    State belongs to one request, generation and guidance branch: it lies in the `Request` whose
+    call this is, be that a thread's own or one of a `lesa.Slot`. Whatever it does not understand
     is computed in full, with a counted reason. A disturbed generation (changed prompt, missing
     history) goes on with a table for its remaining steps. It raises on its own account at step 0
     only, a RunError, where the generation contradicts the configuration.
@@ -57,42 +43,73 @@ class CacheController:
     def __init__(self, config: LesaConfig) -> None:
         self.config = config
         self.counters = Counters(config.forecaster.name, config.resolved_tap)
-        self._tables = StepTables(config)
-        self._own = _Own()
+        self.plans = Plans(config, self.check_budget)
+        self.pool = Pool(config.memory_limit)
         self._remade: set[str] = set()  # what pipelines make anew at every step
         self.tap = _tap(config)
+
+    @staticmethod
+    def check_budget(config: LesaConfig) -> None:
+        """LesaError where a request's budget makes a configuration that does not serve the
+        model."""
 
     def stats(self) -> Stats:
         """What happened so far."""
         graphs = self.tap.graphs
         counts = {} if graphs is None else dict(graphs.counts)
-        return replace(self.counters.snapshot(), graphs=counts)
-
-    def reset(self) -> None:
-        """Drop this thread's features."""
-        self._own.trajectories = {}
+        pool = self.pool.state()._asdict()
+        return replace(self.counters.snapshot(), graphs=counts, pool=pool)
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of the model: forecast it, or run it."""
+        request = denoiser.clock.requests.now()
+        if isinstance(request, Joint):
+            return run_joint(self, denoiser, request, args, kwargs)
+        asked = request.options or current_options()
+        if asked is not None and asked.off:
+            self.counters.add_off()
+            return denoiser.run(args, kwargs).output
+        if request.turn is None:
+            return self._serve(request, denoiser, args, kwargs)
+        if not request.turn.acquire(blocking=False):
+            begun = perf_counter()
+            self.fall_back(BUSY)
+            output = denoiser.run(args, kwargs).output
+            self.counters.add_full(perf_counter() - begun)
+            return output
+        try:
+            return self._serve(request, denoiser, args, kwargs)
+        finally:
+            request.turn.release()
+
+    def _serve(
+        self,
+        request: Request,
+        denoiser: Denoiser,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """One call in a request that nobody else is in."""
         begun = perf_counter()
         call, trajectory = None, None
         try:
             try:
-                call = Call(
-                    denoiser, denoiser.clock.tick(denoiser.named(args, kwargs)), args, kwargs
-                )
-                trajectory, skip, reason = self._decide(call)
+                step = denoiser.clock.tick(denoiser.named(args, kwargs), request)
+                call = Call(denoiser, step, args, kwargs, request)
+                trajectory, skip, reason = self.decide(call)
                 if skip:
                     assert trajectory is not None
                     output = trajectory.forecast(call)
                     self.counters.add_skipped(perf_counter() - begun)
                     return output
                 if reason is not None:
-                    self._fall_back(reason)
+                    self.fall_back(reason)
             except RunError:  # nothing has been computed yet
                 raise
             except Exception as error:
-                trajectory = self._recover(call, error)
+                if call is None:
+                    request.kept = None
+                trajectory = self.recover(call, error)
             output = self._full(denoiser, args, kwargs, call, trajectory)
         except BaseException:  # of the model, an interrupt, a contradiction: this run is over
             denoiser.reset()
@@ -100,37 +117,38 @@ class CacheController:
         self.counters.add_full(perf_counter() - begun)
         return output
 
-    def _decide(self, call: Call) -> _Decision:
+    def decide(self, call: Call) -> Decision:
         """Full or skipped, from the schedule and from what is not as it was."""
         step = call.step
-        if step.fresh:
+        if step.fresh or call.request.kept is None:
             self._begin(call)
-        trajectory = self._own.trajectories.get(step.branch)
+        trajectories = call.request.kept.trajectories
+        trajectory = trajectories.get(step.branch)
         if torch.is_grad_enabled() or step.problem is not None:
-            self._own.trajectories.pop(step.branch, None)
-            return _Decision(None, reason=step.problem or "grad is enabled")
+            trajectories.pop(step.branch, None)
+            return Decision(None, reason=step.problem or "grad is enabled")
         if trajectory is None:
             return self._anew(call, "no history at a later step" if step.index else None)
         disturbance = trajectory.disturbance(call)
         if disturbance is not None:
             return self._anew(call, disturbance)
-        return _Decision(trajectory, trajectory.skips(step))
+        return Decision(trajectory, trajectory.skips(step))
 
-    def _anew(self, call: Call, reason: str | None) -> _Decision:
+    def _anew(self, call: Call, reason: str | None) -> Decision:
         """Begin a trajectory with this call, or none where there is no table for it."""
-        step = call.step
-        self._own.trajectories.pop(step.branch, None)
+        step, kept = call.step, call.request.kept
+        kept.trajectories.pop(step.branch, None)
         if step.index == 0:
-            self.config.check_run(step.num_steps, step.branch, step.sigmas)
-        table = self._tables.of(step, _rows(call))
+            kept.plan.check_run(step)
+        table = kept.problem or kept.plan.tables.of(step, _rows(call))
         if isinstance(table, str):
-            return _Decision(None, reason=table)  # no other reason would change that
-        trajectory = self._own.trajectories[step.branch] = Trajectory(
-            table, call, self.tap, self._remade
+            return Decision(None, reason=table)  # no other reason would change that
+        trajectory = kept.trajectories[step.branch] = Trajectory(
+            table, call, self.tap, self.pool, self._remade
         )
-        return _Decision(trajectory, reason=reason)
+        return Decision(trajectory, reason=reason)
 
-    def _recover(
+    def recover(
         self, call: Call | None, error: Exception, *, computed: bool = False
     ) -> Trajectory | None:
         """Go on after a failure of the engine's own: the user's picture matters more.
@@ -145,18 +163,22 @@ class CacheController:
         """
         refused = isinstance(error, Refusal)
         reason = str(error) if refused else f"{type(error).__name__}: {error}"
-        self._fall_back(reason)
-        if call is None or not (refused or computed):
-            self.reset()
+        self.fall_back(reason)
+        kept = None if call is None else call.request.kept
+        if call is None or kept is None:
+            return None
+        if not (refused or computed):
+            kept.trajectories.clear()
         elif computed:
-            self._own.trajectories.pop(call.step.branch, None)
+            kept.trajectories.pop(call.step.branch, None)
         else:
             try:
                 return self._anew(call, reason).trajectory
             except RunError:
                 raise
             except Exception as another:
-                return self._recover(None, another)
+                kept.trajectories.clear()
+                return self.recover(None, another)
         return None
 
     def _full(
@@ -171,36 +193,45 @@ class CacheController:
         inside = trajectory is not None and self.tap.inside
         with nvtx_ranges.full:
             run = denoiser.run(args, kwargs, tap=inside)
-        if call is None or trajectory is None:
-            return run.output
+        if call is not None and trajectory is not None:
+            self.keep(call, trajectory, run)
+        return run.output
+
+    def keep(self, call: Call, trajectory: Trajectory, run: Run) -> None:
+        """Let a trajectory keep the feature of a full step."""
         try:
             feature = trajectory.keep(call, run)
             if feature is not None:
                 self.counters.watch(feature)
             if feature is not None and trajectory.ring and trajectory.ring.pushed == 1:
-                rings = [each.ring for each in self._own.trajectories.values()]
-                self.counters.set_ring_bytes(sum(ring.nbytes for ring in rings if ring))
+                self.counters.set_ring_bytes(call.request.kept.nbytes)
         except Exception as error:
-            self._recover(call, error, computed=True)
-        return run.output
+            self.recover(call, error, computed=True)
 
     def _begin(self, call: Call) -> None:
-        """A generation begins: its schedule, and nothing of the one before."""
-        step = call.step
-        self.reset()
-        pipe, names = call.denoiser.clock.caller()
+        """A generation begins: its budget, its schedule, and nothing of the one before."""
+        step, request = call.step, call.request
+        request.kept = Kept(self.plans.default)
+        pipe, names = call.denoiser.clock.caller(request)
         if pipe is not None:  # perhaps another one than was enabled, or with other parts since
             call.denoiser.watch(pipe, names)
         if step.index == 0:
             _check_caches(call)
         self.counters.add_generation()
         try:
-            schedule, why = self.config.choice(step.num_steps, step.sigmas)
+            request.kept.plan = plan = self.plans.of(request.options or current_options())
+        except LesaError as error:
+            if step.index == 0:
+                raise RunError(str(error)) from None
+            request.kept.problem = str(error)
+            return
+        try:
+            schedule, why = plan.config.choice(step.num_steps, step.sigmas)
             self.counters.set_schedule(schedule.full_steps, step.num_steps, why)
         except LesaError:  # counted where the table is asked for
             self.counters.set_schedule((), step.num_steps)
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
         if self.counters.add_fallback(reason):
             logger.warning("computed in full: %s", reason)
 

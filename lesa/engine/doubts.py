@@ -15,7 +15,7 @@ from lesa.hooks.denoiser import core_of
 from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash
 
-__all__ = ["doubts"]
+__all__ = ["doubts", "doubts_of_count"]
 
 
 def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = None) -> list[str]:
@@ -23,7 +23,7 @@ def doubts(models: Sequence[nn.Module], config: LesaConfig, scheduler: Any = Non
     prompts, a scheduler that cannot be followed."""
     found = [
         *_of_weights(models, config.forecaster),
-        *_of_count(config),
+        *doubts_of_count(config),
         *_of_target(config),
         *_of_scheduler(config, scheduler),
     ]
@@ -41,7 +41,8 @@ def _of_weights(models: Sequence[nn.Module], forecaster: Any) -> Iterator[str]:
             )
 
 
-def _of_count(config: LesaConfig) -> Iterator[str]:
+def doubts_of_count(config: LesaConfig) -> Iterator[str]:
+    """A sentence where the number of full steps was not trained."""
     wanted = config.full_steps
     calibrations = getattr(config.forecaster, "calibrations", [])
     counts = sorted({len(c.schedule.full_steps) for c in calibrations}, reverse=True)

@@ -15,7 +15,7 @@ from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.engine.tail import ModulatedTail, PreparedTail
-from lesa.engine.trajectory import Forecast, Refusal
+from lesa.engine.trajectory import Forecast, Memory, Refusal
 from lesa.hooks.denoiser import Call, Denoiser, Run, make_output, read_sample
 
 __all__ = ["HiddenTap"]
@@ -43,14 +43,19 @@ class HiddenTap:
             tail.record(call.step, run.embedded)
         return run.feature
 
-    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
-        """With the tail prepared for this trajectory where it can be, else the model's own."""
-        tail, prepared, memory = self._tail_of(call.denoiser), None, None
+    def forecast(
+        self, call: Call, run: Run, feature: Tensor, table: StepTable, memory: Memory
+    ) -> Forecast:
+        """With the tail prepared for this trajectory where it can be, else the model's own. A graph
+        has a ring of its own, since that lies in its buffers."""
+        tail, prepared, data = self._tail_of(call.denoiser), None, None
         if tail is not None and read_sample(run.output) is not None:
             prepared = tail.prepare(call, run.embedded, feature)
         if prepared is not None:
-            memory = prepared.claim(call, table, feature)
-        plain = _HiddenForecast(tail, table, Ring(table.history, feature, memory))
+            data = prepared.claim(call, table, feature)
+        if data is None:
+            data = memory(table.history, feature)
+        plain = _HiddenForecast(tail, table, Ring(table.history, feature, data))
         return plain if prepared is None else _PreparedForecast(type(run.output), prepared, plain)
 
     def _tail_of(self, denoiser: Denoiser) -> ModulatedTail | None:

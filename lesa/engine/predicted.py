@@ -20,7 +20,7 @@ from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
-from lesa.engine.trajectory import Forecast, Refusal, Trajectory
+from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory
 from lesa.errors import LesaError
 from lesa.forecasters.disca import DiscaForm
 from lesa.hooks.alone import check_two_blocks, check_weights
@@ -46,16 +46,23 @@ def check_predictor(model: nn.Module, config: LesaConfig) -> None:
         raise LesaError("forecaster: form='disca' is not trained; train it with lesa.train")
     check_weights(model, form.weights)
     known: list[Schedule] = getattr(forecaster, "calibrated", [])
-    if config.full_steps is not None:
-        form.check_count(config.full_steps, known)
+    _check_count(config)
     if config.schedule is not None and known:
         form.check_run(config.schedule.bind(known[0].steps) in known, known)
+
+
+def _check_count(config: LesaConfig) -> None:
+    """LesaError where the network was not trained for this number of full steps."""
+    form, known = form_of(config), getattr(config.forecaster, "calibrated", [])
+    if form is not None and config.full_steps is not None:
+        form.check_count(config.full_steps, known)
 
 
 class PredictedController(CacheController):
     """A controller whose full steps show what lies between the model's first and last block."""
 
     tap: PredictedTap
+    check_budget = staticmethod(_check_count)
 
     def __init__(self, config: LesaConfig) -> None:
         super().__init__(config)
@@ -137,10 +144,13 @@ class PredictedTap:
             self._built[core] = found
         return found
 
-    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
+    def forecast(
+        self, call: Call, run: Run, feature: Tensor, table: StepTable, memory: Memory
+    ) -> Forecast:
         """See `FeatureTap`."""
         gains = self._form.gains[self._stored_branch(call.step.branch)].tolist()
-        ring = BridgedRing(table.history, feature, self._own)
+        data = memory(table.history, feature)
+        ring = BridgedRing(table.history, feature, data, self._own)
         network = self.network(core_of(call.denoiser.model)).to(feature.device)
         return _PredictedForecast(kind_of(run.output), network, gains, table, ring)
 
@@ -152,8 +162,8 @@ class BridgedRing(Ring):
         bridge: that one.
     """
 
-    def __init__(self, history: int, like: Tensor, own: _Own) -> None:
-        super().__init__(history, like)
+    def __init__(self, history: int, like: Tensor, data: Tensor, own: _Own) -> None:
+        super().__init__(history, like, data)
         self._own = own
         self.bridge: Bridge = {}
 

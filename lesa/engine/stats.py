@@ -31,7 +31,9 @@ class Stats:
     `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
     and refused with the reason). `left_out` names denoisers of the pipeline that run as before.
     `not_finite` counts full steps that left NaN or inf in the cache. `chosen` says for which
-    target the full steps of the newest generation were chosen, and from what.
+    target the full steps of the newest generation were chosen, and from what. `off` counts calls
+    inside of `lesa.options(off=True)`. `pool` holds bytes and counts of the memory that rings share
+    (see `lesa.engine.pool.PoolState`).
     """
 
     forecaster: str = ""
@@ -49,10 +51,35 @@ class Stats:
     left_out: dict[str, str] = field(default_factory=dict)
     not_finite: int = 0
     chosen: str = ""
+    off: int = 0
+    pool: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
         return asdict(self) | {"full_steps": list(self.full_steps)}
+
+    def as_dict(self) -> dict[str, float]:
+        """All numbers under the names that Prometheus scrapes: `lesa_calls_total{kind="full"}`."""
+        found = {
+            'lesa_calls_total{kind="full"}': self.full,
+            'lesa_calls_total{kind="skipped"}': self.skipped,
+            'lesa_calls_total{kind="off"}': self.off,
+            'lesa_call_seconds_total{kind="full"}': self.seconds_full,
+            'lesa_call_seconds_total{kind="skipped"}': self.seconds_skipped,
+            "lesa_generations_total": self.generations,
+            "lesa_not_finite_total": self.not_finite,
+            "lesa_ring_bytes": self.ring_bytes,
+        }
+        for state in ("used", "idle", "limit"):
+            found[f'lesa_pool_bytes{{state="{state}"}}'] = self.pool.get(state, 0)
+        for event in ("evicted", "refused"):
+            found[f'lesa_pool_rings_total{{event="{event}"}}'] = self.pool.get(event, 0)
+        for name, label, counts in (
+            ("lesa_fallbacks_total", "reason", self.fallbacks),
+            ("lesa_graph_events_total", "event", self.graphs),
+        ):
+            found |= {f'{name}{{{label}="{_escaped(k)}"}}': v for k, v in counts.items()}
+        return found
 
     @classmethod
     def joined(cls, parts: Sequence[Stats]) -> Stats:
@@ -61,10 +88,10 @@ class Stats:
         All take part in one generation, so their number is the largest.
         """
         total = replace(parts[0], generations=max(part.generations for part in parts))
-        sums = "full", "skipped", "ring_bytes", "seconds_full", "seconds_skipped", "not_finite"
-        for name in sums:
+        sums = "full", "skipped", "off", "ring_bytes", "seconds_full", "seconds_skipped"
+        for name in (*sums, "not_finite"):
             setattr(total, name, sum(getattr(part, name) for part in parts))
-        for name in ("fallbacks", "graphs"):
+        for name in ("fallbacks", "graphs", "pool"):
             counts: Counter[str] = Counter()
             for part in parts:
                 counts.update(getattr(part, name))
@@ -83,6 +110,8 @@ class Stats:
         ]
         if self.chosen:
             lines.append(f"  chosen   for {self.chosen}")
+        if self.off:
+            lines.append(f"  off      {self.off:6d}")
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
         lines += [f"  graph    {count:6d}  {what}" for what, count in self.graphs.items()]
         if self.not_finite:
@@ -115,6 +144,11 @@ class Counters:
         with self._lock:
             self._stats.skipped += 1
             self._stats.seconds_skipped += seconds
+
+    def add_off(self) -> None:
+        """One call was none of lesa's."""
+        with self._lock:
+            self._stats.off += 1
 
     def add_fallback(self, reason: str) -> bool:
         """One call could not be forecast; whether the reason is a new one."""
@@ -172,6 +206,11 @@ class Counters:
         with self._lock:
             self._read_peaks()
             return replace(self._stats, fallbacks=dict(self._stats.fallbacks))
+
+
+def _escaped(label: str) -> str:
+    """A label's value as the exposition format writes it."""
+    return label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 def _milliseconds(seconds: float, count: int) -> str:

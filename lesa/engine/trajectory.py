@@ -16,13 +16,21 @@ from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
 from lesa.engine.packed_output import PackedOutput
+from lesa.engine.pool import Lease, Pool
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Call, Run, as_batch, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
-__all__ = ["FeatureTap", "Forecast", "OutputTap", "Refusal", "Trajectory"]
+__all__ = ["FeatureTap", "Forecast", "Memory", "OutputTap", "Refusal", "Trajectory"]
+
+# Memory [K, *shape] for a ring of K features like the given one; a Refusal where there is none.
+Memory = Callable[[int, Tensor], Tensor]
+
+
+_NO_ROOM = "memory_limit: the rings of other requests leave no room for this one"
+_TAKEN = "memory_limit: another request got the ring of this one, which had stopped"
 
 
 class Refusal(LesaError):
@@ -57,8 +65,11 @@ class FeatureTap(Protocol):
     def take(self, call: Call, run: Run) -> Tensor | None:
         """The feature of a full step; None where the model gave no single tensor."""
 
-    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
-        """The forecasts of a trajectory, with an empty ring, from its first feature on."""
+    def forecast(
+        self, call: Call, run: Run, feature: Tensor, table: StepTable, memory: Memory
+    ) -> Forecast:
+        """The forecasts of a trajectory, with an empty ring in `memory`, from its first feature
+        on."""
 
 
 class OutputTap:
@@ -85,11 +96,14 @@ class OutputTap:
         except TypeError as reason:
             raise Refusal(str(reason)) from None
 
-    def forecast(self, call: Call, run: Run, feature: Tensor, table: StepTable) -> Forecast:
+    def forecast(
+        self, call: Call, run: Run, feature: Tensor, table: StepTable, memory: Memory
+    ) -> Forecast:
         """See `FeatureTap`."""
+        ring = Ring(table.history, feature, memory(table.history, feature))
         if read_sample(run.output) is None:
-            return _OutputForecast(PackedOutput(run.output).rebuild, feature, table)
-        return _OutputForecast(partial(make_output, kind_of(run.output)), feature, table)
+            return _OutputForecast(PackedOutput(run.output).rebuild, ring, table)
+        return _OutputForecast(partial(make_output, kind_of(run.output)), ring, table)
 
 
 def _written_cache(call: Call) -> str | None:
@@ -109,8 +123,8 @@ def _written_cache(call: Call) -> str | None:
 class _OutputForecast:
     """One mix into a new tensor, with the current latent where the table has a weight for it."""
 
-    def __init__(self, rebuild: Callable[[Tensor], Any], feature: Tensor, table: StepTable) -> None:
-        self.ring = Ring(table.history, feature)
+    def __init__(self, rebuild: Callable[[Tensor], Any], ring: Ring, table: StepTable) -> None:
+        self.ring = ring
         self._table, self._rebuild = table, rebuild
         self._mixer = Mixer(table, self.ring)
 
@@ -138,18 +152,26 @@ class Trajectory:
         table: the coefficients of its steps.
         call: its first call.
         tap: which feature it caches.
+        pool: where the memory of its ring comes from, and goes back to.
         remade: see `Conditioning`.
     """
 
     def __init__(
-        self, table: StepTable, call: Call, tap: FeatureTap, remade: set[str] | None = None
+        self,
+        table: StepTable,
+        call: Call,
+        tap: FeatureTap,
+        pool: Pool,
+        remade: set[str] | None = None,
     ) -> None:
         self.origin = call.step.index
         self._table, self._tap = table, tap
         self._forecast: Forecast | None = None
         num_steps = self.origin + len(table.rows)
         places = set() if remade is None else remade
-        self._conditioning = Conditioning(call, num_steps, places, _releaser(self))
+        lose = _releaser(self)
+        self._lease = Lease(pool, lose)
+        self._conditioning = Conditioning(call, num_steps, places, lose)
 
     @property
     def ring(self) -> Ring | None:
@@ -169,9 +191,14 @@ class Trajectory:
         """Why the cached features do not fit this call, if so."""
         return self._conditioning.change(call)
 
-    def release(self) -> None:
-        """Let go of the features and of all that a forecast needs."""
+    def fits(self, latent: Tensor) -> bool:
+        """Whether a latent is laid out as the one that it began with."""
+        return self._conditioning.fits(latent)
+
+    def release(self, *, again: bool = False) -> None:
+        """Let go of the features and of all that a forecast needs; `again` as in `Lease.end`."""
         self._forecast = None
+        self._lease.end(again=again)
 
     def forecast(self, call: Call) -> Any:
         """The output of a skipped step.
@@ -179,12 +206,14 @@ class Trajectory:
         Raises:
             Refusal: there is none.
         """
+        self._lease.touch()
         forecast, index = self._forecast, call.step.index - self.origin
         if forecast is None or forecast.ring.pushed != self._table.expected[index]:
-            raise Refusal("missing history")
+            raise Refusal(_TAKEN if self._lease.lost else "missing history")
         output = forecast(call, index)
         if index == self._table.last:  # before a VAE decodes, when memory is scarcest
-            self.release()
+            del forecast
+            self.release(again=True)
         return output
 
     def keep(self, call: Call, run: Run) -> Tensor | None:
@@ -196,24 +225,34 @@ class Trajectory:
         Raises:
             Refusal: the model gave no such feature, or one that does not fit the ring.
         """
+        self._lease.touch()
         feature, forecast = self._tap.take(call, run), self._forecast
         if not self.enters(call.step):
             return None
         if feature is None:
             raise Refusal(f"no single tensor at the {self._tap.name} tap")
         if forecast is None:
-            forecast = self._forecast = self._tap.forecast(call, run, feature, self._table)
+            forecast = self._forecast = self._tap.forecast(
+                call, run, feature, self._table, self._memory
+            )
         elif not forecast.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
         forecast.ring.push(feature)
         return feature
 
+    def _memory(self, history: int, like: Tensor) -> Tensor:
+        """See `Memory`."""
+        data = self._lease.take(history, like)
+        if data is None:
+            raise Refusal(_NO_ROOM)
+        return data
 
-def _releaser(trajectory: Trajectory) -> Callable[[Any], None]:
-    """For weak references: releases the trajectory, which it does not keep alive."""
+
+def _releaser(trajectory: Trajectory) -> Callable[..., None]:
+    """For weak references and the pool: releases the trajectory, which it does not keep alive."""
     own = weakref.ref(trajectory)
 
-    def release(_: Any) -> None:
+    def release(_: Any = None) -> None:
         found = own()
         if found is not None:
             found.release()

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from typing import Any
 
-__all__ = ["Branch", "BranchContext"]
+__all__ = ["Branch", "BranchContext", "branch_of"]
 
 
-class Branch(threading.local):
-    """A thread's branch: its name and what else was given with it."""
+# Whom it was told (a clock), its name, what else was given with it, and the branch around it. A
+# plain tuple, since one is made at every step.
+Branch = tuple[object, str, Mapping[str, Any], Any]
 
-    name: str = ""
-    fields: Mapping[str, Any] = {}
+_NONE: Branch = (None, "", {}, None)
+# Every thread and every asyncio task has its own.
+_now: ContextVar[Branch | None] = ContextVar("lesa_branch", default=None)
+
+
+def branch_of(owner: object) -> Branch:
+    """The branch of the calls that are made now, by what `owner` was told."""
+    branch = _now.get()
+    while branch is not None and branch[0] is not owner:
+        branch = branch[3]
+    return branch or _NONE
 
 
 class BranchContext:
@@ -23,25 +33,24 @@ class BranchContext:
     A class, since a generator costs twice the time and every step enters one.
     """
 
-    __slots__ = ("_before", "_branch", "_inner", "_now")
+    __slots__ = ("_before", "_fields", "_inner", "_name", "_owner")
 
     def __init__(
         self,
-        branch: Branch,
+        owner: object,
         name: str,
         fields: Mapping[str, Any],
         inner: AbstractContextManager[Any] | None,
     ) -> None:
-        self._branch, self._now, self._inner = branch, (name, fields), inner
+        self._owner, self._name, self._fields, self._inner = owner, name, fields, inner
 
     def __enter__(self) -> None:
-        branch = self._branch
         if self._inner is not None:
             self._inner.__enter__()
-        self._before = branch.name, branch.fields
-        branch.name, branch.fields = self._now
+        self._before = before = _now.get()
+        _now.set((self._owner, self._name, self._fields, before))
 
     def __exit__(self, *error: Any) -> None:
-        self._branch.name, self._branch.fields = self._before
+        _now.set(self._before)  # a generator may leave it in another task than it entered
         if self._inner is not None:
             self._inner.__exit__(*error)

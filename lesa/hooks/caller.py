@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 import weakref
 from collections.abc import Iterator, Mapping
-from itertools import count
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 from lesa.hooks.generation import Generation
 from lesa.hooks.pipeline_state import is_pipe
 from lesa.hooks.position import Position
+from lesa.hooks.request import Request
 
-__all__ = ["Callers", "Run", "Site"]
+__all__ = ["Callers", "Run", "Site", "names"]
 
 _NEAR = 8  # frames within which a pipeline's method of any name is taken for its loop
 _MODEL = "lesa.hooks.denoiser"
 _PIPELINES = {"DiffusionPipeline", "ModularPipeline"}
 _LIBRARIES = {"accelerate", "diffusers", "peft", "torch"}
-_numbers = count()
 
 
 class Run:
@@ -65,21 +63,11 @@ class Site(NamedTuple):
     depth: int
 
 
-class _Thread(threading.local):
-    """A thread's run: `run()` is the one at work, `own` the one of its own loop."""
-
-    def __init__(self) -> None:
-        self.run: Any = lambda: None
-        self.own: Run | None = None
-
-
 class Callers:
-    """Finds the run that a call of the denoiser belongs to, separately in every thread."""
+    """Finds the run that a call of the denoiser belongs to, separately for every request."""
 
     def __init__(self) -> None:
         self._pipes: list[weakref.ref[Any]] = []
-        self._thread = _Thread()
-        self._name = f"__lesa_run_{next(_numbers)}__"
 
     @property
     def pipes(self) -> list[Any]:
@@ -91,20 +79,15 @@ class Callers:
         if all(known is not pipe for known in self.pipes):
             self._pipes.append(weakref.ref(pipe))
 
-    @property
-    def run(self) -> Run | None:
-        """This thread's run at the last call, if it is not over."""
-        return self._thread.run()
-
-    def find(self) -> tuple[Run, bool, Site | None]:
-        """The run of the call that is about to be made; asked by `StepClock.tick` alone, since it
-        counts frames.
+    def find(self, request: Request) -> tuple[Run, bool, Site | None]:
+        """The request's run of the call that is about to be made; asked by `StepClock.tick` alone,
+        since it counts frames.
 
         Returns:
             The run; whether it is another one than at the last call; where the call comes from if
             that is no known part of the loop (a callback's, perhaps), else None.
         """
-        run = self._thread.run()
+        run = request.run()
         if run is not None:
             try:
                 depth = run.sites.get(id(sys._getframe(run.up).f_code))
@@ -117,17 +100,9 @@ class Callers:
                     return run, False, None
             except ValueError:  # the stack is not that deep
                 pass
-        return self._search(run)
+        return self._search(request, run)
 
-    def names(self) -> Mapping[str, Any]:
-        """The local variables of the pipeline's call at work; empty in a loop of one's own."""
-        run = self.run
-        for _, frame in _above(sys._getframe()):
-            if run is not None and id(frame) == run.frame:
-                return frame.f_locals
-        return {}
-
-    def _search(self, last: Run | None) -> tuple[Run, bool, Site | None]:
+    def _search(self, request: Request, last: Run | None) -> tuple[Run, bool, Site | None]:
         """`find` where a look at known places does not do: up the whole stack."""
         stack = list(_above(sys._getframe(1)))
         up = _caller(stack)
@@ -135,17 +110,17 @@ class Callers:
         site = Site(stack[up][1].f_code, up, depth)
         if depth > 0:
             frame = stack[depth][1]
-            run = frame.f_locals.get(self._name) or Run(pipe, id(frame))
-            frame.f_locals[self._name] = run
+            run = frame.f_locals.get(request.name) or Run(pipe, id(frame))
+            frame.f_locals[request.name] = run
             between = (each for _, each in stack[up:depth])
             if run.generation is not None and not all(_is_part(each, pipe) for each in between):
                 return run, run is not last, site
         else:
-            own = self._thread.own
+            own = request.own
             known = None if own is None or own.pipe is None else own.pipe()
-            run = self._thread.own = Run(pipe) if own is None or known is not pipe else own
+            run = request.own = Run(pipe) if own is None or known is not pipe else own
         run.add_site(site)
-        self._thread.run = weakref.ref(run)
+        request.run = weakref.ref(run)
         return run, run is not last, None
 
     def _loop(self, stack: list[tuple[int, FrameType]]) -> tuple[Any, int]:
@@ -174,6 +149,14 @@ class Callers:
             return True
         kinds = {kind.__name__ for kind in type(owner).__mro__}
         return bool(kinds & _PIPELINES) and is_pipe(owner)
+
+
+def names(run: Run | None) -> Mapping[str, Any]:
+    """The local variables of the pipeline's call that a run is; empty in a loop of one's own."""
+    for _, frame in _above(sys._getframe()):
+        if run is not None and id(frame) == run.frame:
+            return frame.f_locals
+    return {}
 
 
 def _above(frame: FrameType | None) -> Iterator[tuple[int, FrameType]]:

@@ -17,6 +17,7 @@ from lesa.errors import LesaError
 from lesa.hooks.class_swap import ControlListener, Signals, Swapped
 from lesa.hooks.model_specs import ModelSpec
 from lesa.hooks.pipeline_state import control_parts, control_scale, controls_of
+from lesa.hooks.request import Request
 from lesa.hooks.step_clock import Step, StepClock
 from lesa.util.forks import renew_in_children
 
@@ -52,12 +53,15 @@ class Controller(Protocol):
 
 
 class Call(NamedTuple):
-    """One call of the denoiser, at a step that is known."""
+    """One call of the denoiser, at a step that is known, for a request: all rows of the batch, or
+    those of its own where it is a `part` of a batch of several requests."""
 
     denoiser: Denoiser
     step: Step
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    request: Request
+    part: bool = False
 
     def argument(self, name: str) -> Any:
         """Value of an argument of the forward, or None."""
@@ -214,7 +218,7 @@ class Denoiser:
                 signals.skip, signals.feature, signals.embedded = False, None, None
 
     def reset(self) -> None:
-        """Tell the clock and the controller that this thread's generation is over."""
+        """Tell the clock and the controller that the generation whose turn it is is over."""
         self.clock.reset()
         reset = getattr(self.controller, "reset", None)
         if reset is not None:

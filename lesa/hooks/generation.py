@@ -20,21 +20,27 @@ from lesa.hooks.pipeline_state import (
 )
 from lesa.util.forks import renew_in_children
 
-__all__ = ["SHARED", "Generation", "Generations", "Loop"]
+__all__ = ["Generation", "Generations", "Loop"]
 
 SHARED = (
     "two threads use one scheduler: give each thread a pipeline of its own, "
     "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))"
 )
+SHARED_BY_SLOTS = (
+    "two requests use one scheduler: give each slot one of its own, "
+    "lesa.Slot(pipe, scheduler=copy.deepcopy(pipe.scheduler))"
+)
 
 
 @dataclass(eq=False)
 class _Use:
-    """The use of one scheduler with one `timesteps` object, by the thread that began it."""
+    """The use of one scheduler with one `timesteps` object, by the request that began it, in its
+    thread; `shared` says who else is in it, if anyone."""
 
     timesteps: object
+    user: object
     thread: int
-    shared: bool = False
+    shared: str | None = None
 
 
 class Loop(NamedTuple):
@@ -48,6 +54,9 @@ class Loop(NamedTuple):
         names: the local variables of its call, where they are known.
         call: the named arguments of the first call.
         given: how many steps the cache context tells, or None.
+        indexed: whether the caller tells the index of every step.
+        sigmas: the noise levels of one's own loop, without a scheduler; else empty.
+        user: tells the request from others.
     """
 
     pipe: Any
@@ -57,11 +66,14 @@ class Loop(NamedTuple):
     names: Mapping[str, Any]
     call: Mapping[str, Any]
     given: Any
+    indexed: bool
+    sigmas: tuple[float, ...]
+    user: object
 
 
 @dataclass(slots=True)
 class Generation:
-    """What stays the same in one run of the denoising loop, as one thread sees it.
+    """What stays the same in one run of the denoising loop, as one request sees it.
 
     Attributes:
         timesteps: the scheduler's, by whose identity the generation is known.
@@ -102,14 +114,9 @@ class Generation:
 
 
 class Generations:
-    """Begins generations, and knows which thread uses which scheduler.
+    """Begins generations, and knows which request uses which scheduler."""
 
-    Args:
-        sigmas: the noise levels of one's own loop, without a scheduler; else empty.
-    """
-
-    def __init__(self, sigmas: tuple[float, ...]) -> None:
-        self._sigmas = sigmas
+    def __init__(self) -> None:
         # Unfinished ones by id of the scheduler: gone with the generations that they belong to.
         self._uses: weakref.WeakValueDictionary[int, _Use] = weakref.WeakValueDictionary()
         self._lock = threading.Lock()
@@ -135,8 +142,8 @@ class Generations:
             found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
         if loop.scheduler is not None and loop.timesteps is not None:
             self._read(found, loop)
-        elif self._sigmas:
-            found.sigmas = found.times = self._sigmas
+        elif loop.sigmas:
+            found.sigmas = found.times = loop.sigmas
             found.num_steps = len(found.sigmas) - 1
         else:
             found.problem = "no scheduler and no num_inference_steps"
@@ -172,16 +179,18 @@ class Generations:
             if not found.sigmas:
                 found.levels_problem = levels_problem(scheduler, first, found.num_steps)
         found.times = found.sigmas or times_of(scheduler, first, found.num_steps)
-        found.use = self._claim(scheduler, timesteps)
+        if not loop.indexed:
+            found.use = self._claim(scheduler, timesteps, loop.user)
 
-    def _claim(self, scheduler: Any, timesteps: Any) -> _Use:
-        """The use of this scheduler, marked for all if another thread is in it."""
+    def _claim(self, scheduler: Any, timesteps: Any, user: object) -> _Use:
+        """The use of this scheduler, marked for all if another request is in it."""
         me = threading.get_ident()
         with self._lock:
             use = self._uses.get(id(scheduler))
             if use is None or use.timesteps is not timesteps:
-                use = self._uses[id(scheduler)] = _Use(timesteps, me)
-            use.shared |= use.thread != me
+                use = self._uses[id(scheduler)] = _Use(timesteps, user, me)
+            if use.user is not user:
+                use.shared = SHARED if use.thread != me else SHARED_BY_SLOTS
         return use
 
 

@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
-from lesa.hooks.branch_context import Branch, BranchContext
-from lesa.hooks.caller import Callers, Run
-from lesa.hooks.generation import SHARED, Generation, Generations, Loop
+from lesa.hooks.branch_context import BranchContext, branch_of
+from lesa.hooks.caller import Callers, Run, names
+from lesa.hooks.generation import Generation, Generations, Loop
 from lesa.hooks.noise_levels import own_noise_levels
 from lesa.hooks.pipeline_state import frame_times
 from lesa.hooks.position import Position
+from lesa.hooks.request import Request, Requests, Source
 
 __all__ = ["Step", "StepClock"]
 
@@ -44,7 +45,7 @@ class Step:
 
 
 class StepClock:
-    """Tells the step of every call, separately in every thread and every run of a loop.
+    """Tells the step of every call, separately for every request and every run of a loop.
 
     Whose run it is, is told by the stack: the pipeline whose `__call__` this is, known or not.
     Sources of the step, in this order: `cache_context` fields (`step_index`,
@@ -73,10 +74,9 @@ class StepClock:
         num_steps: int | None = None,
         sigmas: Sequence[float] | None = None,
     ) -> None:
-        own = own_noise_levels(num_steps, sigmas)
-        self._scheduler, self._told = scheduler, bool(own) or scheduler is not None
-        self._callers, self._generations = Callers(), Generations(own)
-        self._branch = Branch()
+        self.requests = Requests()
+        self._own = Source(scheduler, own_noise_levels(num_steps, sigmas))
+        self._callers, self._generations = Callers(), Generations()
         if pipe is not None:
             self.add_pipe(pipe)
 
@@ -89,16 +89,23 @@ class StepClock:
         """Let one more pipeline, which shares the model, be a source of steps."""
         self._callers.add_pipe(pipe)
 
-    def caller(self) -> tuple[Any, Mapping[str, Any]]:
-        """The pipeline whose loop makes the current call, and the local variables of that call;
-        (None, {}) in a loop of one's own."""
-        run = self._callers.run
+    def caller(self, request: Request) -> tuple[Any, Mapping[str, Any]]:
+        """The pipeline whose loop makes the request's current call, and the local variables of that
+        call; (None, {}) in a loop of one's own."""
+        run = request.run()
         pipe = None if run is None or run.pipe is None else run.pipe()
-        return (None, {}) if pipe is None else (pipe, self._callers.names())
+        return (None, {}) if pipe is None else (pipe, names(run))
 
-    def reset(self) -> None:
-        """Forget this thread's generation: the next call begins a new one."""
-        run = self._callers.run
+    def reset(self, request: Request | None = None) -> None:
+        """Forget a request's generation, and all that is kept of it: the next call begins a new
+        one. Without `request` of those whose turn it is."""
+        if request is None:
+            now = self.requests.now()
+            for each in (now,) if isinstance(now, Request) else now.requests:
+                self.reset(each)
+            return
+        request.kept = None
+        run = request.run()
         if run is not None:
             generation, run.generation = run.generation, None
             self._generations.end(generation)
@@ -113,20 +120,33 @@ class StepClock:
 
         `inner` is entered and left along with it.
         """
-        return BranchContext(self._branch, name, fields, inner)
+        return BranchContext(self, name, fields, inner)
 
-    def tick(self, kwargs: Mapping[str, Any] | None = None) -> Step:
+    def tick(self, kwargs: Mapping[str, Any] | None = None, request: Request | None = None) -> Step:
         """Step of the call that is about to run, whose arguments by name are `kwargs`; to be asked
         exactly once per call.
+
+        Args:
+            kwargs: the arguments.
+            request: whose call it is; the thread's own if None.
 
         Raises:
             RunError: a generation begins with a scheduler of no known order.
         """
-        name, fields = self._branch.name, self._branch.fields
-        run, fresh, outside = self._callers.find()
+        _, name, fields, _ = branch_of(self)
+        if request is None:
+            request = self._alone()
+        if request.index is not None:
+            fields = {**fields, "step_index": request.index}
+        if request.source is None:
+            own = self._own
+            run, fresh, outside = self._callers.find(request)
+        else:
+            own, outside = request.source, None
+            run, fresh = _own_run(request)
         generation, position = run.generation, run.position
-        pipe = self._source(run) if generation is None else generation.pipe and generation.pipe()
-        scheduler = self._scheduler if pipe is None else getattr(pipe, "scheduler", None)
+        pipe = self._pipe(run, own) if generation is None else generation.pipe and generation.pipe()
+        scheduler = own.scheduler if pipe is None else getattr(pipe, "scheduler", None)
         timesteps = None if scheduler is None else getattr(scheduler, "timesteps", None)
         if outside is not None and generation is not None:
             if not position.at_first(generation, scheduler, name):
@@ -134,7 +154,7 @@ class StepClock:
             run.add_site(outside)
         begins = generation is None or generation.timesteps is not timesteps
         if generation is None or begins:
-            generation = self._begin(run, pipe, scheduler, timesteps, kwargs)
+            generation = self._begin(request, own, run, pipe, kwargs, fields)
             position = run.position
         index = position.find(generation, scheduler, name, fields, kwargs)
         if not begins and (
@@ -142,7 +162,7 @@ class StepClock:
             or (position.standing and position.is_over(scheduler, generation, index, kwargs))
         ):
             begins = True
-            generation = self._begin(run, pipe, scheduler, timesteps, kwargs)
+            generation = self._begin(request, own, run, pipe, kwargs, fields)
             position = run.position
             index = position.find(generation, scheduler, name, fields, kwargs)
         ordinal = position.count(index, name)
@@ -163,9 +183,14 @@ class StepClock:
             generation,
         )
 
-    def _source(self, run: Run) -> Any:
+    def _alone(self) -> Request:
+        """The one request whose call it is; where there are several, who asks has to say which."""
+        now = self.requests.now()
+        return now if isinstance(now, Request) else now.requests[0]
+
+    def _pipe(self, run: Run, own: Source) -> Any:
         """The pipeline that tells the steps of a run: its own, else the last one that was named."""
-        if self._told:
+        if own.scheduler is not None or own.sigmas:
             return None
         if run.pipe is not None:
             return run.pipe()
@@ -174,20 +199,41 @@ class StepClock:
 
     def _begin(
         self,
+        request: Request,
+        own: Source,
         run: Run,
         pipe: Any,
-        scheduler: Any,
-        timesteps: Any,
         kwargs: Mapping[str, Any] | None,
+        fields: Mapping[str, Any],
     ) -> Generation:
         """A run's next generation, at its first step."""
         run.generation, run.position = None, Position(kwargs)
-        given = self._branch.fields.get("num_inference_steps")
+        scheduler = own.scheduler if pipe is None else getattr(pipe, "scheduler", None)
         calling = pipe is not None and run.pipe is not None
-        names = self._callers.names() if calling else {}
-        loop = Loop(pipe, scheduler, timesteps, calling, names, kwargs or {}, given)
+        loop = Loop(
+            pipe,
+            scheduler,
+            getattr(scheduler, "timesteps", None),
+            calling,
+            names(run) if calling else {},
+            kwargs or {},
+            fields.get("num_inference_steps"),
+            "step_index" in fields,
+            own.sigmas,
+            request.token,
+        )
         run.generation = self._generations.begin(loop)
         return run.generation
+
+
+def _own_run(request: Request) -> tuple[Run, bool]:
+    """The only run of a request whose steps the caller tells, and whether it is a new one."""
+    run = request.own
+    if run is not None:
+        return run, False
+    run = request.own = Run()
+    request.run = lambda: run
+    return run, True
 
 
 def _outside(generation: Generation, index: int) -> Step:
@@ -205,8 +251,8 @@ def _problem(
 ) -> str | None:
     if generation.problem is not None:
         return generation.problem
-    if generation.use is not None and generation.use.shared:
-        return SHARED
+    if generation.use is not None and generation.use.shared is not None:
+        return generation.use.shared
     if not 0 <= index < generation.num_steps:
         return "step outside the run"
     if generation.by_frame and _is_window(pipe, kwargs or {}):

@@ -19,7 +19,7 @@ import lesa
 from lesa import LesaConfig, Reuse, Schedule, Table, Taylor
 from lesa.engine.controller import CacheController
 from lesa.engine.ring import Ring
-from lesa.hooks.attach import attach
+from lesa.hooks.attach import attach, attached
 
 FULL = Schedule.explicit([0, 4, 8, 11])
 TAPS = ["output", "hidden"]
@@ -42,6 +42,11 @@ def watch(pipe, forecaster=None, **options):
     controller = Watched(LesaConfig(forecaster or Reuse(), **options))
     attach(pipe.transformer, controller, pipe)
     return controller
+
+
+def request_of(pipe):
+    """What is kept of this thread's request."""
+    return attached(pipe.transformer).clock.requests.now()
 
 
 def fallbacks(controller):
@@ -425,7 +430,7 @@ def test_forecasts_enter_the_history_of_an_autoregressive_table(tiny_flux, input
     controller = watch(tiny_flux, WindowOfSteps(), schedule=Schedule.explicit([0]), tap=tap)
 
     def keep(pipe, i, t, values):
-        ring = controller._own.trajectories["cond"].ring
+        ring = request_of(tiny_flux).kept.trajectories["cond"].ring
         features.append(ring and ring.features[ring.order[0]].clone())
         return values
 

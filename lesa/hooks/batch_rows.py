@@ -1,0 +1,67 @@
+"""The rows of one batch that belong to one request."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lesa.hooks.model_specs import ModelSpec
+
+__all__ = ["join_rows", "pick_arguments", "pick_rows"]
+
+
+def pick_rows(value: Any, rows: Sequence[int], total: int) -> Any:
+    """Some rows of a tensor [total, ...], and of the tensors in a dict, a list or a tuple; anything
+    else is every request's.
+
+    Neighbouring rows are a view.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim == 0 or len(value) != total:
+            return value
+        if list(rows) == list(range(rows[0], rows[0] + len(rows))):
+            return value.narrow(0, rows[0], len(rows))
+        return value[torch.tensor(rows, device=value.device)]
+    if isinstance(value, dict):
+        return {name: pick_rows(part, rows, total) for name, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(pick_rows(part, rows, total) for part in value)
+    return value
+
+
+def pick_arguments(
+    given: Mapping[str, Any], spec: ModelSpec, rows: Sequence[int], total: int
+) -> dict[str, Any]:
+    """The arguments of a call of the denoiser for some rows of its batch.
+
+    A list with a part for every row (latents and prompts of Z-Image, the lengths of prompts) is
+    picked from; other lists hold tensors that have a row each, as ControlNet residuals do.
+    """
+    found = {}
+    for name, value in given.items():
+        if name in spec.unbatched:
+            found[name] = value
+        elif isinstance(value, list) and len(value) == total and _by_row(name, value, spec):
+            found[name] = [value[row] for row in rows]
+        else:
+            found[name] = pick_rows(value, rows, total)
+    return found
+
+
+def _by_row(name: str, value: list[Any], spec: ModelSpec) -> bool:
+    """Whether a list has a part for every row of the batch."""
+    named = name == spec.latent or name in spec.conditioning
+    return named or not any(isinstance(part, Tensor) for part in value)
+
+
+def join_rows(parts: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
+    """One batch of the parts, whose rows go where `rows` says: the inverse of `pick_rows`."""
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    order = [row for part in rows for row in part]
+    if order == sorted(order):
+        return joined
+    places = torch.tensor(order, device=joined.device).argsort()
+    return joined[places]
