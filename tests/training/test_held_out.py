@@ -194,3 +194,11 @@ def test_where_every_step_is_full_the_pictures_are_the_plain_ones_and_nothing_is
     (entry,) = lesa.train(pipe, None, STEPS, STEPS, **options).calibrations
     assert entry.schedule.full_steps == tuple(range(STEPS))
     assert entry.worth.share is None and entry.worth.minimum > 80  # float32 of another batch size
+
+
+def test_a_quarter_of_some_prompts_is_held_out_as_of_all():
+    job = replace(make_job("flux", prompts=8), held_out=frozenset([3, 7]))
+    some = {count: job.mixed(count) for count in (1, 4, 7, 8, 20)}
+    assert some[1] == [3] and some[4] == [0, 1, 2, 3]
+    assert some[7] == [0, 1, 2, 3, 4, 5, 7] and some[8] == some[20] == [*range(8)]
+    assert replace(job, held_out=frozenset()).mixed(2) == [0, 1]
