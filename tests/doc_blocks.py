@@ -69,6 +69,8 @@ def check_command(words: list[str], *, run: bool) -> None:
     program, rest = words[0], words[1:]
     if program == "lesa":
         run_lesa(rest) if run else parse_lesa(rest)
+    elif program in ("torchrun", "accelerate"):  # torchrun ... -m lesa ...
+        parse_lesa(words[words.index("lesa") + 1 :])
     elif program == "make":
         targets = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
         assert set(rest) <= set(targets), words
