@@ -122,7 +122,7 @@ def test_a_rank_that_dies_loses_its_batch_in_flight_only(alone, prompts, tmp_pat
 def test_four_processes_of_a_launcher(launcher, alone, prompts, tmp_path):
     start = {
         "torchrun": ("torch.distributed.run", "--nproc_per_node", 4),
-        "accelerate": ("accelerate.commands.launch", "--cpu", "--num_processes", 4,
+        "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes", 4,
                        "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no"),
     }[launcher]  # fmt: skip
     args = ("generate", "flux", "--prompts", prompts, "--out", tmp_path / "out", *STEPS, *CACHE)
