@@ -12,6 +12,7 @@ import typer
 from lesa import __version__, testbed
 from lesa.cli import completion
 from lesa.cli.checks import DRAWING, check_at_least, require_packages
+from lesa.cli.exchange import add_exchange
 from lesa.cli.inputs import NOT_EMBEDDED, TESTBED, embedded_name
 from lesa.cli.names import choose
 from lesa.cli.options import (
@@ -194,6 +195,9 @@ def env(
     facts: dict[str, Any] = environment()
     console(json).print(environment_table(facts))
     emit(json, facts)
+
+
+add_exchange(app)
 
 
 def main() -> None:

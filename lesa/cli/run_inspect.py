@@ -125,7 +125,7 @@ def _in_words(value: Any) -> str:
 def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
     """A heat map for every calibrated list and branch, and what the lists are worth where that was
     measured; nothing without a folder."""
-    from lesa.evaluation.plots import table_png, worth_png
+    from lesa.evaluation.plots import table_png
 
     if folder is None:
         return {}
@@ -135,9 +135,17 @@ def draw_tables(forecaster: Any, folder: Path | None) -> dict[Path, bytes]:
         for name, table in _tables(forecaster, entry):
             png = table_png(table, f"{count} of {steps} steps in full, {name}")
             drawn[folder / f"table-{count}-of-{steps}-{name.replace(' ', '-')}.png"] = png
-    if lines := _worth_lines(forecaster.calibrations):
-        drawn[folder / "worth.png"] = worth_png(lines)
+    if (plot := worth_picture(forecaster)) is not None:
+        drawn[folder / "worth.png"] = plot
     return drawn
+
+
+def worth_picture(forecaster: Any) -> bytes | None:
+    """A plot of what the lists are worth as PNG; None where training did not measure that."""
+    from lesa.evaluation.plots import worth_png
+
+    lines = _worth_lines(forecaster.calibrations)
+    return worth_png(lines) if lines else None
 
 
 def _worth_lines(calibrations: Sequence[Calibration]) -> dict[str, list[dict[str, Any]]]:

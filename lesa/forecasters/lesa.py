@@ -13,7 +13,7 @@ from lesa.core.forecaster import Tap, check_sigmas
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters import checkpoint
+from lesa.forecasters import checkpoint, hub
 from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.damping import Rows, carried, damped, reuse
@@ -286,6 +286,11 @@ class LesaForecaster(FullPrecision):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write model.safetensors and config.json; see `lesa.forecasters.checkpoint.save`."""
         checkpoint.save(self, folder)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Commit weights, config and a model card to a repository of the Hugging Face Hub, which
+        `from_pretrained` reads; the commit's address. Options: see `lesa.forecasters.hub.push`."""
+        return hub.push(self, repo_id, **options)
 
     @classmethod
     def from_pretrained(
