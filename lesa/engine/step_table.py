@@ -218,7 +218,7 @@ class StepTables:
         if not (counted or step.index or found.kind in self._told):
             self._told.add(found.kind)
             warnings.warn(found.told, stacklevel=2)
-        return {"noise": found.kind == "noise"}
+        return {"noise": found.kind == "noise", "multistep": run.multistep}
 
 
 def _parts(step: Step, rows: int) -> int:

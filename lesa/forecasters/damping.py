@@ -14,10 +14,13 @@ from torch import Tensor
 from lesa.core.schedule import Schedule
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.moments import interpolation
+from lesa.forecasters.prior import FITTED, Prior, times, widest_gaps
 
 REACH = 0.15  # distance of gaps, in their widths, at which fitted rows count 1 / e
 NOISE = 30.0  # energy of a cached feature's error over that of the forecasts before it
 COARSE = 1.5  # more fiftieths of the trained run in one step, at which forecasts count 1 / e
+WIDTH = 0.12  # share of a run up to which the prior's line is better than these rows,
+SHARP = 8  # and how sharply it ends there
 FLOOR = 1e-5  # the least relative error of a regressor
 
 
@@ -26,6 +29,13 @@ class Rows(NamedTuple):
 
     shared: Tensor
     split: Tensor | None = None
+
+
+class Line(NamedTuple):
+    """Rows [S, K + latent] and how much each of them counts, [S]."""
+
+    rows: Tensor
+    shares: Tensor
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ def damped(
     history: int,
     latent: bool,
     trained_at: Sequence[float] | None = None,
+    line: Line | None = None,
 ) -> Tensor:
     """Least squares on plain runs' inner products, damped towards reuse: float64 [S, K + latent].
 
@@ -140,6 +151,9 @@ def damped(
     is n fiftieths of the trained run, u = exp(-((n - 1) / COARSE)^2), else 1. `trained_at` are the
     places of the S + 1 noise levels in the trained run, in its fiftieths.
 
+    Where gaps are narrow these rows are too careful: there `line` takes their place before u pulls
+    (`prior_line`).
+
     NOISE and COARSE were chosen on lists of 4 to 13 full steps of 9 to 100, on calibration prompts
     of embedded flux and sdxl, so that no list was below reuse. `gram` is [S, S], or [2 S, 2 S] with
     the latents behind.
@@ -157,12 +171,31 @@ def damped(
             system = _System(gram, at, step)
             rows[step, columns] = row = system.solve(doubts)
             errors.append([system.error(x) for x in (row, system.solve([0.0] * len(at)), None)])
-        noise[after] = _noise(errors)
+        noise[after], gap = _noise(errors), slice(full + 1, after)
+        if line is not None:
+            rows[gap] += line.shares[gap, None] * (line.rows[gap] - rows[gap])
         if trained_at is not None:
             longer = max((trained_at[after] - trained_at[full]) / (after - full) - 1, 0.0)
-            gap = slice(full + 1, after)
             rows[gap] = base[gap] + exp(-((longer / COARSE) ** 2)) * (rows[gap] - base[gap])
     return rows
+
+
+def prior_line(schedule: Schedule, levels: Sequence[float], width: int) -> Line:
+    """The line that an untrained run takes (`lesa.forecasters.prior`), in rows of this width.
+
+    It counts by 1 / (1 + (g / WIDTH)^SHARP), g the wider of the gap that a step lies in and the one
+    before it, and nothing where one feature is cached. A sampler that extrapolates over its steps
+    has no use for it.
+    """
+    made = Prior().table(schedule, levels).coefficients
+    rows = torch.zeros(schedule.steps, width, dtype=torch.float64, device="cpu")
+    rows[:, : min(made.shape[1], width)] = made[:, :width]
+    shares = torch.zeros(schedule.steps, dtype=torch.float64, device="cpu")
+    at = times(schedule.steps, levels, FITTED.shift)
+    for step, gap in widest_gaps(schedule, at).items():
+        if len(schedule.cached_before(step, 2)) == 2:
+            shares[step] = 1 / (1 + (gap / WIDTH) ** SHARP)
+    return Line(rows, shares)
 
 
 class _System:

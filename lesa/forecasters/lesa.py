@@ -16,7 +16,7 @@ from lesa.errors import LesaError
 from lesa.forecasters import checkpoint, hub
 from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
-from lesa.forecasters.damping import Rows, carried, damped, reuse
+from lesa.forecasters.damping import Rows, carried, damped, prior_line, reuse
 from lesa.forecasters.disca import DiscaForm
 from lesa.forecasters.kan import FullPrecision
 from lesa.forecasters.mismatch import Mismatch, mismatch
@@ -115,12 +115,15 @@ class LesaForecaster(FullPrecision):
         branch: str = "cond",
         *,
         noise: bool = False,
+        multistep: bool = False,
     ) -> Table:
         """The table to run: the calibrated rows of this very (schedule, sigmas), or of the list
-        that it adds full steps to. A calibrated forecaster carries its rows over to other runs and
-        damps them (`lesa.forecasters.damping`); one without calibration has the form's rows.
+        that it adds full steps to. A calibrated forecaster carries its rows over to other runs,
+        else it damps, or takes the prior's line where gaps are narrow (`lesa.forecasters.damping`);
+        one without calibration has the form's rows.
 
-        With `noise`, from a sampler that adds noise where that of the training did not, it reuses.
+        With `noise`, from a sampler that adds noise where that of the training did not, it reuses;
+        with `multistep`, from one that extrapolates over its steps, it takes no line.
         Raises LesaError for an unbound schedule, wrong sigmas, an unknown branch or, in the paper
         form, another step count.
         """
@@ -134,7 +137,7 @@ class LesaForecaster(FullPrecision):
             return Table(schedule, reuse(schedule, self._width), self.uses_latent)
         found = self._fitted(schedule, levels, branch)
         if found is None and any(branch in entry.rows for entry in self.calibrations):
-            found = self._away(schedule, levels, branch)
+            found = self._away(schedule, levels, branch, multistep)
         if found is None:
             with torch.no_grad():
                 found = Rows(self.net.rows(schedule, levels, branch)[0])
@@ -156,14 +159,17 @@ class LesaForecaster(FullPrecision):
         added = extended(self.calibrations, schedule, levels, branch, self.net.history)
         return None if added is None else Rows(*added)
 
-    def _away(self, schedule: Schedule, levels: tuple[float, ...], branch: str) -> Rows:
+    def _away(
+        self, schedule: Schedule, levels: tuple[float, ...], branch: str, multistep: bool
+    ) -> Rows:
         """Rows for a run that no calibration matches."""
         history, latent = self.net.history, self.uses_latent
         gram = self.moments.at(branch, levels[:-1], latent)
         if gram is None:
             base = reuse(schedule, self._width)
         else:
-            base = damped(schedule, gram, history, latent, self.moments.places(levels))
+            line = None if multistep else prior_line(schedule, levels, self._width)
+            base = damped(schedule, gram, history, latent, self.moments.places(levels), line)
         return carried(base, self.calibrations, schedule, levels, branch, history)
 
     @property

@@ -14,7 +14,16 @@ from lesa.core.forecaster import Tap, check_sigmas
 from lesa.core.schedule import Schedule, check_count, spread
 from lesa.core.table import Table
 
-__all__ = ["Prior", "Shape", "default_count", "prior_schedule", "quality_count"]
+__all__ = [
+    "FITTED",
+    "Prior",
+    "Shape",
+    "default_count",
+    "prior_schedule",
+    "quality_count",
+    "times",
+    "widest_gaps",
+]
 
 _CELLS = 4096  # of the integral over the density of full steps
 MULTISTEP = 1 / 3  # of a line for samplers that extrapolate over their steps
@@ -84,16 +93,14 @@ class Prior:
         trust = 0.0 if noise else MULTISTEP if multistep else 1.0
         levels = check_sigmas(schedule, sigmas) if sigmas else ()
         at = times(schedule.steps, levels, self.shape.shift)
-        after = dict(pairwise((*schedule.full_steps, schedule.steps)))
+        gaps = widest_gaps(schedule, at)
 
         def row(step: int, cached: tuple[int, ...]) -> list[float]:
             if len(cached) < 2:
                 return [1.0]
             newest, before = (at[s] for s in cached)
-            behind = newest - before
-            widest = max(behind, at[after[cached[0]]] - newest)
-            line = (at[step] - newest) / behind
-            weight = trust * self._damping(at[step], widest) * line
+            line = (at[step] - newest) / (newest - before)
+            weight = trust * self._damping(at[step], gaps[step]) * line
             return [1 + weight, -weight]
 
         return Table.from_rows(schedule, self.history(schedule), row)
@@ -145,6 +152,17 @@ def times(num_steps: int, sigmas: Sequence[float], shift: float) -> list[float]:
         return [step / num_steps for step in range(num_steps + 1)]
     left = [sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
     return [(left[0] - u) / (left[0] - left[-1]) for u in left]
+
+
+def widest_gaps(schedule: Schedule, at: Sequence[float]) -> dict[int, float]:
+    """Skipped step -> the wider of the gap between full steps that it lies in and the one before,
+    with the S + 1 places `at`."""
+    found, before = {}, 0.0
+    for full, after in pairwise((*schedule.full_steps, schedule.steps)):
+        gap = at[after] - at[full]
+        found |= dict.fromkeys(range(full + 1, after), max(gap, before))
+        before = gap
+    return found
 
 
 @lru_cache(maxsize=8)

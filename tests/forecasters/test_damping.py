@@ -10,9 +10,10 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.calibration import Calibration
-from lesa.forecasters.damping import carried, damped, reuse
+from lesa.forecasters.damping import WIDTH, carried, damped, prior_line, reuse
 from lesa.forecasters.mismatch import mismatch
 from lesa.forecasters.moments import Moments, interpolation
+from lesa.forecasters.prior import Prior
 from lesa.testbed import load, prompts, settings
 
 PLAN = Schedule.explicit([0, 3, 8, 14], 20)
@@ -36,6 +37,11 @@ def line(sigmas=SIGMAS):
     draw = torch.Generator().manual_seed(0)
     start, slope = torch.randn(2, 64, generator=draw, dtype=torch.float64)
     return start + torch.tensor(sigmas[:-1], dtype=torch.float64)[:, None] * slope
+
+
+def line_at(steps):
+    """Features on a line and latents that stray, for `steps` steps."""
+    return torch.cat([line(levels(steps)), walk(steps, 64)])
 
 
 def walk(steps, elements=4000):
@@ -109,6 +115,27 @@ def test_a_run_of_longer_steps_is_damped_more():
     assert pulls[2] == pytest.approx(pulls[1] * exp(-4), rel=1e-2) and pulls[3] < 1e-3
 
 
+def test_the_priors_line_takes_over_where_gaps_are_narrow():
+    plan, at = (
+        Schedule.explicit([0, 2, 4, 6, 34, 36], 40),
+        levels(40, 5.0),
+    )  # even steps of the prior
+    found = prior_line(plan, at, 4)
+    prior = Prior().table(plan, at).coefficients
+    torch.testing.assert_close(found.rows[:, :2], prior, rtol=0, atol=0)
+    assert not found.rows[:, 2:].any() and not found.shares[list(plan.full_steps)].any()
+    assert found.shares[1] == 0  # one feature is no line
+    assert found.shares[5] > 0.99 and found.shares[[20, 35]].max() < 0.01  # 35: after a wide gap
+    assert found.shares[20] == pytest.approx(1 / (1 + (0.7 / WIDTH) ** 8))
+    gram = gram_of(line_at(40))
+    plain, lined = damped(plan, gram, 3, True), damped(plan, gram, 3, True, line=found)
+    expected = plain + found.shares[:, None] * (found.rows - plain)
+    torch.testing.assert_close(lined, expected, rtol=0, atol=1e-12)
+    assert float((lined - plain)[5].abs().max()) > 1e-2
+    longer = damped(plan, gram, 3, True, [10.0 * step for step in range(41)], found)
+    torch.testing.assert_close(longer, reuse(plan, 4), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("parts", [0, 2])
 def test_rows_are_carried_exactly_to_their_own_gaps_and_not_far(parts):
     draw = torch.Generator().manual_seed(0)
@@ -151,9 +178,14 @@ def test_a_forecaster_off_its_calibration():
     forecaster, plan = trained(), Schedule.fora(4, 12)
     assert torch.equal(forecaster.table(PLAN, SIGMAS).coefficients, 2 * reuse(PLAN, 4))
     gram = forecaster.moments.at("cond", levels(12)[:-1], latent=True)
-    base = damped(plan, gram, 3, True, forecaster.moments.places(levels(12)))
+    places, line = forecaster.moments.places(levels(12)), prior_line(plan, levels(12), 4)
+    base = damped(plan, gram, 3, True, places, line)
     expected = carried(base, forecaster.calibrations, plan, levels(12), "cond", 3).shared
     found = forecaster.table(plan, levels(12)).coefficients
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    base = damped(plan, gram, 3, True, places)
+    expected = carried(base, forecaster.calibrations, plan, levels(12), "cond", 3).shared
+    found = forecaster.table(plan, levels(12), multistep=True).coefficients
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     assert torch.equal(forecaster.table(PLAN, SIGMAS, noise=True).coefficients, reuse(PLAN, 4))
     forecaster.moments = Moments()  # as saved by an earlier lesa
