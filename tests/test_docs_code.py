@@ -77,7 +77,7 @@ def trained(tmp_path_factory) -> Path:
 
 def test_every_language_is_known():
     """Nothing escapes: a block is Python, shell, a formula or a drawing; none is only indented."""
-    assert {block.language for block in BLOCKS} <= {"python", "sh", "text", "mermaid"}
+    assert {block.language for block in BLOCKS} <= {"python", "sh", "text", "mermaid", "yaml"}
     assert {block.marker for block in BLOCKS} <= {"", "parse"}
     for page in DOCUMENTS:
         prose = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
@@ -115,10 +115,18 @@ def test_python_blocks_run_as_written(page, desk):
     run_python(page, {})
 
 
+def write_recipe(page: Path) -> None:
+    """The recipe that a page shows, as a file."""
+    for block in blocks_of(page):
+        if block.language == "yaml":
+            Path("my-recipe.yaml").write_text(replaced(block.text, STAND_INS))
+
+
 @pytest.mark.parametrize("block", SHELL, ids=lambda block: block.name)
 def test_shell_blocks(block, desk, trained):
     subprocess.run(["bash", "-n"], input=block.text, text=True, check=True)
     shutil.copytree(trained, "my-lesa")
+    write_recipe(block.page)
     for words in commands(block):
         check_command(words, run=block.marker != "parse")
 
@@ -128,5 +136,6 @@ def test_shell_blocks(block, desk, trained):
     "block", [b for b in SHELL if b.marker == "parse"], ids=lambda block: block.name
 )
 def test_parsed_blocks_run(block, desk):
+    write_recipe(block.page)
     for words in commands(block):
         check_command(words, run=True)

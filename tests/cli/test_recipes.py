@@ -112,6 +112,7 @@ def test_a_recipe_of_lesa_names_what_there_is(name):
     assert set(model.text) <= set(taken)
     text = (ROOT / "recipes" / f"{name}.yaml").read_text()
     assert "\n# cost: at most " in text, "python benchmarks/make_recipes_table.py"
+    assert f"[{name}](" in (ROOT / "docs" / "recipes.md").read_text()
 
 
 def test_the_recipes_are_those_that_were_promised():
