@@ -141,12 +141,14 @@ class Manifest:
 def run_key(pipe: Any, forecaster: Any, told: dict[str, Any]) -> str:
     """Hash of what a run's pixels depend on beside prompt and seed: the weights, the sampler, the
     forecaster, and what else is told."""
-    from lesa.hooks.pipeline import find_denoisers
+    from torch.nn import Module
+
     from lesa.hooks.weights_hash import weights_hash
 
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, Module)}
     config = dict(getattr(pipe.scheduler, "config", {}))
     facts = {
-        "weights": [weights_hash(model) for model in find_denoisers(pipe)],
+        "weights": {name: weights_hash(part) for name, part in parts.items()},
         "scheduler": [type(pipe.scheduler).__name__, config],
         "forecaster": _identity(forecaster),
         "told": told,

@@ -80,9 +80,17 @@ def _told(
     request: GenerateRequest, settings: Mapping[str, Any], cache: Mapping[str, Any], pipe: Any
 ) -> dict[str, Any]:
     """What was asked for that pixels depend on."""
-    full_step = request.full_step
-    where = {"device": pipe.device.type, "dtype": str(pipe.dtype), "fps": request.fps}
-    return {"settings": dict(settings), "cache": dict(cache), **asdict(full_step), **where}
+    made = request.recipe.preparation
+    return {
+        "pipeline": request.named,
+        "settings": dict(settings),
+        "cache": dict(cache),
+        "device": pipe.device.type,
+        "dtype": str(pipe.dtype),
+        "fps": request.fps,
+        "prepared": [dict(made.lora), made.vae_tiling, made.vae_slicing],
+        **asdict(request.full_step),
+    }
 
 
 def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> dict[str, Any]:
