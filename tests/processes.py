@@ -44,11 +44,11 @@ def launch(size: int, work: Callable[[int], object], folder: Path) -> list[tuple
 def _run(rank: int, size: int, port: int, work: Callable[[int], object], told: Path) -> None:
     torch.set_num_threads(1)  # a forked process must not wait for threads that it does not have
     os.environ |= environment(rank, size, port)
-    with open(told, "w") as stderr, open(os.devnull, "w") as stdout:
-        os.dup2(stderr.fileno(), 2)
-        os.dup2(stdout.fileno(), 1)
-        sys.stderr, sys.stdout = stderr, stdout
-        work(rank)
+    # Open until the process ends: what it died of is written last.
+    sys.stderr, sys.stdout = open(told, "w"), open(os.devnull, "w")  # noqa: SIM115
+    os.dup2(sys.stderr.fileno(), 2)
+    os.dup2(sys.stdout.fileno(), 1)
+    work(rank)
 
 
 def environment(rank: int, size: int, port: int = 29500) -> dict[str, str]:
