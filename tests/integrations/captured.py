@@ -70,7 +70,7 @@ def loop(case, predict, scheduler):
     scheduler.set_timesteps(sigmas=case.sigmas[:-1].tolist(), device="cpu")
     latents = case.latents
     for step, time in enumerate(scheduler.timesteps):
-        positive, negative = (predict(step, latents, time, cond) for cond in case.conds)
+        positive, negative = [predict(step, latents, time, cond) for cond in case.conds]
         guided = negative + case.cfg * (positive - negative)
         latents = scheduler.step(guided, time, latents, return_dict=False)[0]
     return latents
