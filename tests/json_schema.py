@@ -45,7 +45,8 @@ def _inner(value: Any, keyword: str, wanted: Any, schema: dict[str, Any]):
 def _is(value: Any, kind: str) -> bool:
     if isinstance(value, bool):
         return kind == "boolean"
-    return isinstance(value, TYPES[kind])
+    whole = kind == "integer" and isinstance(value, float) and value.is_integer()  # 3.0 is one
+    return whole or isinstance(value, TYPES[kind])
 
 
 def _holds(value: Any, keyword: str, wanted: Any) -> bool:

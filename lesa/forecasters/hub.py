@@ -86,7 +86,7 @@ def _asked(repo_id: str, ask: Callable[[], str]) -> str:
         with _no_bars():
             return ask()
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", None)
+        status = int(getattr(error.response, "status_code", None) or 0)
         remedy = {
             401: "log in with `hf auth login`, or give a token that may write",
             403: "take a repository of yours, or a token that may write to it",
