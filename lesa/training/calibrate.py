@@ -61,11 +61,13 @@ class Calibrator:
 
         Many run on few prompts; then the best one of each length of the first gap, and the next
         best, on as many as are paid for. The few decide badly between those lengths: where these
-        are not `DECISIVE` prompts, lists with an early second full step race alone.
+        are not `DECISIVE` prompts, lists with an early second full step race alone if there are
+        enough of them.
         """
         prompts = min(len(self.job.prompts), budget / 2 / (FINALISTS * len(lists[0])))
         early = [steps for steps in lists if not first_gap(steps, self._steps)]
-        lists = (early if early and prompts < DECISIVE else [*lists])[:RACERS]
+        alone = prompts < DECISIVE and len(early) >= FINALISTS
+        lists = (early if alone else [*lists])[:RACERS]
         leaders = self._ranked(lists, budget / 2)
         if leaders is None:
             return lists
