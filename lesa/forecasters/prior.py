@@ -157,7 +157,8 @@ def times(num_steps: int, sigmas: Sequence[float], shift: float) -> list[float]:
 def widest_gaps(schedule: Schedule, at: Sequence[float]) -> dict[int, float]:
     """Skipped step -> the wider of the gap between full steps that it lies in and the one before,
     with the S + 1 places `at`."""
-    found, before = {}, 0.0
+    found: dict[int, float] = {}
+    before = 0.0
     for full, after in pairwise((*schedule.full_steps, schedule.steps)):
         gap = at[after] - at[full]
         found |= dict.fromkeys(range(full + 1, after), max(gap, before))
