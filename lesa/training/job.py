@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,8 @@ from lesa.training.base_run import BaseRun
 from lesa.training.work import Work
 from lesa.util.progress import Bar, Progress
 from lesa.util.ranks import Ranks
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,7 @@ class Job:
         }
 
 
-def in_batches(rows: Sequence[int], size: int) -> list[Sequence[int]]:
+def in_batches(rows: Sequence[Item], size: int) -> list[Sequence[Item]]:
     """The rows, so many at a time."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
