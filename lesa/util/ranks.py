@@ -152,7 +152,8 @@ class Ranks:
 
         digest = hashlib.sha256()
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
         if len({*self.everyone(digest.digest())}) > 1:
             first = self.told([tensor.cpu() for tensor in tensors] if self.leads else None)
             assert first is not None
