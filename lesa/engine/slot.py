@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from operator import index
 from typing import Any
 
 from torch import Tensor
@@ -17,9 +16,10 @@ from lesa.engine.options import Options
 from lesa.errors import LesaError
 from lesa.forecasters.target import Quality
 from lesa.hooks.attach import attached
-from lesa.hooks.noise_levels import own_noise_levels
+from lesa.hooks.batch_rows import rows_of_parts
+from lesa.hooks.denoiser import core_of
 from lesa.hooks.pipeline import find_denoisers
-from lesa.hooks.request import Joint, Request, Source, install, installed
+from lesa.hooks.request import Joint, Request, Source, install, installed, source_of
 from lesa.hooks.step_clock import StepClock
 
 __all__ = ["Slot"]
@@ -70,7 +70,7 @@ class Slot:
     ) -> None:
         budget = Options(full_steps, target_speedup, target_psnr, quality, off)
         own = None if budget == Options() else budget
-        source = _source(scheduler, num_inference_steps, sigmas)
+        source = source_of(scheduler, num_inference_steps, sigmas)
         self._models = find_denoisers(pipe)
         self._controllers = dict.fromkeys(controller_of(model) for model in _enabled(self._models))
         _check_budget(self._controllers, own, source)
@@ -94,16 +94,20 @@ class Slot:
             request.index = told
 
     def install(
-        self, *, num_inference_steps: int | None = None, latent: Tensor | None = None
+        self,
+        pipe: Any = None,
+        *,
+        num_inference_steps: int | None = None,
+        latent: Tensor | None = None,
     ) -> None:
         """Let the calls of this thread or asyncio task belong to this request, until `deactivate`
         or until another slot of the pipeline is installed; as `with slot:` does for a block.
 
         Raises:
-            LesaError: lesa was enabled anew or disabled since, or the arguments are not those of
-                the run that the slot is in (see `is_compatible`).
+            LesaError: lesa was enabled anew or disabled since, or the arguments are not those that
+                the slot is for (see `is_compatible`).
         """
-        reason = self._unfit(num_inference_steps, latent)
+        reason = self._unfit(pipe, num_inference_steps, latent)
         if reason is not None:
             raise LesaError(reason)
         install({**installed(), **self._own()})
@@ -116,11 +120,15 @@ class Slot:
         install(left)
 
     def is_compatible(
-        self, *, num_inference_steps: int | None = None, latent: Tensor | None = None
+        self,
+        pipe: Any = None,
+        *,
+        num_inference_steps: int | None = None,
+        latent: Tensor | None = None,
     ) -> bool:
-        """Whether the run that the slot is in can go on with so many steps, and with a latent of
-        this shape, dtype and device. A slot that is in none can begin any."""
-        return self._unfit(num_inference_steps, latent) is None
+        """Whether the slot is of this pipeline, and the run that it is in can go on with so many
+        steps, and with a latent of this shape, dtype and device. A slot in none can begin any."""
+        return self._unfit(pipe, num_inference_steps, latent) is None
 
     def clear(self) -> None:
         """Forget the request: its features go back to the pool, and the slot may serve another
@@ -174,8 +182,16 @@ class Slot:
     def _kept(self) -> list[Kept]:
         return [request.kept for request in self._requests.values() if request.kept is not None]
 
-    def _unfit(self, steps: int | None, latent: Tensor | None) -> str | None:
+    def _unfit(
+        self, pipe: Any = None, steps: int | None = None, latent: Tensor | None = None
+    ) -> str | None:
         """Why the slot cannot be used, if so."""
+        if pipe is not None and find_denoisers(pipe) != self._models:
+            return (
+                f"pipe={type(pipe).__name__}: the slot was made for a "
+                f"{type(core_of(self._models[0])).__name__} that is none of its denoisers; make "
+                "one with lesa.Slot(pipe)"
+            )
         if list(self._clocks()) != list(self._requests):
             return "slot: lesa was enabled anew or disabled since it was made; make another one"
         for request in self._requests.values():
@@ -201,16 +217,6 @@ def _enabled(models: Sequence[Any]) -> list[Any]:
     return [model for model in models if attached(model)] or list(models[:1])
 
 
-def _source(scheduler: Any, steps: int | None, sigmas: Sequence[float] | None) -> Source | None:
-    if scheduler is not None and not hasattr(scheduler, "timesteps"):
-        raise LesaError(f"scheduler={shown(scheduler)}: not a diffusers scheduler; give one")
-    if scheduler is not None and (steps is not None or sigmas is not None):
-        given = "num_inference_steps" if sigmas is None else "sigmas"
-        raise LesaError(f"scheduler and {given} exclude each other: give one of them.")
-    levels = own_noise_levels(steps, sigmas)
-    return Source(scheduler, levels) if levels or scheduler is not None else None
-
-
 def _check_budget(
     controllers: dict[CacheController, None], own: Options | None, source: Source | None
 ) -> None:
@@ -232,10 +238,10 @@ def _batch(slots: list[Slot], rows: Sequence[int | Sequence[int]] | None) -> Ite
     if len(set(map(id, slots))) < len(slots):
         raise LesaError(f"slots={len(slots)}: one of them twice; give every request its own")
     for slot in slots:
-        reason = slot._unfit(None, None)
+        reason = slot._unfit()
         if reason is not None:
             raise LesaError(reason)
-    places = _places(len(slots), rows)
+    places = rows_of_parts(len(slots), rows)
     before = installed()
     joint = {key: Joint(tuple(each[key] for each in own), places) for key in own[0]}
     install({**before, **joint})
@@ -243,19 +249,3 @@ def _batch(slots: list[Slot], rows: Sequence[int | Sequence[int]] | None) -> Ite
         yield
     finally:
         install(before)
-
-
-def _places(count: int, rows: Sequence[int | Sequence[int]] | None) -> tuple[Sequence[int], ...]:
-    """The rows of each slot; LesaError unless all of them together are a batch."""
-    given: Sequence[Any] = [1] * count if rows is None else rows
-    if len(given) != count:
-        raise LesaError(f"rows={shown(rows)}: not one entry for each of {count} slots; give that")
-    found: list[list[int]] = []
-    for entry in given:
-        first = sum(map(len, found))
-        listed = isinstance(entry, (list, tuple, range))
-        number = 0 if listed else whole("rows", entry, 1)
-        found.append([index(row) for row in entry] if listed else [*range(first, first + number)])
-    if sorted(row for part in found for row in part) != list(range(sum(map(len, found)))):
-        raise LesaError(f"rows={shown(rows)}: not every row of a batch once; give each to one slot")
-    return tuple(found)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lesa.core.checks import shown, whole
+from lesa.errors import LesaError
 from lesa.hooks.model_specs import ModelSpec
 
-__all__ = ["join_rows", "pick_arguments", "pick_rows"]
+__all__ = ["join_rows", "pick_arguments", "pick_rows", "rows_of_parts"]
 
 
 def pick_rows(value: Any, rows: Sequence[int], total: int) -> Any:
@@ -65,3 +68,25 @@ def join_rows(parts: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:
         return joined
     places = torch.tensor(order, device=joined.device).argsort()
     return joined[places]
+
+
+def rows_of_parts(
+    count: int, rows: Sequence[int | Sequence[int]] | None
+) -> tuple[Sequence[int], ...]:
+    """The rows of each of `count` parts of a batch, from how many or which ones each has; one each
+    if None.
+
+    Raises: LesaError unless all of them together are a batch.
+    """
+    given: Sequence[Any] = [1] * count if rows is None else rows
+    if len(given) != count:
+        raise LesaError(f"rows={shown(rows)}: not one entry for each of {count} slots; give that")
+    found: list[list[int]] = []
+    for entry in given:
+        first = sum(map(len, found))
+        listed = isinstance(entry, (list, tuple, range))
+        number = 0 if listed else whole("rows", entry, 1)
+        found.append([index(row) for row in entry] if listed else [*range(first, first + number)])
+    if sorted(row for part in found for row in part) != list(range(sum(map(len, found)))):
+        raise LesaError(f"rows={shown(rows)}: not every row of a batch once; give each to one slot")
+    return tuple(found)

@@ -8,9 +8,12 @@ from contextvars import ContextVar
 from itertools import count
 from typing import Any, NamedTuple
 
+from lesa.core.checks import shown
+from lesa.errors import LesaError
+from lesa.hooks.noise_levels import own_noise_levels
 from lesa.util.forks import renew_in_children
 
-__all__ = ["Joint", "Request", "Requests", "Source", "install", "installed"]
+__all__ = ["Joint", "Request", "Requests", "Source", "install", "installed", "source_of"]
 
 _numbers = count()
 
@@ -124,3 +127,17 @@ def installed() -> _Installed:
 def install(requests: _Installed) -> None:
     """Let the calls of this thread or task belong to these requests."""
     _installed.set(requests or None)
+
+
+def source_of(scheduler: Any, steps: int | None, sigmas: Sequence[float] | None) -> Source | None:
+    """What was given of these, checked; None where nothing was.
+
+    Raises: LesaError for what is no scheduler or no noise levels, or where both were given.
+    """
+    if scheduler is not None and not hasattr(scheduler, "timesteps"):
+        raise LesaError(f"scheduler={shown(scheduler)}: not a diffusers scheduler; give one")
+    if scheduler is not None and (steps is not None or sigmas is not None):
+        given = "num_inference_steps" if sigmas is None else "sigmas"
+        raise LesaError(f"scheduler and {given} exclude each other: give one of them.")
+    levels = own_noise_levels(steps, sigmas)
+    return Source(scheduler, levels) if levels or scheduler is not None else None

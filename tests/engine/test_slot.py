@@ -288,6 +288,10 @@ def test_what_a_slot_can_go_on_with(model, inputs):
         slot.install(num_inference_steps=9)
     with pytest.raises(LesaError, match=r"latent=a tensor \[1, 4, 4\]: .* another shape"):
         slot.install(latent=latent[:, :4])
+    other = copy.deepcopy(model)
+    assert slot.is_compatible(model) and not slot.is_compatible(other)
+    with pytest.raises(LesaError, match="the slot was made for a FluxTransformer2DModel that is"):
+        slot.install(other)
     enable(model)
     assert not slot.is_compatible()
     with pytest.raises(LesaError, match="slot: lesa was enabled anew or disabled since"):
