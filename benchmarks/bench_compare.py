@@ -200,7 +200,9 @@ def main() -> None:
         Console().print(rich_table(result.rows, result.plain_seconds, steps))
         if options.report:
             write_report(result, options.report / name, title=f"lesa compare: {name}")
-        facts |= {"environment": begun, "attributes": shares(result)}
+        facts |= {"environment": begun}
+        if trains(options.methods):
+            facts |= {"attributes": shares(result)}
         found = rounded(result.to_dict() | facts)
         path = options.out / options.folder / f"{name}.json"
         known = json.loads(path.read_text()) if path.exists() else None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 
 import _formulas
 import _timing
+import bench_compare
 import pytest
 import torch
 from _contenders import (
@@ -26,6 +28,8 @@ from _environment import command, environment, slug, write
 from _timing import interleaved, ratios, repeats, rotation, summary, wall_timer
 from bench_compare import added, kept
 from make_results import weaker
+
+from lesa.evaluation.comparison import Comparison
 
 
 @pytest.fixture
@@ -235,3 +239,36 @@ def test_where_a_peer_is_ahead_the_form_with_a_network_is_named_too():
     both = told(row("lesa", 22.0), row("disca", 25.0), row("lesa-disca", 28.5))
     assert '(DisCa; with `form="disca"` lesa is 3.5 dB ahead); in the worst' in both
     assert "nowhere measured" in told(row("lesa", 26.0), row("disca", 25.0))
+
+
+def test_a_run_of_peers_alone_writes_its_rows_into_the_file(monkeypatch, tmp_path):
+    def row(method):
+        more = {"full_steps": 5, "seconds": 1.0, "speedup": 2.0, "cache_bytes": 0, "psnr_min": 1.0}
+        told = {"method": method, "label": f"{method} @5", "schedule": "own: 0", **more}
+        return told | {"psnr_mean": 2.0, "psnr_p10": 1.5, "psnr": [2.0]}
+
+    def measured(*of):
+        return Comparison(["a"], {"num_inference_steps": 50}, [row("foca")], seed=1), {
+            "weights": "0"
+        }
+
+    known = {"prompts": ["a"], "settings": {"num_inference_steps": 50}, "seed": 1, "weights": "0"}
+    known |= {"rows": [row("lesa")], "error_per_step": {}, "notes": [], "environment": {}}
+    write(tmp_path / "compare" / "flux.json", known)
+    monkeypatch.setattr(bench_compare, "measure", measured)
+    command = [
+        "bench_compare.py",
+        "--pipelines",
+        "flux",
+        "--methods",
+        "foca",
+        "--out",
+        str(tmp_path),
+    ]
+    monkeypatch.setattr("sys.argv", command)
+    bench_compare.main()
+    found = json.loads((tmp_path / "compare" / "flux.json").read_text())
+    assert [each["label"] for each in found["rows"]] == ["lesa @5", "foca @5"]
+    (tmp_path / "compare" / "flux.json").unlink()
+    with pytest.raises(SystemExit, match="add lesa to the methods"):
+        bench_compare.main()
