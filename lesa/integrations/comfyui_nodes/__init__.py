@@ -87,8 +87,9 @@ class LesaApply(io.ComfyNode):
         cls, model: Any, forecaster: Any, full_steps: int, target_speedup: float
     ) -> io.NodeOutput:
         """The patched clone; LesaError where the budget or the forecaster does not fit."""
-        budget = {"full_steps": full_steps or None, "target_speedup": target_speedup or None}
-        return io.NodeOutput(apply(model, LesaConfig(forecaster=forecaster, **budget)))
+        speedup = target_speedup or None
+        config = LesaConfig(forecaster, full_steps=full_steps or None, target_speedup=speedup)
+        return io.NodeOutput(apply(model, config))
 
 
 class LesaExtension(ComfyExtension):
