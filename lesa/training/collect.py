@@ -72,7 +72,7 @@ def _collect_rest(
                 told(ranks.told((time.perf_counter() - started) / len(own[0])))
             found = found or _empty(job, collector, mine[0], num_inference_steps)
             _extend(job, found, together, mine, known)
-            if path is not None and ranks.leads:
+            if path is not None and ranks.leads and any(batch[0] >= known for batch in together):
                 found.save(path)
     assert found is not None
     base.finish(ranks)
