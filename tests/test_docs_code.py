@@ -69,7 +69,7 @@ def trained(tmp_path_factory) -> Path:
     """The folder `my-lesa`, trained in no time: for 10 of 50 full steps, without the long parts."""
     folder = tmp_path_factory.mktemp("trained") / "my-lesa"
     pipe, call = testbed.load(), testbed.settings()
-    even = lesa.Schedule.every(5)
+    even = lesa.Schedule.fora(5)
     options = dict(schedule=even, polish=0, refine=0, call=call, progress=False)
     lesa.train(pipe, PROMPTS, call["num_inference_steps"], 10, **options).save_pretrained(folder)
     return folder

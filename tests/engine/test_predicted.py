@@ -37,7 +37,7 @@ def levels_of(pipe, call):
 
     denoiser = attached(find_denoiser(pipe))
     tick = denoiser.clock.tick
-    denoiser.clock.tick = lambda kwargs: seen.append(tick(kwargs)) or seen[-1]
+    denoiser.clock.tick = lambda *given: seen.append(tick(*given)) or seen[-1]
     run(pipe, call())
     lesa.disable(pipe)
     return seen[0].sigmas, tuple(dict.fromkeys(step.branch for step in seen))
