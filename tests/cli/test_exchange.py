@@ -95,6 +95,7 @@ def test_push_uploads_the_folder_with_a_card(saved, monkeypatch, tmp_path):
     pytest.importorskip("matplotlib")
     with serving() as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         done = run("push", saved, "me/lesa", "--license", "mit", "--revision", "v1", "--json")

@@ -37,6 +37,7 @@ def hub(monkeypatch, tmp_path):
             "ENDPOINT": answers.url,
             "HUGGINGFACE_CO_URL_TEMPLATE": answers.url + "/{repo_id}/resolve/{revision}/{filename}",
             "HF_HUB_CACHE": str(tmp_path / "cache"),
+            "HF_HUB_OFFLINE": False,  # which the Makefile sets
             "HF_HUB_DISABLE_XET": True,  # the stand-in has git-lfs' transfer only
         }.items():
             monkeypatch.setattr(constants, name, value)
