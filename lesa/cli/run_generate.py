@@ -107,7 +107,10 @@ def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) 
     given = [f"{name.replace('_', '-')}={value}" for name, value in asked.items()]
     if forecaster is None:
         if given:
-            raise LesaError(f"{given[0]}: it needs a forecaster; give --forecaster too")
+            raise LesaError(
+                f"{given[0]}: it needs a forecaster; give --forecaster too, a folder or a method "
+                "such as lesa-untrained"
+            )
         return {}
     asked = asked or {"full_steps": full_steps_of(forecaster, num_steps)}
     if len(given) > 1:

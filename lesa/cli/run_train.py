@@ -15,8 +15,7 @@ from lesa.cli.run_plan import check_memory, print_plan
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.hooks.scheduler_advice import other_size
-from lesa.training.arguments import quarter
-from lesa.training.budget import Budget
+from lesa.training.budget import Budget, quarter
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 from lesa.util.ranks import Ranks, joined

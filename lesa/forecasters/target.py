@@ -19,6 +19,8 @@ __all__ = ["QUALITIES", "Chosen", "Quality", "Target"]
 Quality = Literal["best", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
+ROUNDED = 0.005  # what a speed-up may lack: it is shown with two decimals
+
 
 class Chosen(NamedTuple):
     """A number of full steps for a run, and why it was taken."""
@@ -115,7 +117,7 @@ class Target:
             share = None if entry.worth is None else entry.worth.share
             offers.append((count, speedup(count, num_steps, share)))
         for count, times in offers:
-            if times >= wanted - 1e-9:
+            if times >= wanted - ROUNDED:
                 return Chosen(
                     count, f"{self} of {_listed(known)} calibrated, predicted {times:.2f}"
                 )

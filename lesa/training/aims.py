@@ -44,9 +44,9 @@ class Aim:
     target_psnr: float | None = None
 
 
-def collect_all(job: Job, aim: Aim) -> list[Statistics]:
+def collect_all(job: Job, aim: Aim, *, estimate: bool = True) -> list[Statistics]:
     """The plain runs at every number of steps; after the first batch says what the whole will
-    cost, and fixes a budget of seconds."""
+    cost, if it is to be estimated, and fixes a budget of seconds."""
 
     def told(seconds: float) -> None:
         each = seconds * sum(aim.num_steps) / aim.num_steps[0]
@@ -55,7 +55,10 @@ def collect_all(job: Job, aim: Aim) -> list[Statistics]:
         job.progress.line(aim.budget.estimate(each, prompts, counts, steps))
 
     first, *others = aim.num_steps
-    return [collect(job, first, told), *(collect(job, steps) for steps in others)]
+    return [
+        collect(job, first, told if estimate else None),
+        *(collect(job, steps) for steps in others),
+    ]
 
 
 def calibrate(

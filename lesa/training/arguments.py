@@ -14,13 +14,14 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
 from lesa.hooks.prompt_inputs import count_prompts
+from lesa.training.budget import ENOUGH, Budget, quarter
 from lesa.training.job import call_arguments, pipeline_arguments
 from lesa.util.ranks import Ranks
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
 MOST_PSNR = 100  # dB, above which two runs differ by rounding alone
-ENOUGH = 8  # prompts, of which some can be held out
+BUDGETED = ("continuous", "table")  # forms whose training plans by a budget
 FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
 
 
@@ -116,11 +117,6 @@ def _texts(name: str, given: Any) -> list[str]:
     return texts
 
 
-def quarter(prompts: int) -> int:
-    """How many of the prompts are held out where nothing is said."""
-    return prompts // 4 if prompts >= ENOUGH else 0
-
-
 def held_out(
     validation: Iterable[str] | int | None, texts: Sequence[str], call: Mapping[str, Any]
 ) -> tuple[list[str], frozenset[int]]:
@@ -154,6 +150,12 @@ def held_out(
             "their rows are to be held out"
         )
     more = _texts("validation", validation)
+    both = sum(text in set(texts) for text in more)
+    if both:
+        raise LesaError(
+            f"validation={shown(more)}: {both} of its prompts are fitted too, and tell nothing of "
+            "others; give prompts that are not among those to fit, or a number of them to hold out"
+        )
     return [*texts, *more], frozenset(range(count, count + len(more)))
 
 
@@ -184,6 +186,17 @@ def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], 
             f"full_steps={max(full_steps)} is more than num_inference_steps="
             f"{min(num_inference_steps)}: ask for fewer full steps"
         )
+
+
+def checked_budget(budget: Any, form: str) -> Budget:
+    """What training may cost; LesaError for a value that is none, or a form that keeps to none."""
+    found = Budget.parse(budget)
+    if budget is not None and form not in BUDGETED:
+        raise LesaError(
+            f"budget={shown(budget)}: the training of form={form!r} has a fixed length and keeps "
+            "to no budget; leave it out, or train with form='continuous'"
+        )
+    return found
 
 
 def check_seed(seed: int) -> int:

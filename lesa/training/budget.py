@@ -11,7 +11,9 @@ from lesa.core.checks import real, shown
 from lesa.errors import LesaError
 from lesa.util.progress import clock
 
-__all__ = ["Budget", "Shares"]
+__all__ = ["ENOUGH", "Budget", "Shares", "quarter"]
+
+ENOUGH = 8  # prompts, of which some can be held out
 
 UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # Plain generations per prompt that the calibration of one number of full steps may cost where no
@@ -65,7 +67,7 @@ class Budget:
                 f"budget={self.generations:g}: {prompts} prompts need {least:.1f} plain "
                 f"generations, one each and an accelerated run per number of full steps, and one "
                 f"more of those that judge; give {least:.1f} or more"
-                f"{_or_fewer(prompts, self.generations / least)}"
+                f"{_or_fewer(self.generations, prompts, judging, full_steps, num_steps)}"
             )
 
     def per_prompt(self, full_steps: int, counts: int, num_steps: int, prompts: int) -> float:
@@ -90,7 +92,7 @@ class Budget:
             raise LesaError(
                 f"budget={self.seconds:g}s: a plain generation takes {seconds:.1f} s, so that "
                 f"{prompts} prompts need {clock(least * seconds)}; give that or more"
-                f"{_or_fewer(prompts, generations / least)}"
+                f"{_or_fewer(generations, prompts, judging, full_steps, steps)}"
             )
         return Budget(generations)
 
@@ -131,7 +133,19 @@ def _least(prompts: int, judging: int, full_steps: Sequence[int], num_steps: int
     return prompts + (prompts + judging) * sum(full_steps) / num_steps
 
 
-def _or_fewer(prompts: int, share: float) -> str:
-    """How many prompts this share of what all need would pay for, if for any."""
-    possible = int(prompts * share)
-    return f", or at most {possible} prompts" if possible else ""
+def quarter(prompts: int) -> int:
+    """How many of the prompts are held out where nothing is said."""
+    return prompts // 4 if prompts >= ENOUGH else 0
+
+
+def _or_fewer(
+    generations: float, prompts: int, judging: int, full_steps: Sequence[int], num_steps: int
+) -> str:
+    """How many prompts so many plain generations would pay for, if for any; where none are held
+    out, all of them judge."""
+    default = judging == (quarter(prompts) or prompts)
+    for fewer in range(prompts - 1, 0, -1):
+        judges = (quarter(fewer) or fewer) if default else min(fewer, judging)
+        if _least(fewer, judges, full_steps, num_steps) <= generations:
+            return f", or at most {fewer} prompt{'s' * (fewer > 1)}"
+    return ""

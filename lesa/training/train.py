@@ -14,7 +14,6 @@ from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
 from lesa.training import arguments
 from lesa.training.aims import Aim, calibrate, collect_all
-from lesa.training.budget import Budget
 from lesa.training.disca import check_disca, train_disca
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job
@@ -101,6 +100,7 @@ def train(
         check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
     arguments.check_at_least(0, refine=refine, polish=polish)
     target = arguments.checked_target(target_psnr, form, schedule)
+    allowed = arguments.checked_budget(budget, form)
     seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
@@ -112,11 +112,11 @@ def train(
     report = progress if isinstance(progress, Progress) else Progress(quiet=quiet)
     everyone, held = arguments.held_out(validation, texts, taken)
     arguments.check_ranks(ranks, len(everyone), batch_size, form)
-    aim = Aim(counts, wanted, schedule, bool(refine), polish, Budget.parse(budget), target)
+    aim = Aim(counts, wanted, schedule, bool(refine), polish, allowed, target)
     aim.budget.check(len(everyone), len(held or everyone), wanted, counts[0])
     job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, Work(), held, ranks)
     _check_tap(job)
-    collected = collect_all(job, aim)
+    collected = collect_all(job, aim, estimate=form in arguments.BUDGETED)
     forecaster = _untrained(job, collected[0], form, fields)
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
     if form == "paper":

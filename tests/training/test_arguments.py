@@ -150,6 +150,7 @@ def test_prompts_to_validate_on_come_behind_or_are_held_out_by_number():
         (True, {}, "validation=True"),
         ("a prompt", {}, "validation='a prompt': not a list of non-empty strings"),
         (["a", ""], {}, "validation=.*not a list of non-empty strings"),
+        (["a", "prompt 2"], {}, "validation=.*: 1 of its prompts are fitted too"),
         (["a"], {"prompt_embeds": 1}, "prompts are given as embeddings"),
     ],
 )

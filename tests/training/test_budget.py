@@ -7,7 +7,7 @@ from training_jobs import STEPS, make
 
 import lesa
 from lesa.errors import LesaError
-from lesa.training.budget import Budget
+from lesa.training.budget import Budget, quarter
 from lesa.training.job import Job
 from lesa.util.progress import Progress
 
@@ -61,6 +61,14 @@ def test_a_budget_that_pays_for_less_than_one_fit_says_what_is_possible():
     with pytest.raises(LesaError, match=r"give 2.8 or more$"):
         Budget(generations=1).check(2, 2, [1], 5)
     Budget(generations=20).check(16, 4, [10], 50)
+    for count in range(1, 30):  # what it offers is enough, and the most
+        judges = quarter(count) or count
+        try:
+            Budget(generations=9).check(count, judges, [10], 20)
+            most = count
+        except LesaError as error:
+            assert f"at most {most} prompts" in str(error)
+    assert most == 4
     with pytest.raises(LesaError, match=r"generation takes 5.0 s, so that 16 prompts need 1:40"):
         Budget(seconds=60).known(5.0, 16, 4, [10], 50)
     assert Budget(seconds=600).known(5.0, 16, 4, [10], 50) == Budget(generations=120)
@@ -91,3 +99,11 @@ def test_a_time_is_a_budget():
         lesa.train(pipe, None, STEPS, 3, call=call, budget="0.001s", progress=told)
     lesa.train(pipe, None, STEPS, 3, call=call, form="table", budget="1h", progress=told)
     assert any(line.startswith("estimate: ") for line in told.lines)
+
+
+@pytest.mark.parametrize("form", ["disca", "paper"])
+def test_a_form_that_keeps_to_no_budget_refuses_one(form, monkeypatch):
+    pipe, call = make("flux", prompts=8)
+    monkeypatch.setattr(Job, "run", None)
+    with pytest.raises(LesaError, match=f"budget=30: the training of form='{form}' has a fixed"):
+        lesa.train(pipe, None, STEPS, 3, call=call, form=form, budget=30, progress=False)
