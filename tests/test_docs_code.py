@@ -30,7 +30,7 @@ SMALL = {  # numbers of a page -> those of `make test`
     "budget=40": "budget=10",
     "[0, 5, 10, 20, 30, 40]": "[0, 2, 5]",
 }
-PROMPTS = testbed.captions(2, split="train")
+PROMPTS, MORE = testbed.captions(2, split="train"), testbed.captions(2, split="test")
 
 
 BLOCKS = [block for page in DOCUMENTS for block in blocks_of(page)]
@@ -59,8 +59,8 @@ def desk(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(FluxPipeline, "encode_prompt", encode_prompt)
     monkeypatch.setattr(model_specs, "_SPECS", model_specs.known_models())  # a page adds to them
     monkeypatch.chdir(tmp_path)
-    for name in ("prompts.txt", "more.txt"):
-        Path(name).write_text("\n".join(PROMPTS) + "\n")
+    for name, texts in {"prompts.txt": PROMPTS, "more.txt": MORE}.items():
+        Path(name).write_text("\n".join(texts) + "\n")
     return tmp_path
 
 
