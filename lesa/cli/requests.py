@@ -98,10 +98,9 @@ class TrainRequest(RunRequest):
         check_at_least(0, polish=self.polish)
         check_finite(target_psnr=self.target_psnr)
         check_step_seconds(self.step_seconds, self.dry_run)
-        from lesa.training.arguments import checked_target
-        from lesa.training.budget import Budget
+        from lesa.training.arguments import checked_budget, checked_target
 
-        Budget.parse(self.budget)
+        checked_budget(self.budget, self.form)
         try:
             checked_target(self.target_psnr, self.form, None)
         except LesaError as error:
