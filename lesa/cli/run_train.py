@@ -15,7 +15,7 @@ from lesa.cli.run_plan import check_memory, print_plan
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.hooks.scheduler_advice import other_size
-from lesa.training.budget import Budget, quarter
+from lesa.training.budget import Budget, default_judges
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 from lesa.util.ranks import Ranks, joined
@@ -126,7 +126,7 @@ def _asked(
 
 def _judging(texts: list[str], validation: int) -> int:
     """How many of the prompts judge."""
-    return validation or quarter(len(texts)) or len(texts)
+    return validation or default_judges(len(texts))
 
 
 ONE_LIST = ("paper", "disca")  # forms that are tied to one step list

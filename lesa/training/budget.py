@@ -11,7 +11,7 @@ from lesa.core.checks import real, shown
 from lesa.errors import LesaError
 from lesa.util.progress import clock
 
-__all__ = ["ENOUGH", "Budget", "Shares", "quarter"]
+__all__ = ["ENOUGH", "Budget", "Shares", "default_judges", "quarter"]
 
 ENOUGH = 8  # prompts, of which some can be held out
 
@@ -138,14 +138,19 @@ def quarter(prompts: int) -> int:
     return prompts // 4 if prompts >= ENOUGH else 0
 
 
+def default_judges(prompts: int) -> int:
+    """How many prompts judge where nothing is said: those held out, or all."""
+    return quarter(prompts) or prompts
+
+
 def _or_fewer(
     generations: float, prompts: int, judging: int, full_steps: Sequence[int], num_steps: int
 ) -> str:
     """How many prompts so many plain generations would pay for, if for any; where none are held
     out, all of them judge."""
-    default = judging == (quarter(prompts) or prompts)
+    default = judging == default_judges(prompts)
     for fewer in range(prompts - 1, 0, -1):
-        judges = (quarter(fewer) or fewer) if default else min(fewer, judging)
+        judges = default_judges(fewer) if default else min(fewer, judging)
         if _least(fewer, judges, full_steps, num_steps) <= generations:
             return f", or at most {fewer} prompt{'s' * (fewer > 1)}"
     return ""

@@ -124,13 +124,12 @@ def _affordable(rollout: Rollout, places: Sequence[Place], budget: float) -> Seq
     what a long one makes wrong is more."""
     schedule = rollout.spec.schedule
 
-    def length(place: Place) -> int:
-        step = place[1]
-        return step - max(full for full in schedule.full_steps if full < step)
+    def gap(place: Place) -> tuple[int, int]:  # its length, its last step
+        return place[1] - schedule.cached_before(place[1], 1)[0], place[1]
 
     while places and _slope_steps(rollout, places) > budget:
-        least = min((length(place), place[1]) for place in places)
-        places = [place for place in places if (length(place), place[1]) != least]
+        shortest = min(map(gap, places))
+        places = [place for place in places if gap(place) != shortest]
     return places
 
 
