@@ -102,7 +102,7 @@ class TrainRequest(RunRequest):
 
         checked_budget(self.budget, self.form)
         try:
-            checked_target(self.target_psnr, self.form, None)
+            checked_target(self.target_psnr, self.form, None, ())
         except LesaError as error:
             raise LesaError(str(error).replace("target_psnr", "target-psnr", 1)) from None
 

@@ -133,16 +133,21 @@ ONE_LIST = ("paper", "disca")  # forms that are tied to one step list
 
 
 def _full_steps(request: TrainRequest, steps: tuple[int, ...]) -> tuple[int, ...]:
-    """The numbers of full steps to train for; LesaError where the form takes one list only."""
+    """The numbers of full steps to train for; LesaError where the form takes one list only, or
+    the search for a target begins at one."""
+    one_list, aimed = request.form in ONE_LIST, request.target_psnr is not None
     if request.full_steps is None:
         counts = usual_full_steps(min(steps))
-        counts = counts[-2:-1] or counts if request.form in ONE_LIST else counts
+        counts = counts[-2:-1] or counts if one_list or aimed else counts
     else:
         counts = parse_counts(request.full_steps, min(steps))
-    for field, numbers in (("num-inference-steps", steps), ("full-steps", counts)):
-        if request.form in ONE_LIST and len(numbers) > 1:
-            listed = ",".join(map(str, numbers))
-            raise LesaError(f"{field}={listed!r}: --form {request.form} takes one number; give one")
+    given = {"num-inference-steps": steps} if one_list else {}
+    given |= {"full-steps": counts} if one_list or aimed else {}
+    for field, numbers in given.items():
+        if len(numbers) > 1:
+            listed, option = ",".join(map(str, numbers)), "--target-psnr"
+            option = f"--form {request.form}" if one_list else option
+            raise LesaError(f"{field}={listed!r}: {option} takes one number; give one")
     return counts
 
 

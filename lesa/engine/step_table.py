@@ -158,7 +158,8 @@ class StepTables:
         parts = _parts(step, rows)
         run = step.generation
         levels, sampler = step.sigmas or run.levels_problem, (run.noise, run.multistep)
-        key = (step.num_steps, levels, step.branch, step.index, parts, sampler)
+        guidance = (run.embedded, *run.guidance.items())
+        key = (step.num_steps, levels, step.branch, step.index, parts, sampler, guidance)
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) >= _MAX_TABLES:
@@ -174,6 +175,7 @@ class StepTables:
                 later = [s - start for s in schedule.full_steps if s > start]
                 schedule = Schedule.explicit([0, *later], step.num_steps - start)
         except LesaError as error:
+            self._warn_of_count(str(error))
             return f"no table: {error}"
         try:
             options = self._away(step, schedule)
@@ -188,6 +190,12 @@ class StepTables:
         self._warn_of_large(table)
         return StepTable(table, parts)
 
+    def _warn_of_count(self, told: str) -> None:
+        """Tell, once, of a run that is shorter than the full steps that were asked for."""
+        if "count" not in self._told:
+            self._told.add("count")
+            warnings.warn(f"{told} Every step of this run is computed in full.", stacklevel=2)
+
     def _warn_of_large(self, table: Table) -> None:
         """Tell, once, of coefficients that make noise of small errors of the features: Taylor 3 on
         a list whose full steps are all at the beginning has 1.2e6."""
@@ -201,7 +209,7 @@ class StepTables:
                 stacklevel=2,
             )
 
-    def _away(self, step: Step, schedule: Schedule) -> dict[str, bool]:
+    def _away(self, step: Step, schedule: Schedule) -> dict[str, Any]:
         """What a trained forecaster is told of a run that it was not trained for; the user is
         warned once of each kind, but not of a list that a count made: `enable` has told of it. The
         prior, which was trained for none, is told of the sampler."""
@@ -212,13 +220,14 @@ class StepTables:
             return {}
         levels = step.sigmas[step.index :]
         found = forecaster.mismatch(schedule, levels, run.sampler, run.noise)
-        if found is None:
-            return {}
-        counted = found.kind == "list" and self._config.schedule is None
-        if not (counted or step.index or found.kind in self._told):
-            self._told.add(found.kind)
-            warnings.warn(found.told, stacklevel=2)
-        return {"noise": found.kind == "noise", "multistep": run.multistep}
+        over = forecaster.excess(run.guidance, run.embedded) if schedule.skipped_steps else None
+        for each in (found, over and over.mismatch()):
+            counted = each and each.kind == "list" and self._config.schedule is None
+            if each and not (counted or step.index or each.kind in self._told):
+                self._told.add(each.kind)
+                warnings.warn(each.told, stacklevel=2)
+        away = {"noise": found.kind == "noise", "multistep": run.multistep} if found else {}
+        return away | ({"guidance": over.ratio} if over else {})
 
 
 def _parts(step: Step, rows: int) -> int:

@@ -45,6 +45,7 @@ _METADATA: dict[str, schema.Description] = {
     "prompts_sha256": schema.text(),
     "seed": schema.whole_number(-(2**63), 2**64 - 1),
     "call": schema.table_of(schema.anything, 1000),
+    "guidance": schema.table_of(schema.number(), 100),
     "interrupted": schema.truth,
 }
 _ENTRY = {

@@ -16,10 +16,10 @@ from lesa.errors import LesaError
 from lesa.forecasters import checkpoint, hub
 from lesa.forecasters.calibration import Calibration, extended, schedule_for
 from lesa.forecasters.continuous import ContinuousForm, TableForm
-from lesa.forecasters.damping import Rows, carried, damped, prior_line, reuse
+from lesa.forecasters.damping import Rows, carried, damped, overguided, prior_line, reuse
 from lesa.forecasters.disca import DiscaForm
 from lesa.forecasters.kan import FullPrecision
-from lesa.forecasters.mismatch import Mismatch, mismatch
+from lesa.forecasters.mismatch import Excess, Mismatch, excess, mismatch
 from lesa.forecasters.moments import Moments
 from lesa.forecasters.paper import PaperForm
 from lesa.forecasters.settings import Settings
@@ -116,6 +116,7 @@ class LesaForecaster(FullPrecision):
         *,
         noise: bool = False,
         multistep: bool = False,
+        guidance: float = 1.0,
     ) -> Table:
         """The table to run: the calibrated rows of this very (schedule, sigmas), or of the list
         that it adds full steps to. A calibrated forecaster carries its rows over to other runs,
@@ -123,7 +124,8 @@ class LesaForecaster(FullPrecision):
         one without calibration has the form's rows.
 
         With `noise`, from a sampler that adds noise where that of the training did not, it reuses;
-        with `multistep`, from one that extrapolates over its steps, it takes no line.
+        with `multistep`, from one that extrapolates over its steps, it takes no line. At `guidance`
+        times the trained scale all rows are damped, where that is above 1.
         Raises LesaError for an unbound schedule, wrong sigmas, an unknown branch or, in the paper
         form, another step count.
         """
@@ -141,6 +143,8 @@ class LesaForecaster(FullPrecision):
         if found is None:
             with torch.no_grad():
                 found = Rows(self.net.rows(schedule, levels, branch)[0])
+        if guidance > 1:
+            found = overguided(found, schedule, guidance)
         return Table(schedule, found.shared, self.uses_latent, split=found.split)
 
     def _paper_table(
@@ -187,6 +191,21 @@ class LesaForecaster(FullPrecision):
         noise = noise and not self.metadata.get("noise", sampler == trained)
         known = [] if self.form in ("paper", "disca") else self.calibrations
         return mismatch(known, trained, schedule, sigmas, sampler, noise)
+
+    def excess(self, scales: Mapping[str, float], embedded: bool) -> Excess | None:
+        """The scale of guidance of a run, by the name of the pipeline's argument, that is most
+        above that of the training; None where none is, or none matters.
+
+        `embedded` says whether the denoiser is told the scale.
+        """
+        if self.form in ("paper", "disca") or not self.calibrations:
+            return None
+        trained = self.metadata.get("guidance")
+        if trained is None:  # as saved by an earlier lesa
+            call = self.metadata.get("call", {})
+            trained = {name: call[name] for name in scales if name in call}
+        guided = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
+        return excess(trained, scales, guided, embedded)
 
     def correct(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from lesa.core.schedule import Schedule
@@ -10,7 +10,7 @@ from lesa.forecasters.calibration import SIGMA_TOLERANCE, Calibration
 
 
 class Mismatch(NamedTuple):
-    """kind: "noise", "steps", "levels" or "list"; told: the sentence."""
+    """kind: "noise", "steps", "levels", "list" or "guidance"; told: the sentence."""
 
     kind: str
     told: str
@@ -55,6 +55,51 @@ def mismatch(
         f"{told}; {effect}: for better pictures train for it, with this pipeline and scheduler, by "
         f"lesa.train(pipe, prompts, num_inference_steps={steps}, full_steps={count}{further})",
     )
+
+
+class Excess(NamedTuple):
+    """An argument of guidance whose scale is above that of the training."""
+
+    name: str
+    trained: float
+    scale: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times above; the trained one counts as 1 at least."""
+        return self.scale / max(self.trained, 1.0)
+
+    def mismatch(self) -> Mismatch:
+        """In a sentence with the remedy."""
+        return Mismatch(
+            "guidance",
+            f"{self.name}={self.scale:g}: the forecaster was trained at {self.trained:g}; "
+            "forecasts are damped towards reuse: for better pictures train for it, by "
+            f"lesa.train(pipe, prompts, ..., {self.name}={self.scale:g})",
+        )
+
+
+def excess(
+    trained: Mapping[str, float], scales: Mapping[str, float], guided: bool, embedded: bool
+) -> Excess | None:
+    """The scale of guidance that is most above that of the training, None where none is.
+
+    Below it nothing is wrong: rows fitted at a larger scale forecast the smoother outputs of a
+    smaller one at least as well.
+
+    Args:
+        trained, scales: of the training and of a run, by the names of the pipeline's arguments.
+        guided: whether the training had guidance as outputs of their own; a trained scale up to 1
+            was off then.
+        embedded: whether the denoiser is told the scale called guidance_scale.
+    """
+    found = [
+        Excess(name, at, scales[name])
+        for name, at in trained.items()
+        if name in scales and ((guided and at > 1) or (embedded and name == "guidance_scale"))
+    ]
+    most = max(found, key=lambda each: each.ratio, default=None)
+    return most if most is not None and most.ratio > 1 else None
 
 
 def _difference(

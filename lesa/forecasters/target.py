@@ -19,6 +19,7 @@ __all__ = ["QUALITIES", "Chosen", "Quality", "Target"]
 Quality = Literal["best", "balanced", "fast"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
+MOST_PSNR = 100  # dB, above which two runs differ by rounding alone
 ROUNDED = 0.005  # what a speed-up may lack: it is shown with two decimals
 
 
@@ -56,6 +57,10 @@ class Target:
             object.__setattr__(self, "speedup", found)
         if self.psnr is not None:
             found = real("target_psnr", self.psnr, "give decibels, as 45")
+            if not 0 < found <= MOST_PSNR:
+                raise LesaError(
+                    f"target_psnr={found:g}: no dB that a forecast reaches; give 20 to {MOST_PSNR}"
+                )
             object.__setattr__(self, "psnr", found)
         known = isinstance(self.quality, str) and self.quality in QUALITIES
         if self.quality is not None and not known:

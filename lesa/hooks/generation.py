@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lesa.hooks.added_noise import adds_noise, is_multistep
@@ -15,6 +15,7 @@ from lesa.hooks.pipeline_state import (
     first_step,
     frame_times,
     guidance_parts,
+    guidance_scales,
     order_of,
     pictures_of,
 )
@@ -90,6 +91,8 @@ class Generation:
         sampler: the class of its scheduler, "" without one.
         noise: whether that one adds noise.
         multistep: whether it extrapolates over its steps.
+        guidance: the scales of guidance by the names of the pipeline's arguments.
+        embedded: whether the denoiser is told a scale of guidance.
         by_frame: whether every frame has a time of its own.
         use: who uses the scheduler.
         problem: why its steps cannot be trusted, else None.
@@ -108,6 +111,8 @@ class Generation:
     sampler: str = ""
     noise: bool = False
     multistep: bool = False
+    guidance: Mapping[str, float] = field(default_factory=dict)
+    embedded: bool = False
     by_frame: bool = False
     use: _Use | None = None
     problem: str | None = None
@@ -140,6 +145,8 @@ class Generations:
         found.pictures = pictures_of(loop.names)
         if loop.calling:  # beside a loop of one's own its flags are those of another run
             found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
+            found.guidance = guidance_scales(loop.names)
+        found.embedded = loop.call.get("guidance") is not None
         if loop.scheduler is not None and loop.timesteps is not None:
             self._read(found, loop)
         elif loop.sigmas:

@@ -37,6 +37,11 @@ def find_denoisers(pipe: Any) -> list[nn.Module]:
     """
     if isinstance(pipe, nn.Module):
         return [pipe]
+    if isinstance(pipe, type):
+        raise LesaError(
+            f"pipe is the class {pipe.__name__}: give a pipeline, as "
+            f"{pipe.__name__}.from_pretrained(...)."
+        )
     usual = [getattr(pipe, name, None) for name in _USUAL]
     others = [part for name, part in _registered(pipe) if is_denoiser(part)]
     models = [part for part in [*usual, *others] if isinstance(part, nn.Module)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ __all__ = [
     "first_step",
     "frame_times",
     "guidance_parts",
+    "guidance_scales",
     "is_pipe",
     "order_of",
     "pictures_of",
@@ -26,6 +29,8 @@ __all__ = [
 _LATENTS = ("latents", "image", "images", "sample", "latent")
 # Schedulers whose last time is the end of the last step, where nothing is evaluated.
 _WITH_END = {"DDPMWuerstchenScheduler", "SCMScheduler"}
+# What their calls call the scales of guidance, real and embedded.
+_GUIDANCE = re.compile(r"(true_)?(guidance|cfg)_scale(_\d)?")
 # What they call the scale that they give to a ControlNet at a step.
 _SCALES = ("cond_scale", "controlnet_conditioning_scale")
 
@@ -99,6 +104,15 @@ def guidance_parts(pipe: Any, rows: int = 0, pictures: int = 0) -> int:
     told = 1 + sum(bool(getattr(pipe, kind, False)) for kind in kinds)
     real = rows // pictures if pictures and rows % pictures == 0 else 0
     return real if 1 < told == real - 1 else told
+
+
+def guidance_scales(names: Mapping[str, Any]) -> dict[str, float]:
+    """The scales of guidance among the arguments, or local variables, of a pipeline's call."""
+    return {
+        name: float(value)
+        for name, value in names.items()
+        if _GUIDANCE.fullmatch(name) and isinstance(value, Real) and not isinstance(value, bool)
+    }
 
 
 def pictures_of(names: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ from lesa.core.checks import MOST_SEED, MOST_STEPS, real, shown, whole
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
+from lesa.forecasters.target import Target
 from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.budget import ENOUGH, Budget, quarter
 from lesa.training.job import call_arguments, pipeline_arguments
@@ -20,7 +21,6 @@ from lesa.util.ranks import Ranks
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
-MOST_PSNR = 100  # dB, above which two runs differ by rounding alone
 BUDGETED = ("continuous", "table")  # forms whose training plans by a budget
 FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
 
@@ -186,6 +186,11 @@ def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], 
             f"full_steps={max(full_steps)} is more than num_inference_steps="
             f"{min(num_inference_steps)}: ask for fewer full steps"
         )
+    if max(full_steps) == min(num_inference_steps):
+        raise LesaError(
+            f"full_steps={max(full_steps)} are all of num_inference_steps="
+            f"{min(num_inference_steps)}, so that nothing would be forecast; ask for fewer"
+        )
 
 
 def checked_budget(budget: Any, form: str) -> Budget:
@@ -242,23 +247,25 @@ def check_ranks(ranks: Ranks, prompts: int, batch_size: int, form: str) -> None:
         )
 
 
-def checked_target(target: float | None, form: str, schedule: Schedule | None) -> float | None:
+def checked_target(
+    target: float | None, form: str, schedule: Schedule | None, full_steps: Sequence[int]
+) -> float | None:
     """The PSNR that is to be reached; LesaError for an impossible one, or where nothing is
-    searched."""
+    searched, or from several numbers of full steps."""
     if target is None:
         return None
+    if len(full_steps) > 1:
+        raise LesaError(
+            f"full_steps={list(full_steps)}: with target_psnr={shown(target)} it is where the "
+            "search begins; give one number, or leave target_psnr out"
+        )
     if form in ("paper", "disca") or schedule is not None:
         other = f"form={form!r}" if schedule is None else "schedule=..."
         raise LesaError(
             f"target_psnr={shown(target)}: {other} calibrates one number of full steps; leave one "
             "of the two out"
         )
-    number = real("target_psnr", target, "give dB, such as 40")
-    if not 0 < number <= MOST_PSNR:
-        raise LesaError(
-            f"target_psnr={shown(target)}: no dB that a forecast reaches; give 20 to {MOST_PSNR}"
-        )
-    return number
+    return Target(psnr=target).psnr
 
 
 def _told(where: str, name: str, value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from math import cos, pi
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ SHAPES = 3  # lists of the prior that are tried
 BACKWARD = 2  # a pass backwards costs as much as so many forwards
 
 
-def check_disca(pipe: object, counts: Sequence[int], wanted: Sequence[int]) -> None:
+def check_disca(pipe: Any, counts: Sequence[int], wanted: Sequence[int]) -> None:
     """LesaError where this pipeline, or these numbers, cannot be trained for; nothing runs."""
     for name, numbers in (("num_inference_steps", counts), ("full_steps", wanted)):
         if len(numbers) > 1:
@@ -50,6 +51,7 @@ def check_disca(pipe: object, counts: Sequence[int], wanted: Sequence[int]) -> N
             "form='continuous' or 'table'"
         )
     check_two_blocks(models[0])
+    check_sampler(pipe.scheduler)
 
 
 def train_disca(
@@ -70,7 +72,7 @@ def train_disca(
     Raises:
         LesaError: the latent cannot be followed from step to step.
     """
-    check_sampler(job, statistics)
+    check_sampler(job.pipe.scheduler, statistics)
     data = Data.of(job, statistics.num_steps)
     trainer = _Trainer(job, statistics, data, forecaster.net.history)
     if schedule is None:

@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
+from lesa.hooks.added_noise import adds_noise, is_multistep
 from lesa.hooks.denoiser import read_sample
 from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
 from lesa.training.disca_data import Batch
-from lesa.training.job import Job
 from lesa.training.row_fit import ridge_fit
 from lesa.training.sampler import Sampler
 from lesa.training.statistics import Statistics
@@ -158,12 +158,17 @@ class _State:
     bridges: dict[str, Bridge] = field(default_factory=dict)
 
 
-def check_sampler(job: Job, statistics: Statistics) -> None:
-    """LesaError where the latent cannot be followed from step to step."""
-    sampler = statistics.sampler
-    if sampler is None or not sampler.trusted or not statistics.has_latent:
+def check_sampler(scheduler: object, statistics: Statistics | None = None) -> None:
+    """LesaError where the latent cannot be followed from step to step: as far as the scheduler's
+    class tells, or as the statistics of the plain runs do."""
+    if statistics is None:
+        wrong = adds_noise(scheduler, {}) or is_multistep(scheduler)
+    else:
+        sampler = statistics.sampler
+        wrong = sampler is None or not sampler.trusted or not statistics.has_latent
+    if wrong:
         raise LesaError(
-            f"scheduler={type(job.pipe.scheduler).__name__}: form='disca' follows the latent from "
-            "step to step, which this one's outputs alone do not tell; use a first-order scheduler "
-            "as FlowMatchEulerDiscreteScheduler, or form='continuous'"
+            f"scheduler={type(scheduler).__name__}: form='disca' follows the latent from step to "
+            "step, which this one's outputs alone do not tell; use a first-order scheduler as "
+            "FlowMatchEulerDiscreteScheduler, or form='continuous'"
         )

@@ -20,6 +20,7 @@ from lesa.hooks.added_noise import adds_noise
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
 from lesa.hooks.pipeline import find_denoisers
+from lesa.hooks.pipeline_state import guidance_scales
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 from lesa.hooks.scheduler_advice import advice
 from lesa.hooks.step_clock import Step
@@ -171,6 +172,7 @@ class Job:
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "seed": self.seed,
             "call": {k: v for k, v in self.call.items() if isinstance(v, (str, int, float))},
+            "guidance": guidance_scales(call_defaults(self.pipe) | self.call),
         }
 
 
@@ -188,6 +190,12 @@ def model_id(pipe: Any) -> str:
     if is_hub_id(source):
         return source
     return re.split(r"[/\\]", source)[-1]
+
+
+def call_defaults(pipe: Any) -> dict[str, Any]:
+    """The arguments of ``pipe(...)`` that have a value if none is given."""
+    known = inspect.signature(type(pipe).__call__).parameters.values()
+    return {each.name: each.default for each in known if each.default is not each.empty}
 
 
 def pipeline_arguments(pipe: Any) -> tuple[str, ...]:

@@ -99,7 +99,7 @@ def train(
     if form == "disca":
         check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
     arguments.check_at_least(0, refine=refine, polish=polish)
-    target = arguments.checked_target(target_psnr, form, schedule)
+    target = arguments.checked_target(target_psnr, form, schedule, wanted)
     allowed = arguments.checked_budget(budget, form)
     seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)

@@ -35,3 +35,13 @@ def test_coefficients_that_magnify_errors_are_told_once(flux):
 @pytest.mark.parametrize("forecaster", [lesa.Taylor(3), lesa.Taylor(1), lesa.Reuse()], ids=str)
 def test_usual_lists_are_not(flux, forecaster):
     assert not warned(flux, forecaster, Schedule.every(5, 20), 20)
+
+
+def test_a_run_shorter_than_its_full_steps_is_told_once(flux):
+    pipe, call = flux
+    with lesa.accelerate(pipe, full_steps=10), pytest.warns(UserWarning) as found:
+        for _ in range(2):
+            run(pipe, call(1) | {"num_inference_steps": 4})
+        assert lesa.stats(pipe).skipped == 0
+    (told,) = [str(w.message) for w in found if "full_steps" in str(w.message)]
+    assert told.startswith("full_steps is 10 for a run of 4 steps: give at most 4. Every step")

@@ -10,8 +10,8 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.calibration import Calibration
-from lesa.forecasters.damping import WIDTH, carried, damped, prior_line, reuse
-from lesa.forecasters.mismatch import mismatch
+from lesa.forecasters.damping import OVER, WIDTH, carried, damped, prior_line, reuse
+from lesa.forecasters.mismatch import excess, mismatch
 from lesa.forecasters.moments import Moments, interpolation
 from lesa.forecasters.prior import Prior
 from lesa.testbed import load, prompts, settings
@@ -262,6 +262,59 @@ def test_noise_counts_only_where_training_had_none():
     assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True) is None
 
 
+@pytest.mark.parametrize(
+    ("trained", "scales", "guided", "embedded", "found"),
+    [
+        ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, True, ("guidance_scale", 2.0)),
+        ({"guidance_scale": 3.5}, {"guidance_scale": 3.5}, False, True, None),
+        ({"guidance_scale": 3.5}, {"guidance_scale": 1.0}, False, True, None),
+        ({"guidance_scale": 0.5}, {"guidance_scale": 3.0}, False, True, ("guidance_scale", 3.0)),
+        # schnell is not told the scale that its pipeline takes
+        ({"guidance_scale": 0.0}, {"guidance_scale": 3.5}, False, False, None),
+        ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, False, None),
+        ({"true_cfg_scale": 4.0}, {"true_cfg_scale": 5.0}, True, False, ("true_cfg_scale", 1.25)),
+        # without a negative prompt it has no effect
+        ({"true_cfg_scale": 1.0}, {"true_cfg_scale": 4.0}, False, True, None),
+        (
+            {"guidance_scale": 4.0, "guidance_scale_2": 3.0},
+            {"guidance_scale": 5.0, "guidance_scale_2": 6.0},
+            True,
+            False,
+            ("guidance_scale_2", 2.0),
+        ),
+        ({"guidance_scale": 5.0}, {}, True, False, None),  # a loop of one's own
+    ],
+)
+def test_more_guidance_than_in_training_is_seen(trained, scales, guided, embedded, found):
+    most = excess(trained, scales, guided, embedded)
+    assert (most and (most.name, pytest.approx(most.ratio))) == found
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_rows_are_damped_by_the_excess_of_guidance(parts):
+    forecaster = trained()
+    rows = 3 * reuse(PLAN, 4)
+    rows[list(PLAN.skipped_steps), 3] = -2.0  # the latent
+    split = rows[..., None].repeat(1, 1, parts)
+    forecaster.correct(PLAN, SIGMAS, "cond", rows, split if parts > 1 else None)
+    base = reuse(PLAN, 4)
+    for ratio in (1.0, 1.2, 3.0):
+        table = forecaster.table(PLAN, SIGMAS, guidance=ratio)
+        expected = base + exp(-(ratio - 1) / OVER) * (rows - base)
+        for part in range(parts):
+            found = table.part(part).coefficients
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_the_guidance_of_earlier_forecasters_is_that_of_their_call():
+    forecaster = trained()
+    assert forecaster.excess({"guidance_scale": 9.0}, True) is None  # it says nothing
+    forecaster.metadata["call"] = {"guidance_scale": 3.0, "height": 64}
+    assert forecaster.excess({"guidance_scale": 9.0}, True).ratio == 3
+    forecaster.metadata["guidance"] = {"guidance_scale": 4.5}
+    assert forecaster.excess({"guidance_scale": 9.0}, True).ratio == 2
+
+
 @pytest.fixture(scope="module")
 def flux():
     pipe, call = load("flux"), settings("flux")
@@ -272,9 +325,10 @@ def flux():
     return pipe, call, forecaster
 
 
-def runs(flux, steps, *how, **more):
+def runs(flux, steps, *how, guidance=3.5, **more):
     """Latents of three unseen prompts, and the full steps that were taken."""
     pipe, call, _ = flux
+    call = {**call, "guidance_scale": guidance}
     lesa.disable(pipe)
     if how:
         lesa.enable(pipe, *how, **more)
@@ -336,3 +390,20 @@ def test_a_sampler_that_adds_noise_reuses(flux):
     finally:
         pipe.scheduler = own
     assert torch.equal(ours, reused)
+
+
+def test_guidance_above_that_of_the_training_is_told_and_damped(flux):
+    pipe, call, forecaster = flux
+    assert forecaster.metadata["guidance"] == {"guidance_scale": 3.5, "true_cfg_scale": 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        runs(flux, 16, forecaster, guidance=2.0)
+    plain, _ = runs(flux, 16, guidance=5.0)
+    with pytest.warns(UserWarning, match=r"guidance_scale=5: .* trained at 3\.5; .*lesa\.train"):
+        ours, full = runs(flux, 16, forecaster, guidance=5.0)
+    reused, _ = runs(flux, 16, lesa.Reuse(), schedule=Schedule.explicit(full, 16), guidance=5.0)
+    forecaster.metadata["guidance"] = {}
+    undamped, _ = runs(flux, 16, forecaster, guidance=5.0)
+    forecaster.metadata["guidance"] = {"guidance_scale": 3.5, "true_cfg_scale": 1.0}
+    assert decibels(ours, plain) > decibels(reused, plain)
+    assert decibels(ours, plain) > decibels(undamped, plain)

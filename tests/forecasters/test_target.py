@@ -125,7 +125,7 @@ def test_a_folder_with_a_wrong_worth(field, value, tmp_path):
         ({"target_psnr": 52.34}, 13),
         ({"target_psnr": 46.1}, 13),
         ({"target_psnr": 46}, 10),
-        ({"target_psnr": -3}, 6),
+        ({"target_psnr": 3}, 6),
         ({"quality": "best"}, 13),
         ({"quality": "balanced"}, 10),
         ({"quality": "fast"}, 6),

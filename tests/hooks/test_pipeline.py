@@ -95,6 +95,11 @@ def test_a_pipeline_without_a_denoiser_is_told():
         find_denoiser(Nothing(vae))
 
 
+def test_a_class_instead_of_a_pipeline_is_told():
+    with pytest.raises(lesa.LesaError, match="pipe is the class FluxPipeline: give a pipeline"):
+        lesa.enable(diffusers.FluxPipeline)
+
+
 def in_peft(model):
     peft = pytest.importorskip("peft")
     return peft.get_peft_model(model, peft.LoraConfig(target_modules=["to_q"]))

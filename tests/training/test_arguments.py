@@ -56,6 +56,10 @@ def idle():
         (dict(polish=0.5), "^polish=0.5: not a whole number >= 0"),
         (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
+        (
+            dict(full_steps=6),
+            "^full_steps=6 are all of num_inference_steps=6, so .*; ask for fewer",
+        ),
         (dict(prompts=[""]), r"^prompts=\[''\]: not a list of non-empty strings; pass 5"),
         (dict(prompts=(x for x in ["a", 3])), r"^prompts=\['a', 3\]: not a list of non-empty"),
         (dict(prompts=3), "^prompts=3: not a list of non-empty strings; pass 5"),
@@ -167,8 +171,10 @@ def test_what_cannot_be_held_out_is_told(validation, call, sentence):
         ("x", {}, "target_psnr='x'"),
         (40, {"form": "paper"}, "form='paper' calibrates one number of full steps"),
         (40, {"schedule": lesa.Schedule.every(3)}, "schedule=... calibrates one number"),
+        (40, {"full_steps": [10, 8]}, "give one number, or leave target_psnr out"),
     ],
 )
 def test_targets_that_cannot_be_are_told(target, more, sentence):
+    counts = more.get("full_steps", [10])
     with pytest.raises(LesaError, match=sentence):
-        checked_target(target, more.get("form", "table"), more.get("schedule"))
+        checked_target(target, more.get("form", "table"), more.get("schedule"), counts)

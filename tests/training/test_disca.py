@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import diffusers
 import pytest
 import torch
 from training_jobs import STEPS, make
@@ -151,6 +152,22 @@ def test_what_cannot_be_is_told_before_anything_runs(name, changed, told, monkey
     monkeypatch.setattr(Job, "run", lambda *_: pytest.fail("the pipeline ran"))
     with pytest.raises(LesaError, match=told):
         trained(name, **changed)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        diffusers.FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        diffusers.UniPCMultistepScheduler(),
+    ],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_a_sampler_that_never_can_be_followed_is_told_before_anything_runs(scheduler, monkeypatch):
+    monkeypatch.setattr(Job, "run", lambda *_: pytest.fail("the pipeline ran"))
+    pipe, call = make("flux", PROMPTS)
+    pipe.scheduler = scheduler
+    with pytest.raises(LesaError, match=r"scheduler=\w+: form='disca' follows the latent"):
+        lesa.train(pipe, ["a"] * PROMPTS, STEPS, 2, form="disca", call=call, progress=False)
 
 
 def test_a_sampler_that_cannot_be_followed_is_told(monkeypatch):
