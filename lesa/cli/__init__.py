@@ -135,10 +135,13 @@ def compare(request: CompareRequest) -> None:
     """
     from lesa.cli.run_compare import run_compare
     from lesa.cli.run_flops import run_flops
+    from lesa.cli.submit import submit
 
     check_json(request.json)
     run = run_flops if request.flops_only else run_compare
-    emit(request.json, run(request, console(request.json)))
+    found = run(request, console(request.json))
+    emit(request.json, found)
+    submit(request.submit, found, console(request.json))
 
 
 @app.command(cls=JsonCommand)

@@ -221,6 +221,13 @@ class CompareRequest(RunRequest):
     report: Annotated[
         Path | None, typer.Option(help="Folder for report.html.", rich_help_panel=OUTPUT)
     ] = None
+    submit: Annotated[
+        Path | None,
+        typer.Option(
+            help="New JSON file that others can check; the source must be committed.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
     judge: Annotated[
         list[str] | None,
         typer.Option(
@@ -284,6 +291,10 @@ class CompareRequest(RunRequest):
                 raise LesaError(
                     f"model={self.model!r}: --flops-only and --model go together; give both,"
                     " without a pipeline"
+                )
+            if self.submit is not None:
+                raise LesaError(
+                    f"submit={str(self.submit)!r}: --flops-only measures nothing; leave it out"
                 )
         elif self.pipeline is None or self.prompts is None:
             missing = "pipeline" if self.pipeline is None else "prompts"

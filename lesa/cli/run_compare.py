@@ -15,6 +15,7 @@ from lesa.cli.checks import DRAWING, require_packages
 from lesa.cli.names import choose
 from lesa.cli.output import say
 from lesa.cli.requests import CompareRequest
+from lesa.cli.submit import subject_of
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 from lesa.util.prompts import read_other_prompts, read_prompts
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
     from lesa.evaluation.judges import Judge
     from lesa.evaluation.method import Bench, Method
+    from lesa.evaluation.submission import Subject
 
 CALIBRATION = 8  # captions of an embedded pipeline where no file gives others
 FULL_STEPS = 10
@@ -38,6 +40,7 @@ class _Inputs:
     calibration: list[str]
     forecaster: Any
     judges: list[Judge]
+    subject: Subject | None = None
 
 
 def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
@@ -57,7 +60,12 @@ def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
     missing = left_out(request.methods, bench)
     result.notes += [*one_line(missing), *request.full_step.notes()]
     _show(result, request.report, console)
-    return result.to_dict() | {"left_out": missing} | asdict(request.full_step)
+    found = result.to_dict() | {"left_out": missing} | asdict(request.full_step)
+    if inputs.subject is not None:
+        from lesa.evaluation.submission import document
+
+        found["submission"] = document(inputs.subject, pipe, result)
+    return found
 
 
 def _read(request: CompareRequest) -> _Inputs:
@@ -82,7 +90,8 @@ def _read(request: CompareRequest) -> _Inputs:
     bench = Bench(steps, saved.outline(), calibration=others, forecaster=forecaster)
     check_methods(request.methods, bench)
     judges = [named(name, request.device or default_device()) for name in request.judge or ()]
-    return _Inputs(settings, counts, texts, others, forecaster, judges)
+    subject = subject_of(request, saved, others, forecaster)
+    return _Inputs(settings, counts, texts, others, forecaster, judges, subject)
 
 
 def _full_steps(request: CompareRequest, forecaster: Any, steps: int) -> str:

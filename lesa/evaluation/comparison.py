@@ -50,6 +50,7 @@ class Comparison:
         noise_levels: Of the plain run, before each step and after the last one; empty where the
             scheduler has none.
         worst: The prompts on which each of lesa's rows is worst.
+        lpips_missing: Why no row has LPIPS, None where it was measured.
         notes: Steps that a cache had to run in full, by reason, and what could not be measured.
     """
 
@@ -62,6 +63,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
     noise_levels: list[float] = field(default_factory=list)
     worst: list[Worst] = field(default_factory=list)
+    lpips_missing: str | None = None
     seed: int = 0
     plain_seconds: float = 0.0
     plain_tflops: float = 0.0

@@ -108,6 +108,7 @@ class Contest:
         if reason is None:
             self.judges = (*self.judges, perceptual_distance)
         else:
+            self.result.lpips_missing = reason
             self.result.notes.append(f"LPIPS was not measured: {reason}")
 
     def method_pass(self, method: Method, chunk: Chunk, plain: Run, kept: int) -> None:

@@ -16,6 +16,7 @@ __all__ = [
     "named_path",
     "one_line",
     "read_file",
+    "require_new_file",
     "require_writable",
     "require_writable_file",
     "write_atomically",
@@ -95,6 +96,14 @@ def require_writable_file(path: str | os.PathLike[str], field: str = "json") -> 
     if os.path.exists(path) and not os.path.isfile(path):
         raise LesaError(f"{field}={str(path)!r}: it is a pipe or a device; give a file name")
     require_writable(path.parent, field)
+    return path
+
+
+def require_new_file(path: str | os.PathLike[str], field: str) -> Path:
+    """`require_writable_file`, and LesaError for what is there already."""
+    path = require_writable_file(path, field)
+    if os.path.lexists(path):
+        raise LesaError(f"{field}={str(path)!r}: it is there already; give another name")
     return path
 
 
