@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 
 from lesa.ops import backend, native
 from lesa.util.files import write_atomically
+from lesa.util.machine import processor
 from lesa.util.strict_json import to_json
 from lesa.util.versions import versions
 
@@ -63,13 +63,6 @@ def commit() -> str:
     found = _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     return found + "+" * bool(changed) if found else "unknown"
-
-
-def processor() -> str:
-    """Name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc") else []
-    models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor()
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
