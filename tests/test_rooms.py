@@ -37,6 +37,7 @@ ALLOWED = {
     "integrations": {"lesa", "core", "hooks", "engine", "forecasters", "api"},
 }
 ALLOWED["evaluation"] = {"lesa", *ALLOWED}
+ALLOWED["play"] = {"lesa", "core", "util", "hooks", "forecasters"}
 ALLOWED["cli"] = {"lesa", *ALLOWED}
 TOP = {"__init__", "__main__", "_version", "api", "errors"}
 

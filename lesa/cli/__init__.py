@@ -34,6 +34,7 @@ from lesa.cli.output import (
     say,
 )
 from lesa.cli.requests import CompareRequest, GenerateRequest, TrainRequest
+from lesa.cli.run_play import add_play
 from lesa.cli.usage import Commands
 from lesa.util.files import require_writable, write_atomically
 
@@ -201,6 +202,7 @@ def env(
 
 
 add_exchange(app)
+add_play(app)
 
 
 def main() -> None:

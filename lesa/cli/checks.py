@@ -39,15 +39,15 @@ def check_seed(seed: int) -> None:
         raise LesaError(f"seed={seed}: out of range; give 0 to {MOST_SEED}")
 
 
-def require_packages(field: str, *names: str) -> None:
-    """LesaError where one of the packages of the extra `report` is not installed.
+def require_packages(field: str, *names: str, extra: str = "report") -> None:
+    """LesaError where one of these packages of an extra of lesa is not installed.
 
     field: the field and value that need them.
     """
     if missing := [name for name in names if find_spec(name) is None]:
         raise LesaError(
             f"{field}: it needs {' and '.join(missing)}, not installed here; run"
-            f" `pip install {' '.join(missing)}` (the extra report of lesa)"
+            f" `pip install {' '.join(missing)}` (the extra {extra} of lesa)"
         )
 
 

@@ -133,12 +133,14 @@ def takes(
 ) -> Callable[[Callable[[Request], None]], Callable[..., None]]:
     """Gives a command one option for each field of a dataclass, and the command the object.
 
-    Fields are annotated as typer's options are. A class's own fields come before those that it
-    inherits. The pipeline may also be named by the hidden option `--pipeline`.
+    Fields are annotated as typer's options are; one that is not set from outside has none. A
+    class's own fields come before those that it inherits. The pipeline may also be named by the
+    hidden option `--pipeline`.
     """
     hints = get_type_hints(request, include_extras=True) | {ALIAS: PipelineOption}
-    known = {field.name: field for field in fields(request)}  # type: ignore[arg-type]
-    order = [name for cls in request.__mro__ for name in cls.__dict__.get("__annotations__", ())]
+    known = {field.name: field for field in fields(request) if field.init}  # type: ignore[arg-type]
+    named = [name for cls in request.__mro__ for name in cls.__dict__.get("__annotations__", ())]
+    order = [name for name in named if name in known]
 
     def parameter(name: str) -> inspect.Parameter:
         default = known[name].default if name in known else None

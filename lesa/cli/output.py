@@ -23,7 +23,7 @@ from lesa.util.strict_json import to_json
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 BAD_INPUT, INTERRUPTED = 2, 130
-IN_ONE_PROCESS = ("compare", "demo")
+IN_ONE_PROCESS = ("compare", "demo", "play")
 STDOUT = Path("-")
 
 

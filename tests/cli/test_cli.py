@@ -22,7 +22,7 @@ from lesa.evaluation import methods
 from lesa.evaluation.method import Bench, Method
 
 STEPS = ("--num-inference-steps", "8")
-COMMANDS = ("demo", "train", "generate", "compare", "inspect", "env")
+COMMANDS = ("demo", "train", "generate", "compare", "play", "inspect", "env")
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from lesa.cli import app
 from lesa.cli.environment import cuda_in_words, environment, environment_table
 from lesa.cli.output import shown
 
-COMMANDS = ("demo", "train", "generate", "compare", "inspect", "env")
+COMMANDS = ("demo", "train", "generate", "compare", "play", "inspect", "env")
 
 
 def invoke(*args: object, **more):
