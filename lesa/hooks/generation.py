@@ -25,7 +25,7 @@ __all__ = ["Generation", "Generations", "Loop"]
 
 SHARED = (
     "two threads use one scheduler: give each thread a pipeline of its own, "
-    "type(pipe).from_pipe(pipe, scheduler=copy.deepcopy(pipe.scheduler))"
+    "type(pipe).from_pipe(pipe, dtype=pipe.dtype, scheduler=copy.deepcopy(pipe.scheduler))"
 )
 SHARED_BY_SLOTS = (
     "two requests use one scheduler: give each slot one of its own, "

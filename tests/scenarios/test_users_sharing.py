@@ -16,6 +16,7 @@ from user_checks import at_step, check_nothing_stale, fresh, new_fallbacks
 import lesa
 from lesa import LesaError, Schedule, Taylor
 from lesa.hooks.attach import attached
+from lesa.hooks.generation import SHARED
 
 THIRD = Schedule.fora(3)  # of six steps 0 and 3 are full
 
@@ -100,6 +101,16 @@ def test_one_pipeline_in_two_threads_is_detected(caplog):
     (reason,) = [why for why in lesa.stats(pipe).fallbacks if "two threads" in why]
     assert "from_pipe" in reason and reason in caplog.text
     assert torch.equal(check_nothing_stale(pipe, call), alone)
+
+
+def test_the_pipeline_that_is_advised_for_a_thread_keeps_the_weights_as_they_are():
+    """diffusers' from_pipe turns shared weights into float32 if it is not told a dtype."""
+    pipe, _ = build("flux")
+    pipe.to(dtype=torch.bfloat16)
+    advice = SHARED[SHARED.index("type(pipe)") :]
+    other = eval(advice, {"pipe": pipe, "copy": copy})
+    assert other.transformer is pipe.transformer and other.scheduler is not pipe.scheduler
+    assert pipe.dtype == torch.bfloat16
 
 
 def test_one_pipeline_in_one_thread_after_another_is_fine():
