@@ -3,7 +3,8 @@
 The denoiser of FLUX.1-dev at full width with one block of each kind (a skipped step runs none),
 called with what its pipeline's loop gave it, on Taylor's tables. In one generation per round every
 call is timed by itself: `host` until it returns, `latency` until the device is done. In another
-nothing waits before its end: `throughput` per call is what a skipped step adds to a loop. Writes
+nothing waits before its end: `throughput` per call is what a skipped step adds to a loop. Two more
+rows enter a block of `lesa.options`, or a `lesa.Slot`, around every call, as a server does. Writes
 skipped_step_<device>.json. `--tiny` runs the same code on a small model anywhere; of its numbers
 only the host's mean something, as the Python of a skipped step.
 """
@@ -14,6 +15,7 @@ import argparse
 import copy
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "output tap, no graph": {"tap": "output", "graph": "off"},
     "hidden tap": {"tap": "hidden"},
     "hidden tap, no graph": {"tap": "hidden", "graph": "off"},
+    "output tap, in options": {"tap": "output"},
+    "output tap, in a slot": {"tap": "output"},
 }
 
 
@@ -42,15 +46,23 @@ Synchronize = Callable[[], None]
 class Loop:
     """One denoiser under one configuration, called as its pipeline would call it."""
 
-    def __init__(self, model: Any, scheduler: Any, calls: list[dict[str, Any]], **options: Any):
+    def __init__(
+        self, name: str, model: Any, scheduler: Any, calls: list[dict[str, Any]], **options: Any
+    ):
         self.model, self.calls = model, calls
+        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
         schedule = lesa.Schedule.explicit(FULL, len(calls))
         config = LesaConfig(lesa.Taylor(order=2), schedule=schedule, scheduler=scheduler, **options)
         lesa.apply_lesa_cache(model, config)
+        if name.endswith("in options"):
+            self.around = lesa.options
+        elif name.endswith("in a slot"):
+            slot = lesa.Slot(model)
+            self.around = lambda: slot
 
     def step(self, index: int) -> None:
         """One call, in the context that a pipeline gives it."""
-        with self.model.cache_context("cond", step_index=index):
+        with self.around(), self.model.cache_context("cond", step_index=index):
             self.model(**self.calls[index])
 
     def by_call(self, synchronize: Synchronize) -> tuple[list[float], list[float]]:
@@ -103,7 +115,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     calls = recorded(pipe, call, options.steps)
     synchronize: Synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     loops = {
-        name: Loop(copy.deepcopy(pipe.transformer), pipe.scheduler, calls, **settings)
+        name: Loop(name, copy.deepcopy(pipe.transformer), pipe.scheduler, calls, **settings)
         for name, settings in VARIANTS.items()
     }
     host: dict[str, list[float]] = {name: [] for name in loops}

@@ -20,7 +20,6 @@ from lesa.hooks.batch_rows import rows_of_parts
 from lesa.hooks.denoiser import core_of
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.request import Joint, Request, Source, install, installed, source_of
-from lesa.hooks.step_clock import StepClock
 
 __all__ = ["Slot"]
 
@@ -74,7 +73,11 @@ class Slot:
         self._models = find_denoisers(pipe)
         self._controllers = dict.fromkeys(controller_of(model) for model in _enabled(self._models))
         _check_budget(self._controllers, own, source)
-        self._requests = {clock: Request(own, source, shared=True) for clock in self._clocks()}
+        found = [(model, attached(model)) for model in self._models]
+        self._clocks = [(model, known.clock) for model, known in found if known is not None]
+        clocks = dict.fromkeys(clock for _, clock in self._clocks)
+        self._requests = {clock: Request(own, source, shared=True) for clock in clocks}
+        self._own = {clock.requests: request for clock, request in self._requests.items()}
         self._before: list[Any] = []
 
     @property
@@ -110,12 +113,13 @@ class Slot:
         reason = self._unfit(pipe, num_inference_steps, latent)
         if reason is not None:
             raise LesaError(reason)
-        install({**installed(), **self._own()})
+        others = installed()
+        install({**others, **self._own} if others else self._own)
 
     def deactivate(self) -> None:
         """Undo `install`; what is kept of the request stays. No effect where it is not
         installed."""
-        own = self._own()
+        own = self._own
         left = {key: value for key, value in installed().items() if own.get(key) is not value}
         install(left)
 
@@ -172,15 +176,16 @@ class Slot:
         """
         return _batch(list(slots), rows)
 
-    def _own(self) -> dict[Any, Request]:
-        return {clock.requests: request for clock, request in self._requests.items()}
-
-    def _clocks(self) -> dict[StepClock, None]:
-        found = [known for model in self._models if (known := attached(model)) is not None]
-        return dict.fromkeys(denoiser.clock for denoiser in found)
-
     def _kept(self) -> list[Kept]:
         return [request.kept for request in self._requests.values() if request.kept is not None]
+
+    def _is_stale(self) -> bool:
+        """Whether lesa was enabled anew or disabled since the slot was made."""
+        for model, clock in self._clocks:
+            now = attached(model)
+            if now is None or now.clock is not clock:
+                return True
+        return False
 
     def _unfit(
         self, pipe: Any = None, steps: int | None = None, latent: Tensor | None = None
@@ -192,8 +197,10 @@ class Slot:
                 f"{type(core_of(self._models[0])).__name__} that is none of its denoisers; make "
                 "one with lesa.Slot(pipe)"
             )
-        if list(self._clocks()) != list(self._requests):
+        if self._is_stale():
             return "slot: lesa was enabled anew or disabled since it was made; make another one"
+        if steps is None and latent is None:
+            return None
         for request in self._requests.values():
             run = request.run()
             generation = None if run is None else run.generation
@@ -232,7 +239,7 @@ def _check_budget(
 
 @contextmanager
 def _batch(slots: list[Slot], rows: Sequence[int | Sequence[int]] | None) -> Iterator[None]:
-    own = [slot._own() for slot in slots]
+    own = [slot._own for slot in slots]
     if not slots or any(set(each) != set(own[0]) for each in own):
         raise LesaError(f"slots={len(slots)}: not slots of one enabled pipeline; give one or more")
     if len(set(map(id, slots))) < len(slots):
