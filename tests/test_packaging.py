@@ -133,7 +133,7 @@ def test_the_wheel_holds_everything_that_is_read_at_run_time(wheel):
         path.relative_to(root).as_posix()
         for root, package in ((ROOT, "lesa"), (ROOT / "kernels", "lesa_kernels"))
         for path in (root / package).rglob("*")
-        if path.suffix in {".json", ".safetensors", ".txt", ".j2"}
+        if path.suffix in {".json", ".safetensors", ".txt", ".j2", ".css"}
     }
     assert data <= names
     recipes = {f"lesa/{path.relative_to(ROOT).as_posix()}" for path in ROOT.glob("recipes/*.yaml")}

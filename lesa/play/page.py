@@ -48,9 +48,7 @@ def page(player: Player, opening: Opening) -> gr.Blocks:
             count = _slider(player.counts, opening.full_steps)
             button = gr.Button("Generate", variant="primary", elem_id="generate")
         shown = _results(opening.frames)
-        frame = gr.Slider(
-            1, max(2, opening.frames), 1, step=1, label="frame", visible=opening.frames > 1
-        )
+        frame = _frames(opening.frames)
         run = _handler(player)
         gr.on(
             [button.click, prompt.submit, seed.submit, count.release, frame.release],
@@ -85,6 +83,14 @@ def _slider(counts: Counts, value: int) -> gr.Slider:
     return gr.Slider(
         least if movable else 1, most if movable else max(2, counts.num_steps), value,
         step=1, label="full steps", info=info, interactive=movable, scale=4, elem_id="full-steps",
+    )  # fmt: skip
+
+
+def _frames(count: int) -> gr.Slider:
+    """Which frame of a video is looked at; not shown for a picture."""
+    return gr.Slider(
+        1, max(2, count), 1, step=1, label="frame of the error and of plain | accelerated",
+        visible=count > 1, elem_id="frame",
     )  # fmt: skip
 
 
@@ -129,8 +135,7 @@ def _shown(plain: Made | None, fast: Made, frame: int) -> list[Any]:
     """Values for the parts of `_results`."""
     found = [views.numbers(plain, fast), views.strip(fast.full_steps, fast.num_steps)]
     if plain is None:
-        waiting = gr.update(value=None)
-        return [*found, waiting, _picture(fast), waiting, waiting]
+        return [*found, None, _picture(fast), gr.update(value=None, label="error"), None]
     before, after = (views.frame_of(made.picture, frame) for made in (plain, fast))
     errors = views.error_map(before, after)
     label = f"error, brightest {100 * errors.brightest:.2g} % of the range"
