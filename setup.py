@@ -1,4 +1,5 @@
-"""The native part, and recipes/ as a folder of the package; the rest is in pyproject.toml.
+"""The native part, recipes/ as a folder of the package, and the commit that a wheel is built from;
+the rest is in pyproject.toml.
 
     LESA_BUILD_EXT=auto   (default) built where torch's headers and a compiler are found
     LESA_BUILD_EXT=1      built, or the build fails and says why
@@ -19,16 +20,19 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 MODE = os.environ.get("LESA_BUILD_EXT", "auto")
 CSRC = Path("csrc")
+STAMP = Path("lesa", "commit.txt")  # read by lesa/util/source.py
 CXX = os.environ.get("CXX", "c++")
 NVCC = os.environ.get("NVCC", "nvcc")
 TARGET = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
@@ -127,12 +131,41 @@ class BuildNative(build_ext):
                 raise CompileError(f"{command[0]} ended with code {code}; its message is above.")
 
 
+def commit() -> str:
+    """What is built: as an sdist says, else git's, where nothing differs; empty where unknown."""
+    if STAMP.exists():
+        return STAMP.read_text()
+    if not Path(".git").exists() or missing("git"):
+        return ""
+    run = partial(subprocess.run, capture_output=True, text=True, timeout=60)
+    new = run(["git", "status", "--porcelain", "--", "lesa", "kernels", "csrc", "recipes"])
+    tracked = run(["git", "status", "--porcelain", "--untracked-files=no"])
+    head = run(["git", "rev-parse", "HEAD"])
+    clean = not any(done.returncode for done in (new, tracked, head))
+    return head.stdout if clean and not new.stdout and not tracked.stdout else ""
+
+
+def stamp(folder: Path) -> None:
+    """The commit in a package that is being built."""
+    if found := commit():
+        (folder / STAMP).write_text(found)
+
+
+class Source(sdist):
+    """Takes the commit along, since git's own folder is not in it."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        stamp(Path(base_dir))
+
+
 class BuildPython(build_py):
     """Copies recipes/ into the package, where an installed lesa looks for them by name."""
 
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
+            stamp(Path(self.build_lib))
             folder = Path(self.build_lib) / "lesa" / "recipes"
             folder.mkdir(parents=True, exist_ok=True)
             for recipe in sorted(Path("recipes").glob("*.yaml")):
@@ -161,5 +194,12 @@ def extensions() -> list[Extension]:
     return [Extension(f"lesa._native_{n}", sources[n], optional=optional) for n in names]
 
 
-COMMANDS_OF_SETUP = {"build_ext": BuildNative, "build_py": BuildPython, "bdist_wheel": Wheel}
-setup(ext_modules=extensions(), cmdclass=COMMANDS_OF_SETUP)
+setup(
+    ext_modules=extensions(),
+    cmdclass={
+        "build_ext": BuildNative,
+        "build_py": BuildPython,
+        "bdist_wheel": Wheel,
+        "sdist": Source,
+    },
+)
