@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -70,20 +71,43 @@ def test_lesa_kernels_tells_which_triton_it_found():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """Built without network from a copy, so that nothing is left in the checkout."""
+def source(tmp_path_factory) -> Path:
+    """A copy in a repository of its own, so that nothing is left in the checkout."""
     pytest.importorskip("setuptools", minversion="77")
     copy = tmp_path_factory.mktemp("source")
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
-    for folder in ("lesa", "kernels", "recipes"):
+    for folder in ("lesa", "kernels", "recipes", "csrc"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=ignored)
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
-        shutil.copy(ROOT / name, copy)
+    for pattern in ("*.py", "*.toml", "*.md", "*.cff", "LICENSE", "MANIFEST.in", ".gitignore"):
+        for path in ROOT.glob(pattern):
+            shutil.copy(path, copy)
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_a.py").write_text("")
+    git(copy, "init", "-q")
+    git(copy, "add", ".")
+    git(copy, "commit", "-q", "-m", "first")
     (copy / "lesa" / "stale.so").write_bytes(b"left over from a native build")
-    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    return copy
+
+
+def git(folder: Path, *words: str) -> str:
+    own = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    command = ["git", *own, *words]
+    done = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def build(source: Path, kind: str) -> Path:
+    """A wheel or an sdist, without network."""
+    code = f"from setuptools import build_meta; print(build_meta.build_{kind}('.'))"
     command, pure = [sys.executable, "-c", code], {**os.environ, "LESA_BUILD_EXT": "0"}
-    done = subprocess.run(command, cwd=copy, env=pure, capture_output=True, text=True, check=True)
-    return zipfile.ZipFile(copy / done.stdout.splitlines()[-1])
+    done = subprocess.run(command, cwd=source, env=pure, capture_output=True, text=True, check=True)
+    return source / done.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(source) -> zipfile.ZipFile:
+    return zipfile.ZipFile(build(source, "wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -92,10 +116,7 @@ def testbed_wheel(tmp_path_factory) -> zipfile.ZipFile:
     copy = tmp_path_factory.mktemp("testbed") / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
     shutil.copytree(ROOT / "testbed", copy, ignore=ignored)
-    code = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=True)
-    return zipfile.ZipFile(copy / done.stdout.splitlines()[-1])
+    return zipfile.ZipFile(build(copy, "wheel"))
 
 
 def test_the_product_is_small(wheel):
@@ -104,6 +125,23 @@ def test_the_product_is_small(wheel):
     assert not [name for name in wheel.namelist() if "safetensors" in name or "maker" in name]
     assert "lesa_kernels/tune.py" in wheel.namelist()  # a command of users
     assert "lesa_kernels/reference.py" not in wheel.namelist()
+
+
+def test_a_wheel_and_an_sdist_say_which_commit_they_were_built_from(wheel, source):
+    """And the sdist holds what that takes and no more; a changed file is no commit's."""
+    head = git(source, "rev-parse", "HEAD")
+    assert wheel.read("lesa/commit.txt").decode() == head
+    with tarfile.open(build(source, "sdist")) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        stamp = next(name for name in archive.getnames() if name.endswith("lesa/commit.txt"))
+        assert archive.extractfile(stamp).read().decode() == head
+        assert Path(archive.name).stat().st_size <= 2e6
+    assert {"csrc/cpu/ops.cpp", "recipes/flux.1-dev.yaml", "setup.py", "CHANGELOG.md"} <= names
+    assert not {name.split("/")[0] for name in names} & {"tests", "testbed", "docs", "benchmarks"}
+    (source / "lesa" / "new.py").write_text("")
+    with tarfile.open(build(source, "sdist")) as archive:
+        assert not [name for name in archive.getnames() if name.endswith("commit.txt")]
+    (source / "lesa" / "new.py").unlink()
 
 
 def test_the_test_bed_is_a_distribution_of_its_own(testbed_wheel):
