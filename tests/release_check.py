@@ -1,11 +1,12 @@
 """What a release must pass before it is tagged: `make release-check`.
 
-    python tests/release_check.py --out dist [--install]
+    python tests/release_check.py --out dist [--install] [--python python3.13]
 
 Builds wheel and sdist of lesa and lesa-testbed, checks their metadata with twine, builds lesa's
 wheel again from its sdist, and imports it where what it requires is installed and nothing more.
 That environment is made of the packages that are installed here; with --install of freshly
-installed ones, which takes minutes and a network. Needs the packages build and twine.
+installed ones, which takes minutes and a network, and may be of another Python. The checkout must
+be clean. Needs the packages build and twine.
 """
 
 from __future__ import annotations
@@ -20,18 +21,25 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import (
+    Distribution,
+    PackageNotFoundError,
+    PathDistribution,
+    distribution,
+)
 from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+MOST_BYTES = 2_000_000  # of lesa's wheel and sdist
 CHECKS = (
     "import lesa; [getattr(lesa, name) for name in lesa.__all__]; print(lesa.__file__)",
     "from lesa.cli.recipe import read_recipe, recipe_names\n"
     "assert recipe_names(); [read_recipe(name) for name in recipe_names()]",
     "from lesa.util.prompts import own_prompts; assert len(own_prompts()) == 100",
+    "from lesa.util.source import require_source; print(require_source('release').commit)",
     "import sys; sys.argv = ['lesa', '--version']; from lesa.cli import main; main()",
 )
 
@@ -82,14 +90,24 @@ def check_sdist(sdist: Path, wheel: Path, folder: Path) -> None:
         sys.exit(f"release-check: wheels differ in {sorted(set(names[0]) ^ set(names[1]))[:20]}")
 
 
-def required(name: str) -> Iterator[Distribution]:
-    """What an installation of a package without extras brings, itself first."""
-    seen, pending = set(), [(name, "")]
+def check_size(files: list[Path]) -> None:
+    """lesa is small: the embedded pipelines have a distribution of their own."""
+    for file in files:
+        print(f"{file.name}: {file.stat().st_size / 1e6:.2f} MB")
+        if file.stat().st_size > MOST_BYTES:
+            sys.exit(f"release-check: {file.name} has more than {MOST_BYTES / 1e6:.0f} MB")
+
+
+def required(wheel: Distribution) -> Iterator[Distribution]:
+    """What an installation of a wheel without extras brings besides."""
+    seen: set[tuple[str, str]] = set()
+    pending: list[tuple[str, str]] = [("", "")]
     while pending:
         key = pending.pop()
         with suppress(PackageNotFoundError):  # of a marker that a package cannot express
-            found = distribution(key[0])
-            yield found
+            found = distribution(key[0]) if key[0] else wheel
+            if key[0]:
+                yield found
             for requirement in map(Requirement, found.requires or ()):
                 marker = requirement.marker
                 if marker is None or marker.evaluate({"extra": key[1]}):
@@ -99,19 +117,19 @@ def required(name: str) -> Iterator[Distribution]:
                     seen |= more
 
 
-def check_import(wheel: Path, folder: Path, install: bool) -> None:
+def check_import(wheel: Path, folder: Path, install: bool, interpreter: str) -> None:
     """lesa works where nothing but what it requires is installed."""
     python, site = folder / "env" / "bin" / "python", folder / "site"
-    run(sys.executable, "-m", "venv", *([] if install else ["--without-pip"]), folder / "env")
+    run(interpreter, "-m", "venv", *([] if install else ["--without-pip"]), folder / "env")
     site.mkdir()
     if install:
         constraints = ROOT / "constraints.txt"
         run(python, "-m", "pip", "install", "--quiet", "-c", constraints, wheel)
     else:
         zipfile.ZipFile(wheel).extractall(site)
-        for found in required("lesa"):
-            if found.name != "lesa":
-                link(found, site)
+        (info,) = site.glob("*.dist-info")
+        for found in required(PathDistribution(info)):
+            link(found, site)
     for code in CHECKS:
         print(run(python, "-c", code, cwd=folder, PYTHONPATH=str(site)).strip())
 
@@ -130,7 +148,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument("--install", action="store_true", help="install what lesa requires anew")
+    parser.add_argument("--python", default=sys.executable, help="for --install; default: this")
     options = parser.parse_args()
+    if options.python != sys.executable and not options.install:
+        parser.error("--python: packages that are installed here are this Python's; add --install")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = build(ROOT, folder / "dist")
@@ -140,7 +161,8 @@ def main() -> None:
         sdist, wheel = (next(f for f in files if f.name.endswith(e)) for e in (".tar.gz", ".whl"))
         (folder / "again").mkdir()
         check_sdist(sdist, wheel, folder / "again")
-        check_import(wheel, folder, options.install)
+        check_size(files)
+        check_import(wheel, folder, options.install, options.python)
         options.out.mkdir(parents=True, exist_ok=True)
         for file in [*files, *others]:
             (options.out / file.name).write_bytes(file.read_bytes())
