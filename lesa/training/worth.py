@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from lesa.training.job import Job
 from lesa.training.rollout import Rollout
 from lesa.training.row_fit import applied
 from lesa.util.perceptual import lpips, lpips_is_missing, psnr
+from lesa.util.ranks import Ranks
 
 __all__ = ["judges", "measure"]
 
@@ -30,32 +33,46 @@ def measure(job: Job, rollout: Rollout) -> Worth | None:
     judge; None, with a line that says so, where the pipeline decodes to no tensor of pictures.
 
     The plain run is replayed from what was kept of it, so that only the accelerated runs' full
-    steps are computed. A prompt is decoded at a time.
+    steps are computed. A prompt is decoded at a time, by one of the ranks that share the work.
     """
-    found: list[Tensor] = []
-    far: list[Tensor] = []
-    prompts, fixed, looks = judges(job), rollout.fixed(), False
-    work = job.rows(len(rollout.spec.schedule.full_steps), len(prompts))
-    with job.phase("worth in pictures", work) as bar:
+    prompts, fixed, ranks = judges(job), rollout.fixed(), job.ranks
+    alone, own, problem = replace(job, ranks=Ranks()), ranks.share(prompts), ""
+    found: list[_Judged] = []
+    steps = len(rollout.spec.schedule.full_steps)
+    with job.phase("worth in pictures", job.rows(steps, len(prompts))) as bar:
         bar.detail = f"{len(prompts)} prompts"
-        for prompt in prompts:
-            try:
-                plain, fast = _pictures(job, fixed, prompt)
-            except LesaError as problem:  # the rest of the training is well
-                bar.detail = f"not measured: {problem}"
-                bar.extend(bar.completed - bar.total)
-                return None
-            if not found:  # all are of one size
-                looks = plain.ndim >= 4 and lpips_is_missing(plain) is None
-            found.append(psnr(plain, fast))
-            if looks:
-                far.append(lpips(plain, fast))
+        try:
+            found.extend(_judged(alone, fixed, prompt) for prompt in own)
+        except LesaError as error:  # the rest of the training is well
+            problem = str(error)
+        told = ranks.everyone((found, problem))
+        job.work.computed(job.rows(steps, len(prompts) - len(own)))
+        problem = next((text for _, text in told if text), "")
+        if problem:
+            bar.detail = f"not measured: {problem}"
+            bar.extend(bar.completed - bar.total)
+            return None
+    inorder = [told[i % ranks.size][0][i // ranks.size] for i in range(len(prompts))]
+    far = [each.lpips for each in inorder if each.lpips is not None]
     return Worth.of(
-        torch.cat(found).tolist(),
+        torch.cat([each.psnr for each in inorder]).tolist(),
         validated=bool(job.held_out),
-        lpips=torch.cat(far).tolist() if looks else None,
+        lpips=torch.cat(far).tolist() if far else None,
         share=_share(job, rollout),
     )
+
+
+class _Judged(NamedTuple):
+    """The pictures of a prompt: dB, and LPIPS where it can be had."""
+
+    psnr: Tensor
+    lpips: Tensor | None
+
+
+def _judged(job: Job, rollout: Rollout, prompt: int) -> _Judged:
+    plain, fast = _pictures(job, rollout, prompt)
+    looks = plain.ndim >= 4 and lpips_is_missing(plain) is None
+    return _Judged(psnr(plain, fast), lpips(plain, fast) if looks else None)
 
 
 def _pictures(job: Job, rollout: Rollout, prompt: int) -> Tensor:

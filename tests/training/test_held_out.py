@@ -189,8 +189,9 @@ def test_a_target_out_of_reach_leaves_the_nearest(monkeypatch):
 
 def test_where_every_step_is_full_the_pictures_are_the_plain_ones_and_nothing_is_skipped():
     pipe, call = make("flux", prompts=2)
-    options = dict(call=call, form="table", validation=0, progress=False)
-    (entry,) = lesa.train(pipe, None, STEPS, STEPS, **options).calibrations
+    plan = lesa.Schedule.explicit(range(STEPS), STEPS)
+    options = dict(call=call, form="table", validation=0, progress=False, schedule=plan)
+    (entry,) = lesa.train(pipe, None, STEPS, 1, **options).calibrations
     assert entry.schedule.full_steps == tuple(range(STEPS))
     assert entry.worth.share is None and entry.worth.minimum > 80  # float32 of another batch size
 
