@@ -19,6 +19,8 @@ __all__ = ["Callers", "Run", "Site", "names"]
 _NEAR = 8  # frames within which a pipeline's method of any name is taken for its loop
 _MODEL = "lesa.hooks.denoiser"
 _PIPELINES = {"DiffusionPipeline", "ModularPipeline"}
+# Frames of their own that are a part of the function around them (comprehensions before 3.12).
+_INNER = {"<genexpr>", "<listcomp>", "<setcomp>", "<dictcomp>"}
 _LIBRARIES = {"accelerate", "diffusers", "peft", "torch"}
 
 
@@ -130,7 +132,7 @@ class Callers:
         for place, frame in stack:
             called = frame.f_code.co_name == "__call__"
             near = place <= stack[0][0] + _NEAR
-            if near and not generator and frame.f_code.co_flags & inspect.CO_GENERATOR:
+            if near and not generator and _is_generator(frame.f_code):
                 generator = place
             owner = _self(frame) if called or near else None
             if owner is None or (pipe is not None and owner is not pipe):
@@ -181,7 +183,13 @@ def _self(frame: FrameType) -> Any:
     return frame.f_locals.get("self") if names[:1] == ("self",) else None
 
 
+def _is_generator(code: CodeType) -> bool:
+    """Whether a function yields, as one that holds a loop does."""
+    return bool(code.co_flags & inspect.CO_GENERATOR) and code.co_name not in _INNER
+
+
 def _is_part(frame: FrameType, pipe: Any) -> bool:
     """Whether a frame between a pipeline's call and the denoiser is a part of its loop."""
     library = str(frame.f_globals.get("__name__")).partition(".")[0]
-    return library in _LIBRARIES or _self(frame) is pipe
+    inner = frame.f_code.co_name in _INNER
+    return inner or library in _LIBRARIES or _self(frame) is pipe

@@ -444,3 +444,19 @@ def test_two_guidance_calls_without_names_are_one_step(own):
         (index, branch) for index in range(3) for branch in ("default", "default#1")
     ]
     assert [step.fresh for step in told] == 2 * [True, *5 * [False]]
+
+
+def test_calls_in_a_generator_expression_are_of_the_loop_around_it():
+    clock, told = StepClock(num_steps=3), []
+
+    def step(latent, time):
+        calls = ({"sample": latent, "timestep": time, "encoder_hidden_states": p} for p in prompts)
+        told.extend(clock.tick(call) for call in calls)
+
+    prompts = torch.ones(2, 1).unbind()
+    for time in torch.tensor([0.9, 0.6, 0.2]).unbind():
+        step(torch.ones(1), time)
+    assert [(step.index, step.branch) for step in told] == [
+        (index, branch) for index in range(3) for branch in ("default", "default#1")
+    ]
+    assert [step.fresh for step in told] == [True, *5 * [False]]
