@@ -22,7 +22,7 @@ def make(name, prompts=2, **more):
     for key, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             arguments[key] = value + 0.5 * torch.randn(value.shape, generator=draw)
-    plain = name in (*BATCHED, "chroma", "sana", "wan-2.2", "z-image")
+    plain = name in (*BATCHED, "chroma", "pixart", "sana", "wan-2.2", "z-image")
     scale = "guidance_scale" if plain else "true_cfg_scale"
     return pipe, {**arguments, scale: GUIDANCE, **more}
 

@@ -46,6 +46,7 @@ _METADATA: dict[str, schema.Description] = {
     "seed": schema.whole_number(-(2**63), 2**64 - 1),
     "call": schema.table_of(schema.anything, 1000),
     "guidance": schema.table_of(schema.number(), 100),
+    "guided": schema.truth,
     "interrupted": schema.truth,
 }
 _ENTRY = {

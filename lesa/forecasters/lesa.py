@@ -205,6 +205,7 @@ class LesaForecaster(FullPrecision):
             call = self.metadata.get("call", {})
             trained = {name: call[name] for name in scales if name in call}
         guided = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
+        guided = bool(self.metadata.get("guided", guided))
         return excess(trained, scales, guided, embedded)
 
     def correct(

@@ -173,6 +173,7 @@ class Job:
             "seed": self.seed,
             "call": {k: v for k, v in self.call.items() if isinstance(v, (str, int, float))},
             "guidance": guidance_scales(call_defaults(self.pipe) | self.call),
+            "guided": self.work.width > 1,
         }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -407,3 +408,28 @@ def test_rows_that_do_not_divide_are_told():
     assert parts_of(8, 4) == 2
     with pytest.raises(LesaError, match="7 rows for 4 pictures"):
         parts_of(7, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "guided", "scale"),
+    [
+        ("pixart", True, "guidance_scale"),  # its parts are not told, but counted
+        ("sdxl", True, "guidance_scale"),
+        ("qwen", True, "true_cfg_scale"),
+        ("flux", False, "guidance_scale"),  # told to the denoiser
+    ],
+)
+def test_guidance_above_that_of_the_training_is_noticed(name, guided, scale):
+    pipe, call = make(name)
+    call.pop("true_cfg_scale", None) if name == "flux" else None
+    plan = lesa.Schedule.explicit((0, 2), STEPS)
+    options = dict(form="table", schedule=plan, validation=0, polish=0, refine=0, progress=False)
+    trained = lesa.train(pipe, None, STEPS, 2, call=call, **options)
+    assert trained.metadata["guided"] is guided
+    call |= {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False}
+    with lesa.accelerate(pipe, trained):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)
+            pipe(**call)
+        with pytest.warns(UserWarning, match=f"^{scale}=9: the forecaster was trained at"):
+            pipe(**call | {scale: 9.0})
