@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transfer_page  # noqa: E402
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
+from _submitted_page import submitted_page  # noqa: E402
 from _untrained_page import untrained_page  # noqa: E402
 
 from lesa.evaluation.ranking import (  # noqa: E402
@@ -82,6 +83,8 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
             found[name] = write(read(path))
     if (path := results / "untrained.json").exists():
         found["untrained"] = untrained_page(read(path), read(results / "prior.json"))
+    if given := {path.name: read(path) for path in sorted((results / "submitted").glob("*.json"))}:
+        found["submitted"] = submitted_page(given)
     written = {f"docs/results/{name}.md": "\n".join(lines) for name, lines in found.items()}
     written["docs/results.md"] = "\n".join(index(compared, [*found]))
     return written | {"README.md": readme(compared, [read(path) for path in loops])}
@@ -99,6 +102,7 @@ def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator
     kinds = {name: f"{name} ({KINDS[name]})" for name in KINDS}
     kinds |= {"speed": "speed, on a GPU and on a CPU", "ablations": "what each part is worth"}
     kinds |= {"transfer": "one checkpoint at other step counts, sizes, guidance and samplers"}
+    kinds |= {"submitted": "files of `lesa compare --submit`, each of one commit and machine"}
     yield from (f"- [{kinds.get(name, name)}](results/{name}.md)" for name in names)
     yield ""
 
