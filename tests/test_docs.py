@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import lesa
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")),
@@ -37,6 +39,13 @@ def heading(line: str) -> str:
     return re.sub(r"[^\w -]", "", line.lstrip("# ").lower()).replace(" ", "-")
 
 
+def anchors(page: Path) -> set[str]:
+    """Where a link into a page can lead: headings, and names that the site documents there."""
+    text = prose(page)
+    headings = {heading(line) for line in text.splitlines() if line.startswith("#")}
+    return headings | set(re.findall(r"(?m)^::: ([\w.]+)$", text))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_path_exists(document):
     bases = ROOT, ROOT / "lesa", ROOT / "benchmarks" / "results", document.parent
@@ -59,8 +68,7 @@ def test_every_link_leads_somewhere(document):
         file = document.parent / path if path else document
         assert file.exists(), target
         if anchor:
-            lines = prose(file).splitlines()
-            assert anchor in {heading(line) for line in lines if line.startswith("#")}, target
+            assert anchor in anchors(file), target
 
 
 def test_the_map_names_the_rooms_and_their_files():
@@ -76,6 +84,11 @@ def test_the_map_names_the_rooms_and_their_files():
             assert place.is_dir() or place.with_suffix(".py").exists(), f"{room}: {name}"
         if room != "forecasters":  # one file per method
             assert {path.stem for path in folder.glob("*.py")} <= named | {"__init__"}
+
+
+def test_the_reference_has_every_public_name():
+    named = anchors(ROOT / "docs" / "reference.md")
+    assert {f"lesa.{name}" for name in lesa.__all__} <= named
 
 
 def test_the_first_screen_of_readme():

@@ -95,7 +95,8 @@ def run_python(page: Path, small: dict[str, str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_blocks_run(page, desk):
+def test_python_blocks_run(page, desk, trained):
+    shutil.copytree(trained, "my-lesa")
     space = run_python(page, SMALL)
     if page.name == "README.md":
         check_pictures(space, desk)
@@ -111,7 +112,8 @@ def check_pictures(space: dict[str, Any], desk: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_blocks_run_as_written(page, desk):
+def test_python_blocks_run_as_written(page, desk, trained):
+    shutil.copytree(trained, "my-lesa")
     run_python(page, {})
 
 
