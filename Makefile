@@ -6,7 +6,7 @@ OLDEST := .venv-oldest
 # Nothing here may download a model: what runs is in the checkout.
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help demo test test-slow test-oldest lint bench gpu profile release-check clean
+.PHONY: help demo test test-slow test-oldest lint docs bench gpu profile release-check clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -28,6 +28,9 @@ test-oldest: $(OLDEST)/.installed  ## test what touches diffusers on the oldest 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(STAMP)  ## build the documentation site into site/; a dead link or an unknown anchor ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 bench: $(STAMP)  ## build csrc/ where a compiler is found, run the suites and every script of benchmarks/
 	$(BIN)/python setup.py --quiet build_ext --inplace
@@ -52,7 +55,7 @@ release-check: $(STAMP)  ## build wheels and sdists, check and import them; lint
 	  else echo "not linted, for want of $${tool%% *}: $${tool#* }"; fi; done
 
 clean:  ## remove what the targets made, the environment included
-	rm -rf .venv $(OLDEST) build dist *.egg-info testbed/build testbed/*.egg-info lesa-demo profiles gpu-evidence .benchmarks \
+	rm -rf .venv $(OLDEST) build dist *.egg-info testbed/build testbed/*.egg-info lesa-demo profiles gpu-evidence site .benchmarks \
 	       .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find lesa kernels testbed tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
