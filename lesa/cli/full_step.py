@@ -171,8 +171,8 @@ def _names() -> tuple[str, ...]:
 
 
 def _models(pipe: Any) -> list[Any]:
-    from lesa.hooks.denoiser import core_of
     from lesa.hooks.pipeline import find_denoisers
+    from lesa.hooks.wrappers import core_of
 
     return [core_of(model) for model in find_denoisers(pipe)]
 

@@ -214,7 +214,7 @@ class CacheController:
         request.kept = Kept(self.plans.default)
         pipe, names = call.denoiser.clock.caller(request)
         if pipe is not None:  # perhaps another one than was enabled, or with other parts since
-            call.denoiser.watch(pipe, names)
+            call.denoiser.controls.watch(pipe, names)
         if step.index == 0:
             _check_caches(call)
         self.counters.add_generation()

@@ -11,9 +11,9 @@ from torch import nn
 from lesa.engine.config import LesaConfig
 from lesa.engine.step_table import needs_levels
 from lesa.forecasters.calibration import untrained
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["doubts", "doubts_of_count"]
 

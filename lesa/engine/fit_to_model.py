@@ -13,8 +13,8 @@ from lesa.engine.controller import CacheController
 from lesa.engine.predicted import check_predictor
 from lesa.errors import LesaError
 from lesa.hooks.attach import attached, refuse_other_cache
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
+from lesa.hooks.wrappers import core_of
 from lesa.ops import backend
 
 __all__ = ["check_model", "controller_of", "left_out", "with_tap_of"]

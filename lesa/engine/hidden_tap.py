@@ -16,7 +16,8 @@ from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.engine.tail import ModulatedTail, PreparedTail
 from lesa.engine.trajectory import Forecast, Memory, Refusal
-from lesa.hooks.denoiser import Call, Denoiser, Run, make_output, read_sample
+from lesa.hooks.denoiser import Call, Denoiser, Run
+from lesa.hooks.outputs import make_output, read_sample
 
 __all__ = ["HiddenTap"]
 

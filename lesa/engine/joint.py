@@ -17,7 +17,8 @@ from lesa.engine.stats import Counters
 from lesa.engine.trajectory import FeatureTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.batch_rows import join_rows, pick_arguments, pick_rows
-from lesa.hooks.denoiser import Call, Denoiser, Run, kind_of, make_output, read_sample
+from lesa.hooks.denoiser import Call, Denoiser, Run
+from lesa.hooks.outputs import kind_of, make_output, read_sample
 from lesa.hooks.request import Joint, Request
 
 __all__ = ["BUSY", "run_joint"]

@@ -24,8 +24,10 @@ from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory
 from lesa.errors import LesaError
 from lesa.forecasters.disca import DiscaForm
 from lesa.hooks.alone import check_two_blocks, check_weights
-from lesa.hooks.denoiser import Call, Denoiser, Run, core_of, kind_of, make_output, read_sample
+from lesa.hooks.denoiser import Call, Denoiser, Run
+from lesa.hooks.outputs import kind_of, make_output, read_sample
 from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["PredictedTap", "PredictedController", "check_predictor", "form_of"]
 

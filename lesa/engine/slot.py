@@ -17,9 +17,9 @@ from lesa.errors import LesaError
 from lesa.forecasters.target import Quality
 from lesa.hooks.attach import attached
 from lesa.hooks.batch_rows import rows_of_parts
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.request import Joint, Request, Source, install, installed, source_of
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["Slot"]
 

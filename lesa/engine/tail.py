@@ -16,8 +16,9 @@ from lesa.engine.mixer import Mixer
 from lesa.engine.modulation import Modulation
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Call, Denoiser, core_of
+from lesa.hooks.denoiser import Call, Denoiser
 from lesa.hooks.step_clock import Step
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["ModulatedTail", "PreparedTail"]
 

@@ -20,7 +20,8 @@ from lesa.engine.pool import Lease, Pool
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Call, Run, as_batch, kind_of, make_output, read_sample
+from lesa.hooks.denoiser import Call, Run
+from lesa.hooks.outputs import as_batch, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
 __all__ = ["FeatureTap", "Forecast", "Memory", "OutputTap", "Refusal", "Trajectory"]

@@ -25,7 +25,8 @@ from lesa.engine.tail import ModulatedTail
 from lesa.errors import LesaError
 from lesa.evaluation.full_size import MODELS, FullSize, Size
 from lesa.hooks.attach import attach, detach
-from lesa.hooks.denoiser import Denoiser, Run, read_sample
+from lesa.hooks.denoiser import Denoiser, Run
+from lesa.hooks.outputs import read_sample
 
 Result = TypeVar("Result")
 HISTORY = 3

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
+from lesa.hooks.wrappers import core_of
 
 __all__ = [
     "argument_names",

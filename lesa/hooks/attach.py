@@ -23,9 +23,10 @@ from lesa.hooks.class_swap import (
     restore,
     swap,
 )
-from lesa.hooks.denoiser import Called, Controller, Denoiser, core_of
+from lesa.hooks.denoiser import Called, Controller, Denoiser
 from lesa.hooks.model_specs import ModelSpec, model_spec
 from lesa.hooks.step_clock import StepClock
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["attach", "attached", "controlled", "detach", "refuse_other_cache"]
 
@@ -57,7 +58,7 @@ def attach(
     refuse_other_cache(model)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for known in denoiser.clock.pipes:
-        denoiser.watch(known)
+        denoiser.controls.watch(known)
     for mixin, parts in spec.swapped(core).items():
         for part in parts:
             swap(part, mixin, _lesa_signals=denoiser._signals)
@@ -91,7 +92,7 @@ def detach(model: nn.Module) -> None:
     for parts in denoiser.spec.swapped(core).values():
         for part in parts:
             restore(part)
-    denoiser.unwatch()
+    denoiser.controls.unwatch()
     _clean(core, denoiser.spec)
     restore(model)
 

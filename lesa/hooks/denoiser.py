@@ -6,19 +6,20 @@ import inspect
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from lesa.errors import LesaError
-from lesa.hooks.class_swap import ControlListener, Signals, Swapped
+from lesa.hooks.class_swap import Signals, Swapped
+from lesa.hooks.controls import Controls
 from lesa.hooks.model_specs import ModelSpec
-from lesa.hooks.pipeline_state import control_parts, control_scale, controls_of
+from lesa.hooks.outputs import as_batch
 from lesa.hooks.request import Request
 from lesa.hooks.step_clock import Step, StepClock
+from lesa.hooks.wrappers import core_of
 from lesa.util.forks import renew_in_children
 
 __all__ = [
@@ -27,11 +28,6 @@ __all__ = [
     "Controller",
     "Denoiser",
     "Run",
-    "as_batch",
-    "core_of",
-    "kind_of",
-    "make_output",
-    "read_sample",
 ]
 
 
@@ -88,6 +84,7 @@ class Denoiser:
     Attributes:
         spec: its row in `lesa.hooks.model_specs`.
         clock: tells the step of each call.
+        controls: the pipeline's ControlNets.
         controller: decides each call.
         turn: lock that is held while the model or a watched part of it runs.
         revision: counts what was done to the model's adapters and attention processors.
@@ -113,8 +110,7 @@ class Denoiser:
         renew_in_children(self)
         self.names = tuple(inspect.signature(type(core_of(model)).forward).parameters)[1:]
         self._position = {name: position for position, name in enumerate(self.names)}
-        self._controls: list[ControlListener] = []
-        self._control_parts: tuple[Any, dict[str, int]] = lambda: None, {}
+        self.controls = Controls()
 
     def renew(self) -> None:
         """In a forked process: the signals and the turn are free."""
@@ -134,39 +130,7 @@ class Denoiser:
         """What the model's features depend on besides its arguments; compared by value."""
         if self._merged_at != self.revision:
             self._merged_at, self._merged = self.revision, _merged_adapters(self.model)
-        scales = [control.scale for control in self._controls] if self._controls else ()
-        replaced = bool(self._controls) and self._is_control_replaced()
-        return (self.revision, len(self._merged), replaced, *[s for s in scales if s is not None])
-
-    def _is_control_replaced(self) -> bool:
-        """Whether the pipeline that was watched last holds other ControlNets than then."""
-        known, parts = self._control_parts
-        pipe = known()
-        return pipe is not None and any(
-            id(getattr(pipe, name, None)) != part for name, part in parts.items()
-        )
-
-    def watch(self, pipe: Any, names: Mapping[str, Any] | None = None) -> None:
-        """Take note of the pipeline's ControlNets and their scales, if it has any.
-
-        `names` are the local variables of its call where that is at work: they tell the scale of a
-        step at which the ControlNet has run already.
-        """
-        parts = control_parts(pipe)
-        if parts:
-            self._control_parts = (
-                weakref.ref(pipe),
-                {name: id(part) for name, part in parts.items()},
-            )
-        for control in controls_of(pipe):
-            if not any(known.is_on(control) for known in self._controls):
-                self._controls.append(ControlListener(control, control_scale(names or {})))
-
-    def unwatch(self) -> None:
-        """Undo `watch`."""
-        for control in self._controls:
-            control.remove()
-        self._controls.clear()
+        return (self.revision, len(self._merged), *self.controls.state)
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Value of the forward's argument `name` in this call, or None."""
@@ -244,78 +208,6 @@ def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str
     """A call out of a `torch.compile` that came later: else dynamo traces the controller."""
     warnings.warn(_COMPILED_LATE, stacklevel=2)
     return denoiser.controller(denoiser, args, kwargs)
-
-
-# What wraps a model, by class, and where it keeps it.
-_WRAPPERS = {
-    "OptimizedModule": ("_orig_mod",),
-    "DataParallel": ("module",),
-    "DistributedDataParallel": ("module",),
-    "FullyShardedDataParallel": ("_fsdp_wrapped_module",),
-    "PeftModel": ("base_model", "model"),
-}
-
-
-def core_of(model: nn.Module) -> nn.Module:
-    """The denoiser inside `torch.compile(denoiser)`, DataParallel, DDP, FSDP or a PeftModel, or the
-    model itself."""
-    kind: Any = type(model)
-    path, core = _path_inside(kind), model
-    for name in path:
-        core = core.__dict__["_modules"][name]
-    return core_of(core) if path else model
-
-
-@cache
-def _path_inside(kind: type) -> tuple[str, ...]:
-    """Where a wrapper of this class keeps the model; empty for what is not a wrapper."""
-    found = (_WRAPPERS[base.__name__] for base in kind.__mro__ if base.__name__ in _WRAPPERS)
-    return next(found, ())
-
-
-def read_sample(output: Any) -> torch.Tensor | None:
-    """The one tensor of a model output (tensor, 1-tuple or `.sample`), or None if it has others. A
-    list with a tensor of the same shape for every picture is one batch."""
-    return as_batch(_inside(output))
-
-
-def _inside(output: Any) -> Any:
-    if isinstance(output, torch.Tensor):
-        return output
-    if isinstance(output, (tuple, dict)) and len(output) != 1:
-        return None
-    return output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
-
-
-def as_batch(value: Any) -> torch.Tensor | None:
-    """A tensor as it is, a list of tensors of one shape and dtype as one tensor, else None."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if not isinstance(value, list) or not all(isinstance(part, torch.Tensor) for part in value):
-        return None
-    alike = len({(part.shape, part.dtype, part.device) for part in value}) == 1
-    return torch.stack(value) if alike else None
-
-
-class ListOf(NamedTuple):
-    """The kind of an output of class `kind` that holds a list with a tensor for every picture."""
-
-    kind: Any
-
-
-def kind_of(output: Any) -> type | ListOf:
-    """What `make_output` has to know of an output."""
-    return ListOf(type(output)) if isinstance(_inside(output), list) else type(output)
-
-
-def make_output(kind: Any, sample: torch.Tensor) -> Any:
-    """An output of a kind (see `kind_of`) around `sample`: the inverse of `read_sample`."""
-    if isinstance(kind, ListOf):
-        parts: Any = list(sample.unbind(0))
-        return (parts,) if issubclass(kind.kind, tuple) else kind.kind(sample=parts)
-    if issubclass(kind, torch.Tensor):
-        return sample
-    return (sample,) if issubclass(kind, tuple) else kind(sample=sample)
 
 
 def _merged_adapters(model: nn.Module) -> Sequence[Any]:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import nn
 
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import has_row
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["find_denoiser", "find_denoisers"]
 

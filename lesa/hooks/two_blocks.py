@@ -18,9 +18,9 @@ from lesa.hooks.alone import (
     check_weights,
     feature_width,
 )
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.plain_copy import plain_copy
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["Bridge", "Noted", "TwoBlocks"]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lesa.hooks.denoiser import Denoiser, ListOf, kind_of, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import ListOf, kind_of, read_sample
 from lesa.training.job import Job, in_batches
 from lesa.training.row_fit import Tail
 

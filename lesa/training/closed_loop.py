@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
-from lesa.hooks.denoiser import Denoiser, make_output
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import make_output
 from lesa.hooks.step_clock import Step
 from lesa.training.base_run import BaseRun
 from lesa.training.batch import Batch, Computed

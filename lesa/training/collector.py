@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import read_sample
 from lesa.training.base_run import BaseRun
 from lesa.training.job import followed, parts_of
 from lesa.training.statistics import inner_products

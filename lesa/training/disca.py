@@ -16,11 +16,11 @@ from lesa.forecasters import LesaForecaster
 from lesa.forecasters.disca import DiscaForm
 from lesa.hooks.alone import check_two_blocks
 from lesa.hooks.attach import attached
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.plain_copy import weights_fixed
 from lesa.hooks.two_blocks import TwoBlocks
+from lesa.hooks.wrappers import core_of
 from lesa.training.disca_data import FITTED, Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job

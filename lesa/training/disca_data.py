@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.plain_copy import ordinary
 from lesa.training.job import Job, followed, in_batches
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.hooks.added_noise import adds_noise, is_multistep
-from lesa.hooks.denoiser import read_sample
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
 from lesa.training.disca_data import Batch
 from lesa.training.row_fit import ridge_fit

@@ -8,8 +8,8 @@ import torch
 
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.layouts import all_blocks
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
+from lesa.hooks.wrappers import core_of
 from tests.tiny_pipelines import build, run
 
 STEPS = 8

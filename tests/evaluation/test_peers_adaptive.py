@@ -20,8 +20,8 @@ from lesa.evaluation.peers.teacache import fit_polynomial, polynomial_for, teaca
 from lesa.evaluation.peers.thresholds import threshold_for
 from lesa.evaluation.runs import step_flops
 from lesa.forecasters import HiCache, Taylor
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.model_specs import model_spec
+from lesa.hooks.wrappers import core_of
 from tests.tiny_pipelines import build, run
 
 PIPELINES = ("flux", "qwen", "hunyuan-video")

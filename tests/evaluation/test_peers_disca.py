@@ -16,7 +16,7 @@ from lesa.evaluation.peers.disca import Predictor, count_parameters, disca, trai
 from lesa.evaluation.ranking import opponents
 from lesa.evaluation.runs import generate
 from lesa.forecasters.reuse import Reuse
-from lesa.hooks.denoiser import core_of
+from lesa.hooks.wrappers import core_of
 from lesa.training import disca as own_training
 from lesa.training import disca_data
 

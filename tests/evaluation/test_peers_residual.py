@@ -14,7 +14,7 @@ from lesa.evaluation.peers.residual import residual_reuse
 from lesa.evaluation.peers.sencache import sencache
 from lesa.evaluation.peers.sensitivity import Sensitivity, sensitivities
 from lesa.evaluation.peers.tc_pade import forecast, full_steps, nearest, rational, tc_pade
-from lesa.hooks.denoiser import core_of
+from lesa.hooks.wrappers import core_of
 from tests.evaluation.block_calls import PIPELINES, STEPS, applied, close, make_case
 from tests.tiny_pipelines import build, run
 

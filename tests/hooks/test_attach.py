@@ -15,8 +15,8 @@ from torch import nn
 
 from lesa.errors import LesaError
 from lesa.hooks.attach import attach, attached, detach
-from lesa.hooks.denoiser import kind_of, make_output, read_sample
 from lesa.hooks.model_specs import ModelSpec, known_models, model_spec, register_model
+from lesa.hooks.outputs import kind_of, make_output, read_sample
 
 
 def plain(denoiser, args, kwargs):

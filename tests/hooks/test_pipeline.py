@@ -9,8 +9,8 @@ from tiny_pipelines import build, draw
 from torch import nn
 
 import lesa
-from lesa.hooks.denoiser import core_of
 from lesa.hooks.pipeline import component_name, find_denoiser, find_denoisers
+from lesa.hooks.wrappers import core_of
 
 THIRD = lesa.Schedule.fora(3)  # of six steps 0 and 3 are full
 

@@ -14,7 +14,7 @@ from tiny_pipelines import ROWS, build
 from lesa.errors import LesaError
 from lesa.hooks import model_specs
 from lesa.hooks.alone import blocks_of, check_two_blocks, unfit, unfit_class
-from lesa.hooks.denoiser import read_sample
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.pipeline import find_denoiser
 from lesa.hooks.two_blocks import Noted, TwoBlocks
 

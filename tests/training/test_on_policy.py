@@ -8,7 +8,7 @@ from training_jobs import STEPS, make_job
 import lesa
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
-from lesa.hooks.denoiser import read_sample
+from lesa.hooks.outputs import read_sample
 from lesa.training.collect import collect
 from lesa.training.fit import fit_paper
 from lesa.training.on_policy import visited_gram

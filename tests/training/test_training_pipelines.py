@@ -12,7 +12,7 @@ from training_jobs import BATCHED, GUIDANCE, STEPS, TWO_CALLS, make, make_job, r
 import lesa
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
-from lesa.hooks.denoiser import read_sample
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.prompt_inputs import count_prompts, prompt_arguments
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect

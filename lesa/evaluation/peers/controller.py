@@ -15,10 +15,11 @@ from lesa.evaluation.method import Use
 from lesa.evaluation.peers.layouts import Layout, known_layout
 from lesa.evaluation.peers.metering import held_bytes
 from lesa.hooks import attach
-from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.model_specs import ModelSpec, model_spec
 from lesa.hooks.pipeline import find_denoiser
 from lesa.hooks.step_clock import Step
+from lesa.hooks.wrappers import core_of
 
 S = TypeVar("S")
 

@@ -20,9 +20,10 @@ from lesa.evaluation.peers.disca_predictor import EMBEDDERS, Predictor, containe
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.evaluation.runs import generate
 from lesa.hooks.attach import controlled
-from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.pipeline import find_denoiser
 from lesa.hooks.prompt_inputs import pictures_per_prompt, settings_of
+from lesa.hooks.wrappers import core_of
 from lesa.util.numerics import gradients
 
 MOST_STEPS = 16

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
-from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.model_specs import ModelSpec
 from lesa.hooks.pipeline import find_denoiser
+from lesa.hooks.wrappers import core_of
 
 Arguments = tuple[Denoiser, tuple[Any, ...], dict[str, Any]]
 

@@ -14,7 +14,8 @@ from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import mean_full_steps
-from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.step_clock import Step
 
 __all__ = ["Sensitivities", "Sensitivity", "moment", "sensitivities"]

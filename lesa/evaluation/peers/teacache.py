@@ -14,9 +14,11 @@ from lesa.evaluation.peers.controller import StepCache, controlled
 from lesa.evaluation.peers.layouts import first_block
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import Applied, mean_full_steps
-from lesa.hooks.denoiser import Denoiser, core_of, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import read_sample
 from lesa.hooks.pipeline import find_denoiser
 from lesa.hooks.step_clock import Step
+from lesa.hooks.wrappers import core_of
 
 # Powers 0 to 4, fitted by the authors to FLUX.1-dev
 FLUX = (0.264230861, -3.82021401, 55.8554382, -283.781631, 498.651651)

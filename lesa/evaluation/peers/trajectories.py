@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
-from lesa.hooks.denoiser import Denoiser, read_sample
+from lesa.hooks.denoiser import Denoiser
+from lesa.hooks.outputs import read_sample
 from lesa.training.job import Job, call_arguments, followed
 
 __all__ = ["Trajectory", "Trial", "job_of", "trajectories"]

@@ -18,8 +18,9 @@ from lesa.evaluation.peers.tokenwise.memory import Cell, Moment, Rule
 from lesa.evaluation.peers.tokenwise.rules import ClusCa, DuCa, ToCa
 from lesa.forecasters.published import FORA
 from lesa.hooks.attach import controlled
-from lesa.hooks.denoiser import Denoiser, core_of
+from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.pipeline import find_denoiser
+from lesa.hooks.wrappers import core_of
 
 __all__ = ["TOKENWISE", "ClusCa", "DuCa", "ToCa", "Tokenwise", "tokenwise"]
 
