@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lesa.core.checks import shown
 from lesa.core.forecaster import Forecaster, Tap
 from lesa.core.schedule import Schedule
 from lesa.engine.config import LesaConfig
@@ -138,7 +139,7 @@ def apply_lesa_cache(model: nn.Module, config: LesaConfig) -> None:
         LesaError: as `enable`; also a trained forecaster with steps but without noise levels.
     """
     if not isinstance(config, LesaConfig):
-        raise LesaError(f"config is a {type(config).__name__}: give a lesa.LesaConfig.")
+        raise LesaError(f"config={shown(config)}: not a configuration; give a lesa.LesaConfig")
     check_model(model, config)
     config = with_tap_of(model, config)
     _warn([model], config, config.scheduler)
@@ -235,8 +236,8 @@ def _clock(config: LesaConfig) -> StepClock:
     told = config.sigmas is not None or config.scheduler is not None
     if learned and config.num_inference_steps is not None and not told:
         raise LesaError(
-            f"sigmas is None: the trained forecaster {config.forecaster.name} needs the noise "
-            "levels of the loop; give sigmas=... or scheduler=... in the LesaConfig."
+            f"sigmas=None: the trained forecaster {config.forecaster.name} needs the noise levels "
+            "of the loop; give sigmas=... or scheduler=... in the LesaConfig"
         )
     return StepClock(
         scheduler=config.scheduler, num_steps=config.num_inference_steps, sigmas=config.sigmas

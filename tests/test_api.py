@@ -94,21 +94,21 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"full_steps": 0}, "full_steps is 0"),
+        ({"full_steps": 0}, "full_steps=0"),
         ({"full_steps": [0, 1]}, "schedule=Schedule.explicit"),
-        ({"full_steps": True}, "it is a count"),
+        ({"full_steps": True}, "not a count"),
         ({"full_steps": 3, "schedule": Schedule.every(3)}, "exclude each other"),
-        ({"schedule": [0, 1]}, "give a Schedule"),
-        ({"tap": "middle"}, "tap is 'middle'"),
-        ({"graph": "always"}, "graph is 'always'"),
+        ({"schedule": [0, 1]}, "not a Schedule; give one"),
+        ({"tap": "middle"}, "tap='middle'"),
+        ({"graph": "always"}, "graph='always'"),
         ({"forecaster": "taylor"}, "forecaster='taylor'.*did you mean 'taylor-"),
-        ({"forecaster": None}, "forecaster is a NoneType"),
-        ({"forecaster": Taylor}, "forecaster is the class Taylor"),
-        ({"full_steps": torch.ones(2)}, "full_steps is a tensor"),
-        ({"full_steps": 2.0}, "full_steps is 2.0"),
-        ({"full_steps": 10**30}, "full_steps is 10"),
-        ({"tap": ["output"]}, "tap is"),
-        ({"graph": torch.ones(2)}, "graph is a tensor"),
+        ({"forecaster": None}, "forecaster=None: a NoneType"),
+        ({"forecaster": Taylor}, "forecaster=.*: the class Taylor"),
+        ({"full_steps": torch.ones(2)}, "full_steps=a tensor"),
+        ({"full_steps": 2.0}, "full_steps=2.0"),
+        ({"full_steps": 10**30}, "full_steps=10"),
+        ({"tap": ["output"]}, "tap="),
+        ({"graph": torch.ones(2)}, "graph=a tensor"),
         *(
             ({"num_inference_steps": wrong}, "num_inference_steps=")
             for wrong in (0, True, 2.5, "8", 10**30, torch.ones(2), [8])
@@ -125,8 +125,8 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
                 [],
             )
         ),
-        ({"sigmas": [1, 0.5, 0], "num_inference_steps": 8}, "sigmas has 3 values"),
-        ({"scheduler": "euler"}, "scheduler is a str"),
+        ({"sigmas": [1, 0.5, 0], "num_inference_steps": 8}, "sigmas=.*: 3 values"),
+        ({"scheduler": "euler"}, "scheduler='euler': a str"),
         ({"forecaster": Taylor(tap="hidden"), "tap": "output"}, "made for 'hidden'"),
         ({"full_steps": 9, "num_inference_steps": 8}, "at most 8"),
         ({"schedule": Schedule.explicit([0, 9]), "num_inference_steps": 8}, "step 9"),
@@ -170,7 +170,7 @@ def test_wrong_targets(tiny_flux):
         lesa.apply_lesa_cache(tiny_flux.transformer, {"full_steps": 3})
     with pytest.raises(LesaError, match="does not name its arguments"):
         lesa.enable(torch.nn.Module())
-    with pytest.raises(LesaError, match="'hidden', which Linear does not have"):
+    with pytest.raises(LesaError, match="tap='hidden': Linear does not have it"):
         lesa.enable(torch.nn.Linear(2, 2), tap="hidden")
 
 
@@ -278,7 +278,7 @@ def test_all_doubts_make_one_warning(tiny_flux, inputs):
 
 
 def test_a_learned_forecaster_in_ones_own_loop_needs_noise_levels(tiny_flux):
-    with pytest.raises(LesaError, match="sigmas is None"):
+    with pytest.raises(LesaError, match="sigmas=None"):
         lesa.apply_lesa_cache(
             tiny_flux.transformer, LesaConfig(LesaForecaster(), num_inference_steps=12)
         )

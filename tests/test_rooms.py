@@ -102,3 +102,16 @@ def test_kernels_import_nothing_of_lesa():
 
 def test_the_top_floor_is_small():
     assert {path.stem for path in (ROOT / "lesa").glob("*.py")} == TOP
+
+
+def test_messages_are_written_alike():
+    """A user's mistake is told as "field=value: what is wrong; remedy", with no full stop."""
+    wrong = []
+    for path in [*(ROOT / "lesa").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = isinstance(node, ast.Call) and getattr(node.func, "id", "")
+            if called in ("LesaError", "RunError", "RankError") and node.args:
+                text = ast.unparse(node.args[0]).rstrip("'\"")
+                if text.endswith(".") and not text.endswith("..."):
+                    wrong.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong

@@ -73,13 +73,13 @@ class LesaConfig:
             object.__setattr__(self, "forecaster", named(self.forecaster))
         if isinstance(self.forecaster, type) or not isinstance(self.forecaster, Forecaster):
             raise LesaError(
-                f"forecaster is {_kind(self.forecaster)}: give lesa.Prior(), a folder, the name "
-                "of a method, or another Forecaster."
+                f"forecaster={shown(self.forecaster)}: {_kind(self.forecaster)}, not a forecaster; "
+                "give lesa.Prior(), a folder, the name of a method, or another Forecaster"
             )
         self._check_steps()
         self._check_tap()
         if not isinstance(self.graph, str) or self.graph not in ("auto", "off"):
-            raise LesaError(f"graph is {shown(self.graph)}: give 'auto' or 'off'.")
+            raise LesaError(f"graph={shown(self.graph)}: unknown; give 'auto' or 'off'")
         self._check_loop()
         if self.memory_limit is not None:
             limit = whole("memory_limit", self.memory_limit, 1)
@@ -130,8 +130,8 @@ class LesaConfig:
     def _check_steps(self) -> None:
         if self.schedule is not None and not isinstance(self.schedule, Schedule):
             raise LesaError(
-                f"schedule is {shown(self.schedule)}: give a Schedule, as "
-                "Schedule.explicit([0, 1, 5])."
+                f"schedule={shown(self.schedule)}: not a Schedule; give one, as "
+                "Schedule.explicit([0, 1, 5])"
             )
         names = ("full_steps", "schedule", "target_speedup", "target_psnr", "quality")
         asked = {name: value for name in names if (value := getattr(self, name)) is not None}
@@ -140,7 +140,7 @@ class LesaConfig:
                 f"{name}={value if name == 'schedule' else shown(value)}"
                 for name, value in asked.items()
             ]
-            raise LesaError(f"{one} and {other} exclude each other: give one of them.")
+            raise LesaError(f"{one} and {other} exclude each other; give one of them")
         if self.target is not None:
             self.target.check(self.forecaster)
         if self.full_steps is None:
@@ -151,8 +151,8 @@ class LesaConfig:
             )
         except LesaError:
             raise LesaError(
-                f"full_steps is {shown(self.full_steps)}, it is a count: give a whole number of at "
-                "least 1, or a list of steps as schedule=Schedule.explicit(steps)."
+                f"full_steps={shown(self.full_steps)}: not a count; give a whole number >= 1, "
+                "or a list of steps as schedule=Schedule.explicit(steps)"
             ) from None
 
     def _check_loop(self) -> None:
@@ -166,24 +166,25 @@ class LesaConfig:
             object.__setattr__(self, "sigmas", own_noise_levels(steps, levels))
         if self.scheduler is not None and not hasattr(self.scheduler, "timesteps"):
             raise LesaError(
-                f"scheduler is {_kind(self.scheduler)}: give the diffusers scheduler of the loop."
+                f"scheduler={shown(self.scheduler)}: {_kind(self.scheduler)}, not a scheduler; "
+                "give the diffusers scheduler of the loop"
             )
 
     def _check_tap(self) -> None:
         if self.tap is not None and (
             not isinstance(self.tap, str) or self.tap not in ("hidden", "output")
         ):
-            raise LesaError(f"tap is {shown(self.tap)}: give 'output' or 'hidden'.")
+            raise LesaError(f"tap={shown(self.tap)}: unknown; give 'output' or 'hidden'")
         own = self.forecaster.tap
         if self.tap is not None and own not in (None, self.tap):
             raise LesaError(
-                f"tap is {self.tap!r}, the forecaster {self.forecaster.name} was made for {own!r}: "
-                "leave tap out, or train one for this tap."
+                f"tap={self.tap!r}: the forecaster {self.forecaster.name} was made for {own!r}; "
+                "leave tap out, or train one for this tap"
             )
         if self.resolved_tap == "hidden" and self.forecaster.uses_latent:
             raise LesaError(
-                f"tap is 'hidden', where no latent is cached, but the forecaster "
-                f"{self.forecaster.name} needs it: use 'output', or one made without the latent."
+                "tap='hidden': no latent is cached there, but the forecaster "
+                f"{self.forecaster.name} needs it; use 'output', or one made without the latent"
             )
 
 

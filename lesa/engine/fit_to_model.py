@@ -44,8 +44,8 @@ def with_tap_of(model: nn.Module, config: LesaConfig) -> LesaConfig:
         return config
     if config.tap or config.forecaster.tap:
         raise LesaError(
-            f"tap is {config.resolved_tap!r}, which {spec.name} does not have ({spec.notes}): "
-            f"use {' or '.join(map(repr, spec.taps))}."
+            f"tap={config.resolved_tap!r}: {spec.name} does not have it ({spec.notes}); "
+            f"use {' or '.join(map(repr, spec.taps))}"
         )
     return replace(config, tap=spec.taps[0])
 
@@ -67,10 +67,10 @@ def check_model(model: nn.Module, config: LesaConfig) -> None:
 def controller_of(model: nn.Module) -> CacheController:
     denoiser = attached(model)
     if denoiser is None:
-        raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first.")
+        raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first")
     if not isinstance(denoiser.controller, CacheController):
         raise LesaError(
             f"pipe: a {type(denoiser.controller).__name__} is at work on its denoiser; "
-            "wait for its end."
+            "wait for its end"
         )
     return denoiser.controller

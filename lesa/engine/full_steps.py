@@ -33,7 +33,7 @@ def by_count(
     LesaError where the run is shorter."""
     if count > num_steps:
         raise LesaError(
-            f"full_steps is {count} for a run of {num_steps} steps: give at most {num_steps}."
+            f"full_steps={count}: the run has {num_steps} steps; give at most {num_steps}"
         )
     if getattr(forecaster, "calibrated", []):
         return Choice(cast(Any, forecaster).schedule_for(count, num_steps, sigmas))

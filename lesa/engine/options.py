@@ -42,7 +42,7 @@ class Options:
         given = asked | ({"off": True} if self.off else {})
         if len(given) > 1:
             one, other, *_ = [f"{name}={shown(value)}" for name, value in given.items()]
-            raise LesaError(f"{one} and {other} exclude each other: give one of them.")
+            raise LesaError(f"{one} and {other} exclude each other; give one of them")
         if self.full_steps is not None:
             count = whole("full_steps", self.full_steps, 1, MOST_STEPS)
             object.__setattr__(self, "full_steps", count)

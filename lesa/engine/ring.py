@@ -35,7 +35,7 @@ class Ring:
 
     def __init__(self, history: int, like: Tensor, data: Tensor | None = None) -> None:
         if history < 1:
-            raise LesaError(f"history is {history}: a ring holds at least 1 feature.")
+            raise LesaError(f"history={history}: a ring holds at least 1 feature; give 1 or more")
         self.history = history
         with torch.inference_mode(False):  # so that it can be written in either mode
             shape = (history, *like.shape)
@@ -52,8 +52,8 @@ class Ring:
         """Copy `feature` over the oldest one."""
         if not self.matches(feature):
             raise LesaError(
-                f"feature is {_describe(feature)}, the ring holds {_describe(self.data[0])}: "
-                "make a new ring for it."
+                f"feature={_describe(feature)}: the ring holds {_describe(self.data[0])}; "
+                "make a new ring for it"
             )
         self._newest((self.order[0] + 1) % self.history)
         with nvtx_ranges.push:

@@ -194,7 +194,7 @@ class StepTables:
         """Tell, once, of a run that is shorter than the full steps that were asked for."""
         if "count" not in self._told:
             self._told.add("count")
-            warnings.warn(f"{told} Every step of this run is computed in full.", stacklevel=2)
+            warnings.warn(f"{told}, else every step is computed in full", stacklevel=2)
 
     def _warn_of_large(self, table: Table) -> None:
         """Tell, once, of coefficients that make noise of small errors of the features: Taylor 3 on

@@ -85,7 +85,7 @@ class ModulatedTail:
         """The denoiser."""
         core = self._core()
         if core is None:
-            raise LesaError("model: it has been freed; enable lesa on a live one.")
+            raise LesaError("model: it has been freed; enable lesa on a live one")
         return core
 
     def _module(self, name: str) -> Any:

@@ -54,7 +54,7 @@ def attach(
     core = core_of(model)
     spec = model_spec(core)
     if attached(model) is not None:
-        raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first.")
+        raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first")
     refuse_other_cache(model)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for known in denoiser.clock.pipes:
@@ -86,7 +86,7 @@ def detach(model: nn.Module) -> None:
     if not is_swapped(model):
         raise LesaError(
             f"model: its class became {type(model).__name__} after lesa was enabled; "
-            "undo that first, then disable."
+            "undo that first, then disable"
         )
     core = core_of(model)
     for parts in denoiser.spec.swapped(core).values():
@@ -150,7 +150,7 @@ class _Controlled(Called):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise LesaError(
-            "model: it is accelerated by lesa and cannot be pickled; call lesa.disable first."
+            "model: it is accelerated by lesa and cannot be pickled; call lesa.disable first"
         )
 
 
@@ -202,10 +202,10 @@ def refuse_other_cache(model: nn.Module) -> None:
     config = None if attached(model) else getattr(core, "_cache_config", None)
     if config is not None:
         raise LesaError(
-            f"model: {type(config).__name__} is enabled on it; call model.disable_cache() first."
+            f"model: {type(config).__name__} is enabled on it; call model.disable_cache() first"
         )
     for module in core.modules():
         hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
         for name, hook in hooks.items():
             if getattr(hook, "_is_stateful", False):
-                raise LesaError(f"model: the cache hook {name!r} is on it; remove it first.")
+                raise LesaError(f"model: the cache hook {name!r} is on it; remove it first")

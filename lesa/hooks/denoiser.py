@@ -122,7 +122,7 @@ class Denoiser:
         """The denoiser; held weakly, the controller never keeps it alive."""
         model = self._model()
         if model is None:
-            raise LesaError("model: it has been freed; attach to a live one.")
+            raise LesaError("model: it has been freed; attach to a live one")
         return model
 
     @property

@@ -187,8 +187,8 @@ def register_model(spec: ModelSpec) -> None:
     """
     if not spec.blocks and "hidden" in spec.taps:
         raise LesaError(
-            f"ModelSpec.blocks is empty for {spec.name}: name its block containers, or give "
-            "taps=('output',)."
+            f"ModelSpec.blocks=(): none is named for {spec.name}; name its block containers, or "
+            "give taps=('output',)"
         )
     _SPECS[spec.name] = spec
 
@@ -210,7 +210,7 @@ def model_spec(model: object) -> ModelSpec:
             return _SPECS[cls.__name__]
     if not isinstance(model, nn.Module):
         raise LesaError(
-            f"model: {type(model).__name__} is not a torch module; give a pipeline or its denoiser."
+            f"model: {type(model).__name__} is not a torch module; give a pipeline or its denoiser"
         )
     try:
         return _read_row(model)
@@ -260,7 +260,7 @@ def _output_row(model: nn.Module, notes: str) -> ModelSpec:
     if not named:
         raise LesaError(
             f"model: the forward of {kind.__name__} does not name its arguments; give the model "
-            "that it calls, or a module whose forward(latent, time, ...) calls it."
+            "that it calls, or a module whose forward(latent, time, ...) calls it"
         )
     return ModelSpec(
         kind.__name__,

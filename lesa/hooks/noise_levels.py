@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lesa.core.checks import shown
 from lesa.errors import LesaError
 
 __all__ = ["levels_problem", "noise_levels", "own_noise_levels", "times_of"]
@@ -138,15 +139,17 @@ def own_noise_levels(num_steps: int | None, sigmas: Sequence[float] | None) -> t
         if num_steps is None:
             return ()
         if num_steps < 1:
-            raise LesaError(f"num_inference_steps is {num_steps}: give at least 1.")
+            raise LesaError(f"num_inference_steps={num_steps}: no step; give at least 1")
         return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
     levels = tuple(float(sigma) for sigma in sigmas)
     if num_steps is not None and len(levels) != num_steps + 1:
         raise LesaError(
-            f"sigmas has {len(levels)} values for {num_steps} steps: give {num_steps + 1}, "
-            "the level at the start of each step and at the end."
+            f"sigmas={shown(levels)}: {len(levels)} values for {num_steps} steps; give "
+            f"{num_steps + 1}, the level at the start of each step and at the end"
         )
     inside = all(0.0 <= sigma <= 1.0 for sigma in levels)
     if len(levels) < 2 or not inside or any(a <= b for a, b in pairwise(levels)):
-        raise LesaError(f"sigmas is {levels}: give strictly decreasing noise levels in [0, 1].")
+        raise LesaError(
+            f"sigmas={shown(levels)}: not strictly decreasing in [0, 1]; give such noise levels"
+        )
     return levels

@@ -39,8 +39,8 @@ def find_denoisers(pipe: Any) -> list[nn.Module]:
         return [pipe]
     if isinstance(pipe, type):
         raise LesaError(
-            f"pipe is the class {pipe.__name__}: give a pipeline, as "
-            f"{pipe.__name__}.from_pretrained(...)."
+            f"pipe={pipe.__name__}: a class, not a pipeline; give one, as "
+            f"{pipe.__name__}.from_pretrained(...)"
         )
     usual = [getattr(pipe, name, None) for name in _USUAL]
     others = [part for name, part in _registered(pipe) if is_denoiser(part)]
@@ -49,7 +49,7 @@ def find_denoisers(pipe: Any) -> list[nn.Module]:
         return list(dict.fromkeys(models))
     raise LesaError(
         f"pipe: {type(pipe).__name__} has no denoiser (a transformer or a unet); give a diffusers "
-        "pipeline, or use lesa.apply_lesa_cache on the denoiser."
+        "pipeline, or use lesa.apply_lesa_cache on the denoiser"
     )
 
 

@@ -49,8 +49,8 @@ def order_of(scheduler: Any) -> int:
     order = getattr(scheduler, "order", 1)
     if not isinstance(order, int) or order < 1:
         raise RunError(
-            f"scheduler: {type(scheduler).__name__}.order is {order!r}; it says how many "
-            "evaluations a step takes: give 1, or 2 for Heun's method."
+            f"{type(scheduler).__name__}.order={order!r}: not how many evaluations a step takes; "
+            "give 1, or 2 for Heun's method"
         )
     return order
 

@@ -33,7 +33,7 @@ def wanted() -> str:
     """What LESA_BACKEND asks for, "auto" where it is not set or empty; LesaError if unknown."""
     name = os.environ.get(VARIABLE) or AUTO
     if name not in (AUTO, *BACKENDS):
-        raise LesaError(f"{VARIABLE} is {name!r}: set it to {AUTO}, {', '.join(BACKENDS)}.")
+        raise LesaError(f"{VARIABLE}={name!r}: no backend; set it to {AUTO}, {', '.join(BACKENDS)}")
     return name
 
 
@@ -44,7 +44,7 @@ def _active(kind: str, wanted: str) -> str:
     # Triton's interpreter runs on the CPU: far too slow to be chosen, good enough to be forced.
     interpreted = wanted == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if (reason := why_not(wanted, kind)) and not interpreted:
-        raise LesaError(f"{VARIABLE} is {wanted!r}, but {reason}")
+        raise LesaError(f"{VARIABLE}={wanted!r}: {reason.rstrip('.')}; set it to {AUTO}")
     return wanted
 
 

@@ -475,7 +475,7 @@ def test_a_failing_forecaster_costs_speed_only(tiny_flux, inputs, error, reason)
     "options, reason",
     [
         ({"schedule": Schedule.every(4, 50)}, "bound to 50 steps"),
-        ({"schedule": None, "full_steps": 20}, "full_steps is 20"),
+        ({"schedule": None, "full_steps": 20}, "full_steps=20"),
     ],
 )
 def test_a_schedule_that_does_not_fit_the_run_costs_speed_only(tiny_flux, inputs, options, reason):

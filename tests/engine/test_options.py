@@ -166,7 +166,7 @@ def test_a_bad_value_is_refused_at_once(given, told):
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"full_steps": 13}, "full_steps is 13 for a run of 12 steps: give at most 12"),
+        ({"full_steps": 13}, "full_steps=13: the run has 12 steps; give at most 12"),
         ({"target_psnr": 40}, "target_psnr=40: .* train one with lesa.train"),
         ({"target_speedup": 99}, "target_speedup=99: .* at most 12 times faster"),
     ],

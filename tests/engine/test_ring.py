@@ -80,7 +80,7 @@ def test_another_kind_of_feature_is_refused(other):
 
 
 def test_history_below_one_is_refused():
-    with pytest.raises(LesaError, match="history is 0"):
+    with pytest.raises(LesaError, match="history=0"):
         Ring(0, torch.ones(3))
 
 

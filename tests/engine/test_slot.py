@@ -302,7 +302,7 @@ def test_what_a_slot_can_go_on_with(model, inputs):
     ("given", "told"),
     [
         ({"full_steps": 0}, "full_steps=0"),
-        ({"full_steps": 9, "num_inference_steps": 8}, "full_steps is 9 for a run of 8 steps"),
+        ({"full_steps": 9, "num_inference_steps": 8}, "full_steps=9: the run has 8 steps"),
         ({"scheduler": 3}, "scheduler=3: not a diffusers scheduler"),
         ({"target_psnr": 40}, "target_psnr=40: .* no decibels"),
         ({"num_inference_steps": 8, "sigmas": [1.0, 0.0]}, "sigmas"),

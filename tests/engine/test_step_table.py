@@ -44,4 +44,4 @@ def test_a_run_shorter_than_its_full_steps_is_told_once(flux):
             run(pipe, call(1) | {"num_inference_steps": 4})
         assert lesa.stats(pipe).skipped == 0
     (told,) = [str(w.message) for w in found if "full_steps" in str(w.message)]
-    assert told.startswith("full_steps is 10 for a run of 4 steps: give at most 4. Every step")
+    assert told.startswith("full_steps=10: the run has 4 steps; give at most 4, else every step")

@@ -185,7 +185,7 @@ def test_other_caches_and_a_second_attach_are_refused(tiny_flux):
 
 
 def test_a_class_can_be_registered():
-    with pytest.raises(LesaError, match="blocks is empty"):
+    with pytest.raises(LesaError, match="ModelSpec.blocks="):
         register_model(ModelSpec("Mine", ()))
 
     class MyFlux(diffusers.FluxTransformer2DModel):

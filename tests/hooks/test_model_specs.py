@@ -191,7 +191,7 @@ def test_a_class_that_cannot_be_relied_on_has_the_output_tap_alone(model, reason
     assert spec.taps == ("output",) and reason in spec.notes
     assert (spec.latent, spec.conditioning) == ("hidden_states", ("encoder_hidden_states",))
     loop = {"num_inference_steps": 4, "schedule": lesa.Schedule.explicit([0, 2])}
-    with pytest.raises(lesa.LesaError, match=f"tap is 'hidden'.*{reason}.*use 'output'"):
+    with pytest.raises(lesa.LesaError, match=f"tap='hidden'.*{reason}.*use 'output'"):
         lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), tap="hidden", **loop))
     lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), **loop))
     prompt, found = torch.randn(1, 3, 4), []
@@ -241,7 +241,7 @@ def test_a_tap_that_a_model_does_not_have_is_refused():
         down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
     )  # fmt: skip
     loop = {"num_inference_steps": 4, "schedule": lesa.Schedule.every(2)}
-    with pytest.raises(lesa.LesaError, match="tap is 'hidden'.*use 'output'"):
+    with pytest.raises(lesa.LesaError, match="tap='hidden'.*use 'output'"):
         lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), tap="hidden", **loop))
     lesa.apply_lesa_cache(model, lesa.LesaConfig(lesa.Reuse(), **loop))
     assert lesa.stats(model).tap == "output"

@@ -96,7 +96,7 @@ def test_a_pipeline_without_a_denoiser_is_told():
 
 
 def test_a_class_instead_of_a_pipeline_is_told():
-    with pytest.raises(lesa.LesaError, match="pipe is the class FluxPipeline: give a pipeline"):
+    with pytest.raises(lesa.LesaError, match="pipe=FluxPipeline: a class, not a pipeline"):
         lesa.enable(diffusers.FluxPipeline)
 
 

@@ -261,7 +261,7 @@ def test_levels_that_do_not_fall_leave_a_clock_in_steps():
 @pytest.mark.parametrize(
     "options, field",
     [
-        ({"num_steps": 0}, "num_inference_steps is 0"),
+        ({"num_steps": 0}, "num_inference_steps=0"),
         ({"num_steps": 3, "sigmas": [1.0, 0.0]}, "give 4"),
         ({"sigmas": [0.5, 0.5]}, "strictly decreasing"),
         ({"sigmas": [14.6, 0.0]}, "strictly decreasing"),
