@@ -19,9 +19,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transfer_page  # noqa: E402
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
 from _submitted_page import submitted_page  # noqa: E402
+from _training_costs import training_page  # noqa: E402
 from _untrained_page import untrained_page  # noqa: E402
 
 from lesa.evaluation.ranking import (  # noqa: E402
+    IN_ENGINE,
     OTHER_FORM,
     OTHER_TAP,
     OURS,
@@ -87,6 +89,7 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
         found["submitted"] = submitted_page(given)
     written = {f"docs/results/{name}.md": "\n".join(lines) for name, lines in found.items()}
     written["docs/results.md"] = "\n".join(index(compared, [*found]))
+    written["docs/training.md"] = training_page(compared)
     return written | {"README.md": readme(compared, [read(path) for path in loops])}
 
 
@@ -109,7 +112,8 @@ def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator
 
 def _others(part: dict[str, Any]) -> int:
     """How many methods a pipeline's file has besides lesa in its forms."""
-    return len({row["method"] for row in part["rows"]} - {OURS, OTHER_TAP, OTHER_FORM, UNTRAINED})
+    own = {OURS, OTHER_TAP, OTHER_FORM, UNTRAINED, IN_ENGINE}
+    return len({row["method"] for row in part["rows"]} - own)
 
 
 def summary(name: str, part: dict[str, Any]) -> Iterator[list[str]]:
