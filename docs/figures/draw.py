@@ -28,29 +28,35 @@ SHOWN = "10"  # full steps of 50 in the pictures of one list
 
 
 def trajectory(data: dict[str, Any]) -> plt.Figure:
-    """Outputs on two axes, and how far the latents are from the plain run's."""
-    found, full = data["trajectory"], data["lists"][SHOWN]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.4))
-    first = 18  # steps; later ones lie on top of each other
+    """The outputs of several runs on two axes, full steps as circles."""
+    places, first = data["trajectory"]["places"], 18  # steps; later ones lie on each other
+    figure, axis = plt.subplots(figsize=(6.4, 4.6))
     for name in ("reuse", "line", "lesa", "plain"):
         colour, title = LOOKS[name]
-        x, y = zip(*found["places"][name][:first], strict=True)
-        left.plot(x, y, color=colour, lw=1.4, marker=".", ms=5, label=title, alpha=0.9)
+        x, y = zip(*places[name][:first], strict=True)
+        axis.plot(x, y, color=colour, lw=1.4, marker=".", ms=5, label=title, alpha=0.9)
     for name in ("reuse", "line", "lesa"):
-        steps = [step for step in full if step < first]
-        x, y = zip(*(found["places"][name][step] for step in steps), strict=True)
-        left.plot(x, y, "o", ms=8, mfc="none", color=LOOKS[name][0])
-    left.set(
-        xlabel="first axis", ylabel="second axis", title="What the denoiser returns, steps 0 to 17"
-    )
-    left.legend(fontsize=8)
+        steps = [step for step in data["lists"][SHOWN] if step < first]
+        x, y = zip(*(places[name][step] for step in steps), strict=True)
+        axis.plot(x, y, "o", ms=8, mfc="none", color=LOOKS[name][0])
+    axis.set(xlabel="first axis", ylabel="second axis")
+    axis.set_title("What the denoiser returns, steps 0 to 17")
+    axis.legend(fontsize=9)
+    return figure
+
+
+def distance(data: dict[str, Any]) -> plt.Figure:
+    """How far the latents are from the plain run's, step by step."""
+    figure, axis = plt.subplots(figsize=(6.4, 3.4))
     for name in ("reuse", "line", "lesa"):
         colour, title = LOOKS[name]
-        right.plot([100 * e for e in found["errors"][name]], color=colour, lw=1.6, label=title)
-    for step in full:
-        right.axvline(step, color="#dddddd", lw=1, zorder=0)
-    right.set(xlabel="step", title="Distance of the latent from the plain run's, %")
-    right.set_ylim(bottom=0)
+        errors = [100 * error for error in data["trajectory"]["errors"][name]]
+        axis.plot(errors, color=colour, lw=1.6, label=title)
+    for step in data["lists"][SHOWN]:
+        axis.axvline(step, color="#dddddd", lw=1, zorder=0)
+    axis.set(xlabel="step (grey lines: full steps)", ylim=(0, None))
+    axis.set_title("Distance of the latent from the plain run's, %")
+    axis.legend(fontsize=9, loc="upper left")
     return figure
 
 
@@ -58,7 +64,7 @@ def table(data: dict[str, Any]) -> plt.Figure:
     """The coefficients of one list as a picture."""
     rows = list(zip(*data["tables"][SHOWN], strict=True))
     limit = 2.0
-    figure, axis = plt.subplots(figsize=(10, 2.3))
+    figure, axis = plt.subplots(figsize=(7.2, 2.2))
     image = axis.imshow(rows, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
     names = ["newest feature", "one older", "two older", "latent"]
     axis.set(xlabel="step", yticks=range(len(names)), yticklabels=names)
@@ -71,8 +77,8 @@ def table(data: dict[str, Any]) -> plt.Figure:
 
 def ring(data: dict[str, Any]) -> plt.Figure:
     """Which step's feature each slot of the ring holds, step by step."""
-    full, last = data["lists"][SHOWN], 27
-    figure, axis = plt.subplots(figsize=(10, 2.4))
+    full, last = data["lists"][SHOWN], 21
+    figure, axis = plt.subplots(figsize=(7.2, 2.2))
     slots: list[int | None] = [None, None, None]
     newest = -1
     for step in range(last):
@@ -110,7 +116,7 @@ def search(data: dict[str, Any]) -> plt.Figure:
     second = {tuple(r["full_steps"]): r["dB"] for r in raced if r["prompts"] == most}
     order = sorted(first, key=lambda steps: (second.get(steps, -99), first[steps]))
     chosen = tuple(data["lists"][SHOWN])
-    figure, axis = plt.subplots(figsize=(10, 3.4))
+    figure, axis = plt.subplots(figsize=(7.2, 3.4))
     for line, steps in enumerate(order):
         colour = RED if steps == chosen else BLUE if steps in second else GREY
         axis.plot([0, 49], [line, line], color="#e5e7eb", lw=1, zorder=0)
@@ -129,15 +135,17 @@ def search(data: dict[str, Any]) -> plt.Figure:
     return figure
 
 
-FIGURES = {"trajectory": trajectory, "table": table, "ring": ring, "search": search, "flow": flow}
+FIGURES = [trajectory, distance, table, ring, search, flow]
 
 
 def main() -> None:
     data = json.loads((HERE / "flux.json").read_text())
     plt.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "lesa", "font.size": 10}
-    for name, draw in FIGURES.items():
+    for draw in FIGURES:
         figure = draw(data)
-        figure.savefig(IMAGES / f"{name}.svg", bbox_inches="tight", metadata={"Date": None})
+        figure.savefig(
+            IMAGES / f"{draw.__name__}.svg", bbox_inches="tight", metadata={"Date": None}
+        )
         plt.close(figure)
 
 
