@@ -1,8 +1,8 @@
 """MkDocs hooks: pages and files from outside docs/, their links, and the messages of lesa.
 
 The pages are written for a reader of the repository, where a link leads from file to file. Here
-each file outside docs/ that a page links is published too, at its place in the repository, and a
-link to README leads to the first page.
+each file outside docs/ that a page links is published too, at its place in the repository, programs
+as pages, and a link to README leads to the first page.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mkdocs.structure.files import File, Files
 
 sys.path.insert(0, str(Path(__file__).parent))
 from messages import write_messages  # noqa: E402  # beside this file, which is no package
+from programs import PROGRAMS, page_uri, program_page  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
@@ -25,6 +26,8 @@ HOME = "README.md", "index.md"  # in the repository, on the site
 
 def site_path(path: str) -> str:
     """Where a file of the repository is on the site."""
+    if path.endswith(PROGRAMS):
+        return page_uri(path)
     return HOME[1] if path == HOME[0] else path.removeprefix("docs/")
 
 
@@ -50,9 +53,13 @@ def on_files(files: Files, config: Any) -> Files:
         uri, place = site_path(path), ROOT / path
         if not place.is_file() or files.get_file_from_path(uri):
             continue
-        file = File.generated(config, uri, abs_src_path=str(place))
+        if path.endswith(PROGRAMS):
+            made = {"content": program_page(path, place.read_text(encoding="utf-8"))}
+        else:
+            made = {"abs_src_path": str(place)}
+        file = File.generated(config, uri, **made)
         files.append(file)
-        if file.is_documentation_page():
+        if file.is_documentation_page() and not path.endswith(PROGRAMS):
             open_ends += linked(uri, file.content_string)
     return files
 
@@ -60,6 +67,8 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links between files become links between pages; details may hold tables."""
     uri = page.file.src_uri
+    if page.file.abs_src_path is None:  # the page of a program
+        return markdown
     folder, here = posixpath.dirname(source(uri)), posixpath.dirname(uri)
 
     def moved(found: re.Match[str]) -> str:

@@ -154,7 +154,7 @@ class Sources:
             more = [(node.body, source), (node.orelse, source)]
         elif isinstance(node, ast.BoolOp):
             more = [(way, source) for way in node.values]
-        elif isinstance(node, ast.Call):
+        elif isinstance(node, ast.Call) and called(node) not in PLAIN:
             more = self._returned(called(node), source)
         elif isinstance(node, ast.Name):
             if found := self._constant(node.id, source):
