@@ -137,7 +137,7 @@ class GenerateRequest(RunRequest):
     forecaster: Annotated[
         str | None,
         typer.Option(
-            help="Folder, hub id, or fora, taylor-1, ...; without: plain run.",
+            help="Folder, hub id, or lesa-untrained, fora, ...; without: plain run.",
             rich_help_panel=FORECASTER,
             autocompletion=completion.forecasters,
         ),

@@ -36,7 +36,7 @@ class PlayRequest(RunRequest):
     forecaster: Annotated[
         str,
         typer.Option(
-            help="Folder, hub id, or fora, taylor-1, ...",
+            help="Folder, hub id, or lesa-untrained, fora, ...",
             rich_help_panel=FORECASTER,
             autocompletion=completion.forecasters,
         ),
