@@ -26,7 +26,7 @@ def repaint(strength: float) -> tuple[torch.Tensor, float]:
     """The source repainted, [1, 3, H, W], and the seconds that it took."""
     noise, start = torch.Generator().manual_seed(1), time.perf_counter()
     options = {"image": source, "strength": strength, "generator": noise, **call}
-    picture = pipe("a large blue circle on a yellow background", **options).images
+    picture = pipe("a large blue circle on a brown background", **options).images
     return picture.cpu().float(), time.perf_counter() - start
 
 
