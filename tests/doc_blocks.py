@@ -68,7 +68,8 @@ def check_command(words: list[str], *, run: bool) -> None:
     """What can be told of a command without a GPU, an installation or hours."""
     program, rest = words[0], words[1:]
     if program == "lesa":
-        run_lesa(rest) if run else parse_lesa(rest)
+        served = rest[0] == "play"  # until Ctrl-C; tests/play/test_browser.py does it
+        run_lesa(rest) if run and not served else parse_lesa(rest)
     elif program in ("torchrun", "accelerate"):  # torchrun ... -m lesa ...
         parse_lesa(words[words.index("lesa") + 1 :])
     elif program == "make":

@@ -7,13 +7,15 @@ import os
 import signal
 import socket
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from lesa.errors import LesaError
 
-__all__ = ["HOST", "address", "listening", "serve"]
+__all__ = ["HOST", "address", "in_background", "listening", "quiet_gradio", "serve"]
 
 HOST = "127.0.0.1"
 # The page may load from this server alone; what Gradio names elsewhere, a browser refuses.
@@ -99,6 +101,26 @@ def serve(blocks: Any, door: socket.socket) -> None:
             server(blocks).run(sockets=[door])
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def in_background(blocks: Any, door: socket.socket) -> Iterator[str]:
+    """Serve the page from a thread while the block runs, which gets its address.
+
+    Raises: LesaError where the server does not start.
+    """
+    running = server(blocks)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [door]}, daemon=True)
+    thread.start()
+    while not running.started:
+        if not thread.is_alive():
+            raise LesaError(f"port={door.getsockname()[1]}: the page did not start; see above why")
+        time.sleep(0.01)
+    try:
+        yield address(door)
+    finally:
+        running.should_exit = True
+        thread.join()
 
 
 class _Policy:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from lesa.play.counts import Counts
-from lesa.play.server import address, listening, quiet_gradio, server
+from lesa.play.server import in_background, listening, quiet_gradio
 
 gr = pytest.importorskip("gradio", reason="the extra play is not installed")
 from lesa.play import page as pages  # noqa: E402
@@ -130,17 +128,12 @@ def test_a_video_moves_and_one_of_its_frames_is_compared(player, tmp_path, monke
 @pytest.fixture
 def served(player) -> Iterator[str]:
     """The address of a page that is served from a thread."""
-    with listening(0) as door, quiet_gradio():
-        running = server(pages.page(player, OPENING))
-        thread = threading.Thread(target=running.run, kwargs={"sockets": [door]})
-        thread.start()
-        while not running.started:
-            assert thread.is_alive()
-            time.sleep(0.01)
-        yield address(door)
-        running.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
+    with (
+        listening(0) as door,
+        quiet_gradio(),
+        in_background(pages.page(player, OPENING), door) as url,
+    ):
+        yield url
 
 
 def test_what_is_served_loads_nothing_from_elsewhere(served):
