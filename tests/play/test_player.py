@@ -13,7 +13,7 @@ import lesa
 from lesa import testbed
 from lesa.errors import LesaError
 from lesa.hooks.timed_run import generate
-from lesa.play.counts import Counts
+from lesa.play.counts import Counts, counts_of
 from lesa.play.player import Made, Player, _Kept
 
 TEXT, STEPS = "a large red circle on a white background", 6
@@ -43,6 +43,22 @@ def test_pictures_are_those_of_the_library(player, played_pipe):
     lesa.enable(played_pipe, lesa.Prior(), full_steps=2)
     assert torch.equal(fast.picture, picture(played_pipe, 3))
     assert fast.full_steps == lesa.stats(played_pipe).full_steps and not fast.notes
+
+
+def test_a_trained_forecaster_runs_each_of_its_lists(played_pipe):
+    """And no other count, for which it would spread full steps anew."""
+    lists = {2: (0, 3), 3: (0, 2, 4)}
+    picture(played_pipe, 0)  # sets the noise levels of so many steps
+    forecaster, levels = lesa.LesaForecaster(), played_pipe.scheduler.sigmas.tolist()
+    for full in lists.values():
+        forecaster.recommend(lesa.Schedule.explicit(full, STEPS), levels)
+    settings = testbed.settings() | {"num_inference_steps": STEPS}
+    player = Player(played_pipe, forecaster, settings, counts_of(forecaster, STEPS))
+    found = {count: player.accelerated(TEXT, 0, count).full_steps for count in lists}
+    lesa.disable(played_pipe)
+    assert found == lists
+    with pytest.raises(LesaError, match="full steps=4: .* give 2 or 3"):
+        player.accelerated(TEXT, 0, 4)
 
 
 def test_two_visitors_at_once_get_what_each_would_get_alone(player):
