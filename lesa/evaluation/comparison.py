@@ -40,10 +40,11 @@ class Comparison:
             psnr_p10 their 10th percentile, each with a 95 % bootstrap interval; psnr_frame_* are
             over frames, temporal_psnr is of the differences between frames), seconds of the
             denoising loop for one batch, speedup over the plain loop in the same round, tflops of
-            one prompt's loop, cache_bytes held during a batch. Where they apply: peak_bytes that
-            CUDA allocated on top during a batch, scores of the judges, `LPIPS_COLUMNS` (the mean,
-            the largest, and the interval of the mean), full_step_list where a schedule says which
-            steps are full, psnr_u8wrap of the paper's own recipe.
+            one prompt's loop, cache_bytes held during a batch, cpu_seconds that the process
+            computed during the loop. Where they apply: peak_bytes that CUDA allocated on top during
+            a batch, scores of the judges, `LPIPS_COLUMNS` (the mean, the largest, and the interval
+            of the mean), full_step_list where a schedule says which steps are full, psnr_u8wrap of
+            the paper's own recipe.
         curves: Label -> relative RMS error of the latent after each step, mean over prompts.
         pictures: Label (and "plain") -> the first pictures, [n, C, H, W] in [0, 1], or videos,
             [n, F, C, H, W]; `titles` are the prompts of all pictures.
@@ -67,7 +68,7 @@ class Comparison:
     seed: int = 0
     plain_seconds: float = 0.0
     plain_tflops: float = 0.0
-    plain_more: dict[str, Any] = field(default_factory=dict)  # peak_bytes, scores
+    plain_more: dict[str, Any] = field(default_factory=dict)  # cpu_seconds, peak_bytes, scores
 
     def scores(self) -> dict[str, dict[str, float]]:
         """Label (and "plain") -> name -> mean of what a judge said, where one was asked."""

@@ -98,6 +98,7 @@ class Contest:
         if not measured.seconds:  # the first batch tells how large the pictures are
             self._judge_by_lpips(plain.images)
         measured.seconds.append(plain.seconds)
+        measured.cpu_seconds.append(plain.cpu_seconds)
         self.result.noise_levels = levels_of(self.pipe, self.methods[PLAIN].num_steps)
         measured.judge(self.judges, plain, plain, chunk.titles)
         measured.pictures.append(plain.images[:kept])
@@ -123,6 +124,7 @@ class Contest:
         """The rows, once all batches are through."""
         result, plain = self.result, self.measured[PLAIN]
         result.plain_seconds = median(plain.seconds)
+        result.plain_more["cpu_seconds"] = median(plain.cpu_seconds)
         result.pictures[PLAIN] = torch.cat(plain.pictures)
         if plain.peak_bytes is not None:
             result.plain_more["peak_bytes"] = plain.peak_bytes

@@ -32,6 +32,7 @@ COLUMNS = (
     "psnr",
     "psnr_mean_interval",
     "psnr_p10_interval",
+    "cpu_seconds",
 )
 LPIPS_COLUMNS = ("lpips_mean", "lpips_max", "lpips_mean_interval")  # where it is measured
 VIDEO_COLUMNS = ("psnr_frame_mean", "psnr_frame_min", "temporal_psnr")
@@ -49,6 +50,7 @@ class MetricsRow:
     temporal: list[float] = field(default_factory=list)  # of videos: dB of what moves
     judged: dict[str, list[float]] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     speedup: list[float] = field(default_factory=list)
     errors: list[Tensor] = field(default_factory=list)  # [B, S] each
     pictures: list[Tensor] = field(default_factory=list)
@@ -66,6 +68,7 @@ class MetricsRow:
             self.frames += frame_psnr(plain.images, run.images).flatten().tolist()
             self.temporal += temporal_psnr(plain.images, run.images).tolist()
         self.seconds.append(run.seconds)
+        self.cpu_seconds.append(run.cpu_seconds)
         self.speedup.append(plain.seconds / run.seconds)
         if run.latents and len(run.latents) == len(plain.latents):
             self.errors.append(_relative_error(plain.latents, run.latents))
@@ -106,6 +109,7 @@ class MetricsRow:
             self.psnr,
             [average["low"], average["high"]],
             [tail["low"], tail["high"]],
+            median(self.cpu_seconds),
         )
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         if method.schedule is not None:

@@ -89,7 +89,9 @@ def run_method(
             runs.append(generate(pipe, [prompt], drawn, own, record=True, on_step=on_step))
     latents = [torch.cat(step) for step in zip(*(run.latents for run in runs), strict=True)]
     images = torch.cat([run.images for run in runs])
-    return Run(images, sum(run.seconds for run in runs), latents)
+    seconds = sum(run.seconds for run in runs)
+    cpu_seconds = sum(run.cpu_seconds for run in runs)
+    return Run(images, seconds, latents, cpu_seconds)
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def document(subject: Subject, pipe: Any, result: Comparison) -> dict[str, Any]:
         "seed": result.seed,
         "batch_size": subject.batch_size,
         "pairs": len(result.titles),
-        "plain": {key: plain[key] for key in ("seconds", "tflops", "peak_bytes")},
+        "plain": {key: plain[key] for key in ("seconds", "cpu_seconds", "tflops", "peak_bytes")},
         "process_peak_bytes": machine.peak_bytes(),
         "missing": _missing(result, device),
         "rows": [_row(row) for row in result.rows],
@@ -138,7 +138,7 @@ def _missing(result: Comparison, device: torch.device) -> dict[str, str]:
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
     """One method at one number of full steps."""
     same = ("label", "method", "full_steps", "schedule")
-    more = ("ssim_mean", "seconds", "speedup", "tflops", "cache_bytes")
+    more = ("ssim_mean", "seconds", "cpu_seconds", "speedup", "tflops", "cache_bytes")
     return {
         **{key: row[key] for key in same},
         "full_step_list": row.get("full_step_list"),

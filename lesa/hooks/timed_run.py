@@ -22,13 +22,15 @@ class Run:
     images: Tensor
     seconds: float
     latents: list[Tensor] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
 
 class LoopBar:
     """Stands in for `pipe.progress_bar`, which every diffusers loop enters, updates and leaves.
 
-    `seconds` covers the denoising loop alone, without text encoders and decoder. `mark` is called
-    where the loop begins and after every step, `on_step` after every step.
+    `seconds` covers the denoising loop alone, without text encoders and decoder, and `cpu_seconds`
+    what this process computed meanwhile, all its threads together. `mark` is called where the loop
+    begins and after every step, `on_step` after every step.
     """
 
     def __init__(
@@ -37,7 +39,7 @@ class LoopBar:
         mark: Callable[[], None] | None = None,
         on_step: Callable[[], object] = lambda: None,
     ) -> None:
-        self.seconds = 0.0
+        self.seconds = self.cpu_seconds = 0.0
         self._device = device
         self._mark, self._on_step = mark or (lambda: None), on_step
         self._iterable: Iterable[Any] = ()
@@ -49,12 +51,13 @@ class LoopBar:
     def __enter__(self) -> LoopBar:
         self._synchronise()
         self._mark()
-        self._start = time.perf_counter()
+        self._start = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._synchronise()
-        self.seconds += time.perf_counter() - self._start
+        self.seconds += time.perf_counter() - self._start[0]
+        self.cpu_seconds += time.process_time() - self._start[1]
 
     def __iter__(self) -> Iterator[Any]:
         with self:
@@ -124,4 +127,4 @@ def generate(
         }
     with torch.no_grad(), loop_bar(pipe, on_step=on_step) as bar:
         images = pipe(return_dict=False, **arguments)[0]
-    return Run(images.float().cpu(), bar.seconds, latents)
+    return Run(images.float().cpu(), bar.seconds, latents, bar.cpu_seconds)

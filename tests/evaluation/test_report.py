@@ -31,7 +31,7 @@ LPIPS_COLUMNS = ["lpips_mean", "lpips_max", "lpips_mean_interval"]
 COLUMNS = [
     "method", "schedule", "full_steps", "psnr_mean", "psnr_p10", "psnr_min",
     "ssim_mean", "seconds", "speedup", "tflops", "cache_bytes",
-    "label", "psnr", "psnr_mean_interval", "psnr_p10_interval",
+    "label", "psnr", "psnr_mean_interval", "psnr_p10_interval", "cpu_seconds",
 ]  # fmt: skip
 
 

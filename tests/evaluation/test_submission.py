@@ -20,6 +20,7 @@ from lesa.util.source import Source
 
 ROOT = Path(__file__).parents[2]
 SCHEMA = json.loads((ROOT / "docs/result.schema.json").read_text())
+SUBMITTED = ROOT / "benchmarks/results/submitted"
 SOURCE = Source(lesa.__version__, "0" * 40, "checkout")
 
 
@@ -69,6 +70,7 @@ def test_the_file_is_what_its_schema_and_the_table_say(clean, prompts, tmp_path)
         psnr = other["psnr_mean"], other["psnr_p10"], other["psnr_min"]
         assert (row["psnr"]["mean"], row["psnr"]["p10"], row["psnr"]["minimum"]) == psnr
         assert (row["seconds"], row["label"]) == (other["seconds"], other["label"])
+        assert 0 < row["cpu_seconds"] < found["plain"]["cpu_seconds"]
         assert (row["lpips"] is None) == ("lpips" in found["missing"])
     assert found["missing"]["peak_bytes"].startswith("cpu does not count it")
     assert not any(str(tmp_path) in part for part in (out.read_text(), str(found["options"])))
@@ -78,6 +80,17 @@ def test_the_file_is_what_its_schema_and_the_table_say(clean, prompts, tmp_path)
 def errors_of(found: dict, name: str) -> list[str]:
     """What the schema says of a file without a part of it."""
     return [*errors({key: value for key, value in found.items() if key != name}, SCHEMA)]
+
+
+@pytest.mark.parametrize("path", sorted(SUBMITTED.glob("*.json")), ids=lambda path: path.stem)
+def test_a_committed_file_is_as_described_and_of_the_committed_prompts(path):
+    found = json.loads(path.read_text())
+    assert [*errors(found, SCHEMA)] == []
+    if found["pipeline"]["name"].startswith("testbed:"):
+        captions = (SUBMITTED / "captions.txt").read_text().splitlines()
+        assert found["prompts"] == {"count": len(captions), "sha256": prompts_hash(captions)}
+    else:
+        assert found["pairs"] >= 8
 
 
 def test_prompts_are_told_apart_by_their_hash():
