@@ -6,6 +6,7 @@ import json
 import socket
 from importlib.util import find_spec
 
+import processes
 import pytest
 from typer.testing import CliRunner
 
@@ -81,6 +82,12 @@ def test_a_forecaster_of_another_model(nothing_loads, other_model):
 )
 def test_bad_input_is_one_sentence(nothing_loads, options, sentence):
     assert sentence in refused(*COMMON, *options)
+
+
+def test_several_processes_do_not_open_it(nothing_loads, monkeypatch):
+    for name, value in processes.environment(0, 2).items():
+        monkeypatch.setenv(name, value)
+    assert refused(*COMMON).startswith("lesa: WORLD_SIZE=2: lesa play runs in one process")
 
 
 def test_it_has_no_option_without_effect():
