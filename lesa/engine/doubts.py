@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lesa.engine.config import LesaConfig
-from lesa.engine.step_table import needs_levels
+from lesa.engine.step_tables import needs_levels
 from lesa.forecasters.calibration import untrained
 from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash

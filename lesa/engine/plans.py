@@ -10,7 +10,7 @@ from typing import NamedTuple
 from lesa.engine.config import LesaConfig
 from lesa.engine.doubts import doubts_of_count
 from lesa.engine.options import Options
-from lesa.engine.step_table import StepTables
+from lesa.engine.step_tables import StepTables
 from lesa.errors import LesaError, RunError
 from lesa.hooks.step_clock import Step
 

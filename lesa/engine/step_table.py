@@ -1,8 +1,7 @@
-"""A table unpacked for the step path, and where to get it."""
+"""A table unpacked for the step path."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -10,20 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lesa.core.forecaster import Forecaster
-from lesa.core.schedule import Schedule
 from lesa.core.table import GatedRows, Table
-from lesa.engine.config import LesaConfig
-from lesa.errors import LesaError
-from lesa.forecasters.config_check import LARGEST_SUM, largest_sum
-from lesa.forecasters.lesa import LesaForecaster
-from lesa.forecasters.prior import Prior
-from lesa.hooks.scheduler_advice import other_size
-from lesa.hooks.step_clock import Step
 
-__all__ = ["DeviceTable", "Row", "StepTable", "StepTables", "gates_by_step", "needs_levels"]
-
-_MAX_TABLES = 64
+__all__ = ["DeviceTable", "Row", "StepTable", "gates_by_step"]
 
 
 class Row(NamedTuple):
@@ -127,124 +115,3 @@ def gates_by_step(gated: GatedRows) -> list[tuple[Any, ...]]:
         (weights, tau, *(part[expert] for part in parts), low, high, bias)
         for expert, (weights, tau, bias) in zip(experts, rows, strict=True)
     ]
-
-
-def needs_levels(forecaster: Forecaster) -> bool:
-    """Whether a forecaster goes by noise levels: it has no table without them."""
-    try:
-        forecaster.table(Schedule.explicit([0], 2), ())
-    except Exception:
-        return True
-    return False
-
-
-class StepTables:
-    """Asks the forecaster for tables and remembers them."""
-
-    def __init__(self, config: LesaConfig) -> None:
-        self._config = config
-        self._tables: dict[tuple[Any, ...], StepTable | str] = {}
-        self._told: set[str] = set()
-
-    def schedule(self, step: Step) -> Schedule:
-        """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
-        return self._config.bound_schedule(step.num_steps, step.sigmas)
-
-    def of(self, step: Step, rows: int) -> StepTable | str:
-        """The table of the steps from `step` on, as a run of their own, or why there is none.
-
-        `rows` of the batch tell whether it really holds the guidance parts of the pipeline.
-        """
-        parts = _parts(step, rows)
-        run = step.generation
-        levels, sampler = step.sigmas or run.levels_problem, (run.noise, run.multistep)
-        guidance = (run.embedded, *run.guidance.items())
-        key = (step.num_steps, levels, step.branch, step.index, parts, sampler, guidance)
-        found = self._tables.get(key)
-        if found is None:
-            if len(self._tables) >= _MAX_TABLES:
-                self._tables.clear()
-            found = self._tables[key] = self._make(step, parts)
-        return found
-
-    def _make(self, step: Step, parts: int) -> StepTable | str:
-        start = step.index
-        try:
-            schedule = self.schedule(step)
-            if start:
-                later = [s - start for s in schedule.full_steps if s > start]
-                schedule = Schedule.explicit([0, *later], step.num_steps - start)
-        except LesaError as error:
-            self._warn_of_count(str(error))
-            return f"no table: {error}"
-        try:
-            options = self._away(step, schedule)
-            forecaster = self._config.forecaster
-            table = forecaster.table(schedule, step.sigmas[start:], step.branch, **options)
-        except Exception as error:
-            if not step.sigmas:
-                return _without_levels(self._config.forecaster, step)
-            if isinstance(error, LesaError):
-                return f"no table: {error}"
-            raise
-        self._warn_of_large(table)
-        return StepTable(table, parts)
-
-    def _warn_of_count(self, told: str) -> None:
-        """Tell, once, of a run that is shorter than the full steps that were asked for."""
-        if "count" not in self._told:
-            self._told.add("count")
-            warnings.warn(f"{told}, else every step is computed in full", stacklevel=2)
-
-    def _warn_of_large(self, table: Table) -> None:
-        """Tell, once, of coefficients that make noise of small errors of the features: Taylor 3 on
-        a list whose full steps are all at the beginning has 1.2e6."""
-        largest = largest_sum(table)
-        if largest > LARGEST_SUM and "large" not in self._told:
-            self._told.add("large")
-            warnings.warn(
-                f"{self._config.forecaster.name}: coefficients of one step add up to {largest:.3g} "
-                f"in magnitude, above {LARGEST_SUM:.0f}, and magnify errors of the cached features "
-                "by that; spread the full steps over the run, or use a lower order",
-                stacklevel=2,
-            )
-
-    def _away(self, step: Step, schedule: Schedule) -> dict[str, Any]:
-        """What a trained forecaster is told of a run that it was not trained for; the user is
-        warned once of each kind, but not of a list that a count made: `enable` has told of it. The
-        prior, which was trained for none, is told of the sampler."""
-        forecaster, run = self._config.forecaster, step.generation
-        if isinstance(forecaster, Prior):
-            return {"multistep": run.multistep, "noise": run.noise}
-        if not isinstance(forecaster, LesaForecaster) or not step.sigmas:
-            return {}
-        levels = step.sigmas[step.index :]
-        found = forecaster.mismatch(schedule, levels, run.sampler, run.noise)
-        over = forecaster.excess(run.guidance, run.embedded) if schedule.skipped_steps else None
-        for each in (found, over and over.mismatch()):
-            counted = each and each.kind == "list" and self._config.schedule is None
-            if each and not (counted or step.index or each.kind in self._told):
-                self._told.add(each.kind)
-                warnings.warn(each.told, stacklevel=2)
-        away = {"noise": found.kind == "noise", "multistep": run.multistep} if found else {}
-        return away | ({"guidance": over.ratio} if over else {})
-
-
-def _parts(step: Step, rows: int) -> int:
-    """The guidance parts of a batch of this many rows: 1 where it does not hold as many pictures of
-    each as the pipeline makes."""
-    pictures = step.generation.pictures
-    if step.parts > 1 and pictures:
-        return step.parts if rows == step.parts * pictures else 1
-    return step.parts if rows % step.parts == 0 else 1
-
-
-def _without_levels(forecaster: Forecaster, step: Step) -> str:
-    """Why a forecaster has no table where there are no noise levels, and the remedy that fits."""
-    pipe = None if step.generation.pipe is None else step.generation.pipe()
-    return (
-        f"no table: {forecaster.name} goes by noise levels, and {step.generation.levels_problem}; "
-    ) + (
-        other_size(pipe)
-        or "use another scheduler, or a forecaster that goes by steps, as lesa.Taylor()"
-    )

@@ -66,8 +66,9 @@ class Excess(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times above; the trained one counts as 1 at least."""
-        return self.scale / max(self.trained, 1.0)
+        """How many times above, in tenths: a server of many scales needs few tables. The trained
+        one counts as 1 at least."""
+        return round(self.scale / max(self.trained, 1.0), 1)
 
     def mismatch(self) -> Mismatch:
         """In a sentence with the remedy."""

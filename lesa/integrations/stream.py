@@ -17,7 +17,8 @@ from lesa.core.schedule import Schedule
 from lesa.engine.config import LesaConfig
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import StepTable, StepTables
+from lesa.engine.step_table import StepTable
+from lesa.engine.step_tables import StepTables
 from lesa.errors import LesaError
 from lesa.hooks.added_noise import adds_noise, is_multistep
 from lesa.hooks.generation import Generation

@@ -267,12 +267,13 @@ def test_noise_counts_only_where_training_had_none():
     [
         ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, True, ("guidance_scale", 2.0)),
         ({"guidance_scale": 3.5}, {"guidance_scale": 3.5}, False, True, None),
+        ({"guidance_scale": 3.5}, {"guidance_scale": 3.6}, False, True, None),  # all but the same
         ({"guidance_scale": 3.5}, {"guidance_scale": 1.0}, False, True, None),
         ({"guidance_scale": 0.5}, {"guidance_scale": 3.0}, False, True, ("guidance_scale", 3.0)),
         # schnell is not told the scale that its pipeline takes
         ({"guidance_scale": 0.0}, {"guidance_scale": 3.5}, False, False, None),
         ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, False, None),
-        ({"true_cfg_scale": 4.0}, {"true_cfg_scale": 5.0}, True, False, ("true_cfg_scale", 1.25)),
+        ({"true_cfg_scale": 4.0}, {"true_cfg_scale": 5.0}, True, False, ("true_cfg_scale", 1.2)),
         # without a negative prompt it has no effect
         ({"true_cfg_scale": 1.0}, {"true_cfg_scale": 4.0}, False, True, None),
         (

@@ -98,7 +98,7 @@ def test_mistakes_are_one_sentence(inside, monkeypatch):
         run(pipe, call())
     cache_dit.disable_cache(pipe)
     inside(pipe, full_steps=30)
-    with pytest.raises(LesaError, match="30 for a run of 6 steps"):
+    with pytest.raises(LesaError, match="full_steps=30: the run has 6 steps"):
         run(pipe, call())
     monkeypatch.setattr(cache_dit, "__version__", "2.0.1")
     with pytest.raises(LesaError, match="cache_dit=2.0.1: .* pip install"):

@@ -124,7 +124,7 @@ def test_mistakes_are_one_sentence_before_a_step_runs(case):
     with pytest.raises(LesaError, match="output tap only"):
         comfyui.apply(patcher(case), LesaConfig(tap="hidden"))
     model = comfyui.apply(patcher(case), LesaConfig(full_steps=9))
-    with pytest.raises(LesaError, match="9 for a run of 8 steps"):
+    with pytest.raises(LesaError, match="full_steps=9: the run has 8 steps"):
         sample(case, model)
     assert model.get_model_object("diffusion_model").calls == 0
 

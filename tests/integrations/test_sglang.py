@@ -118,7 +118,7 @@ def test_mistakes_are_one_sentence(case):
     with pytest.raises(LesaError, match="SGLang keeps what the blocks return; train one with"):
         Cache(trained(case.levels))
     request = SimpleNamespace(num_inference_steps=STEPS, sigmas=case.levels)
-    with pytest.raises(LesaError, match="9 for a run of 8 steps"):
+    with pytest.raises(LesaError, match="full_steps=9: the run has 8 steps"):
         states(request, full_steps=9)
     with pytest.raises(LesaError, match="sglang.* run pip install"):
         Cache().maybe_reset()

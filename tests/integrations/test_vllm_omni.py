@@ -143,7 +143,7 @@ def test_other_backends_stay_as_they_are(engine):
 
 def test_mistakes_are_one_sentence(engine, case, pipeline):
     backend = made(engine, pipeline, full_steps=9)
-    with pytest.raises(LesaError, match="9 for a run of 8 steps"):
+    with pytest.raises(LesaError, match="full_steps=9: the run has 8 steps"):
         backend.refresh(pipeline, STEPS)
     with pytest.raises(LesaError, match="has no transformer"):
         engine("lesa", {}).enable(nn.Linear(1, 1))
