@@ -95,13 +95,16 @@ def run_play(request: PlayRequest, console: Console) -> None:
     from lesa.play.server import address, listening, quiet_gradio, serve
 
     with listening(request.port) as door, quiet_gradio():
-        page, facts = _made(request, saved, forecaster, settings, counts)
+        page, player, facts = _made(request, saved, forecaster, settings, counts)
         facts |= {"url": address(door)}
         by = facts["forecaster"]
         say(console, f"{facts['url']} shows {request.named}, accelerated by {by}; Ctrl-C ends it")
         emit(request.json, facts)
         sys.stdout.flush()  # whoever reads it waits for the address
-        serve(page, door)
+        try:
+            serve(page, door)
+        finally:
+            player.close()
 
 
 def _checked(request: PlayRequest, saved: Saved) -> tuple[Any, dict[str, Any], Counts]:
@@ -125,8 +128,8 @@ def _checked(request: PlayRequest, saved: Saved) -> tuple[Any, dict[str, Any], C
 
 def _made(
     request: PlayRequest, saved: Saved, forecaster: Any, settings: dict[str, Any], counts: Counts
-) -> tuple[Any, dict[str, Any]]:
-    """The page of the loaded pipeline, after a first run, and what there is to say of it."""
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The page of the loaded pipeline, its player after a first run, and what there is to say."""
     from lesa.play.page import Opening, page
     from lesa.play.player import Player
 
@@ -145,4 +148,4 @@ def _made(
         "frames": frames,
     }
     opening = Opening(request.named, forecaster.name, prompt, request.seed, first, frames)
-    return page(player, opening), facts
+    return page(player, opening), player, facts

@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from lesa.core.checks import whole
 from lesa.errors import LesaError, is_out_of_memory
 from lesa.play import views
 from lesa.play.counts import Counts
@@ -116,12 +117,13 @@ def _handler(player: Player) -> Callable[..., Iterator[list[Any]]]:
     def run(prompt: str, seed: float, count: float, frame: float = 1) -> Iterator[list[Any]]:
         text, number = player.checked(prompt, _whole(seed))
         wanted = player.counts.moved(_whole(count))
+        place = whole("frame", _whole(frame), 1) - 1
         fast = player.accelerated(text, number, wanted)
         plain = player.kept(text, number)
         if plain is None:
-            yield [wanted, *_shown(None, fast, int(frame) - 1)]
+            yield [wanted, *_shown(None, fast, place)]
             plain = player.plain(text, number)
-        yield [wanted, *_shown(plain, fast, int(frame) - 1)]
+        yield [wanted, *_shown(plain, fast, place)]
 
     return run
 

@@ -57,6 +57,7 @@ class Player:
         self.counts = counts
         self._pipe, self._settings = pipe, dict(settings)
         self._lock, self._made = threading.Lock(), _Kept(kept_bytes)
+        self._closed = threading.Event()
         lesa.enable(pipe, forecaster, full_steps=counts.default)
 
     @property
@@ -94,6 +95,10 @@ class Player:
         """`count` steps in full, the others forecast; LesaError for a count that is not offered."""
         return self._once(prompt, seed, self.counts.check(count, "full steps"))
 
+    def close(self) -> None:
+        """End a run at its next step, and let none begin: nobody waits for them any more."""
+        self._closed.set()
+
     def _once(self, prompt: str, seed: int, count: int | None) -> Made:
         """What is kept of this run, else the run; a second visitor waits for the first one's."""
         with self._lock:
@@ -104,7 +109,7 @@ class Player:
         budget = lesa.options(off=True) if count is None else lesa.options(full_steps=count)
         before = lesa.stats(self._pipe).fallbacks
         with budget:
-            run = generate(self._pipe, [prompt], [seed], self._settings)
+            run = generate(self._pipe, [prompt], [seed], self._settings, on_step=self._go_on)
         picture = run.images[0]
         if count is None:
             return Made(picture, run.seconds, tuple(range(self.num_steps)), self.num_steps)
@@ -112,6 +117,11 @@ class Player:
         more = {why: calls - before.get(why, 0) for why, calls in after.fallbacks.items()}
         notes = tuple(f"{calls} more in full: {why}" for why, calls in more.items() if calls)
         return Made(picture, run.seconds, after.full_steps, after.num_steps, notes)
+
+    def _go_on(self) -> None:
+        if self._closed.is_set():
+            kind = type(self._pipe).__name__
+            raise LesaError(f"pipeline={kind}: its page was closed; open it again")
 
 
 class _Kept:

@@ -57,6 +57,8 @@ def test_the_parts_of_the_page_are_as_many_as_the_results(player):
         ((TEXT, -1, 3, 1), "seed=-1"),
         ((TEXT, 0, 7, 1), "full steps=7: .* from 1 to"),
         ((TEXT, 0, None, 1), "full steps=None"),
+        ((TEXT, 0, 3, 0), "frame=0"),
+        ((TEXT, 0, 3, None), "frame=None"),
     ],
 )
 def test_a_mistake_is_a_notice_and_nothing_runs(player, fields, sentence, monkeypatch):

@@ -107,6 +107,26 @@ def test_a_forecaster_of_another_model_leaves_the_pipeline_as_it_was(played_pipe
         lesa.stats(played_pipe)
 
 
+def test_a_closed_page_waits_for_no_run(player, played_pipe):
+    """A run ends at its next step, and the pipeline serves others as before."""
+    steps = []
+
+    class Closing(threading.Event):
+        def is_set(self) -> bool:
+            steps.append(1)
+            if len(steps) == 2:
+                player.close()
+            return super().is_set()
+
+    player._closed = Closing()
+    with pytest.raises(LesaError, match="its page was closed"):
+        player.plain(TEXT, 0)
+    assert len(steps) == 2 and "progress_bar" not in vars(played_pipe)
+    with pytest.raises(LesaError, match="its page was closed"):
+        player.accelerated(TEXT, 0, 2)
+    assert len(steps) == 3 and picture(played_pipe, 0).isfinite().all()
+
+
 def test_what_ran_in_full_besides_is_told(player, played_pipe, monkeypatch):
     before = SimpleNamespace(fallbacks={"another size": 1})
     after = SimpleNamespace(
