@@ -12,9 +12,7 @@ import lesa
 
 # or: FluxPipeline.from_pretrained("black-forest-labs/FLUX.1-dev", dtype=torch.bfloat16).to("cuda")
 pipe = lesa.testbed.load()
-call = (
-    lesa.testbed.settings()
-)  # height, width, num_inference_steps=50 and what else pipe(...) takes
+call = lesa.testbed.settings()  # height, width, num_inference_steps=50 and others
 prompts = lesa.testbed.captions(8, split="train")  # or lines like those that you will generate
 folder = Path("lesa-examples/train-and-use")
 
