@@ -41,7 +41,7 @@ def trajectory(data: dict[str, Any]) -> plt.Figure:
         axis.plot(x, y, "o", ms=8, mfc="none", color=LOOKS[name][0])
     axis.set(xlabel="first axis", ylabel="second axis")
     axis.set_title("What the denoiser returns, steps 0 to 17")
-    axis.legend(fontsize=9)
+    axis.legend(fontsize=9, loc="lower right")
     return figure
 
 

@@ -20,6 +20,7 @@ from messages import write_messages  # noqa: E402  # beside this file, which is 
 from programs import PROGRAMS, page_uri, program_page  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+MESSAGES = "troubleshooting.md"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)")
 HOME = "README.md", "index.md"  # in the repository, on the site
 
@@ -76,4 +77,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return posixpath.relpath(site_path(path), here or ".")
 
     text = LINK.sub(moved, markdown).replace("<details>", '<details markdown="1">')
-    return write_messages(text) if uri == "troubleshooting.md" else text
+    if uri != MESSAGES:
+        return text
+    page.meta["search"] = {"boost": 4}  # who searches for a sentence has got it from lesa
+    return write_messages(text)

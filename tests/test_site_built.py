@@ -1,0 +1,109 @@
+"""The built site, and how it looks in a browser: it loads nothing from elsewhere and fits."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("mkdocs", reason="the extra docs is not installed")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[1]
+BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
+PAGES = "index", "how-it-works", "troubleshooting", "results/flux", "reference"
+LOADED = r'<(?:script|img|link rel="(?:stylesheet|icon)")[^>]+(?:src|href)="((?:https?:)?//[^"]+)"'
+WIDER = "document.documentElement.scrollWidth - document.documentElement.clientWidth"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """With --strict every dead link, unknown anchor and page outside the navigation is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(site) -> Iterator[str]:
+    """Of a server of the site on this machine."""
+
+    class Quiet(SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    handler = functools.partial(Quiet, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    reason = "playwright is not installed"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    path = os.environ.get("LESA_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip("no Chromium here: install one, or name it by LESA_CHROMIUM")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def test_nothing_is_loaded_from_another_host(site):
+    found = {path: re.findall(LOADED, path.read_text()) for path in site.rglob("*.html")}
+    assert len(found) > 40
+    assert not {path.name: links for path, links in found.items() if links}
+
+
+def test_links_to_other_sites_are_well_formed(site):
+    """By their form alone: no network is asked."""
+    pages = (path.read_text() for path in site.rglob("*.html"))
+    links = {link for page in pages for link in re.findall(r'<a [^>]*href="(https?:[^"]+)"', page)}
+    assert links
+    assert not {x for x in links if not re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[^\s<>\"]*)?", x)}
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pages_fit_and_ask_no_other_host(address, browser, scheme, width):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page, errors, asked = context.new_page(), [], []
+    page.on("console", lambda told: errors.append(told.text) if told.type == "error" else None)
+    page.on("request", lambda request: asked.append(request.url))
+    for name in PAGES:
+        page.goto(f"{address}/{name}.html", wait_until="networkidle")
+        assert page.evaluate(WIDER) <= 0, name
+        broken = "[...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src)"
+        assert page.evaluate(broken) == [], name
+    context.close()
+    assert not errors
+    assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked)
+
+
+def test_the_search_finds_a_message(address, browser):
+    """By three words of "forecaster='x': neither a folder nor a known method; ..."."""
+    page = browser.new_page()
+    page.goto(f"{address}/index.html")
+    page.click("input[name=query]")
+    page.keyboard.type("+folder +known +method")
+    first = page.locator(".md-search-result__item").first  # of a page, its sections below
+    first.wait_for(timeout=60_000)
+    assert "Troubleshooting" in first.inner_text()
+    assert "named.py" in first.inner_text()
+    page.close()
