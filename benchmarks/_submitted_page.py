@@ -8,18 +8,18 @@ from typing import Any
 from _result_pages import MADE
 from _result_tables import shown, table, title
 
-WHAT = """Each section is one file of `benchmarks/results/submitted/`, as `lesa compare --submit`
-wrote it on the machine that it names. The command refuses to where the source differs
-from its commit, before and after the runs; [result.schema.json](../result.schema.json) describes
-the fields.
+WHAT = """Each section is one file of `benchmarks/results/submitted/`, which `lesa compare --submit`
+wrote on the machine that it names. There is no such file where the source differed from its commit,
+before or after the runs; [result.schema.json](../result.schema.json) describes the fields.
 
 To add yours: run the command in a clean checkout, put the file into that folder, and run the
 script. Whoever has the pipeline and the prompts, told by their hashes, can run it again: PSNR
 should agree, seconds are the machine's. The prompts of the embedded pipelines lie beside the files.
 
-"Faster" is the plain loop's time over the accelerated one's, next to each other; where the load is
-above the number of cores, other programs are in it. "By CPU time" counts what the process itself
-computed, on a CPU alone.
+Seconds are of one batch's loop. "Faster" is the plain loop's time over the accelerated one's, next
+to each other; where the load is above the number of cores, other programs are in it. "By CPU time"
+counts what the process itself computed, on a CPU alone. The peak is what CUDA allocated beyond the
+weights during a batch.
 """
 DENOISERS = ("transformer", "transformer_2", "unet")
 HEAD = ("method", "full steps", "PSNR mean", "p10", "minimum", "LPIPS mean", "largest")
@@ -31,12 +31,12 @@ def submitted_page(files: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield f"# Submitted results\n\n{MADE}\n"
     yield WHAT
     for name, part in files.items():
-        yield f"## {_heading(part)} (`{name}`)\n"
+        yield f"## {_heading(part)} (`submitted/{name}`)\n"
         yield "; ".join(_provenance(part)) + ".\n"
         yield from table((*HEAD, *MORE), (_line(part, row) for row in part["rows"]))
         yield ""
-        for field, reason in part["missing"].items():
-            yield f"No {field.replace('_', ' ')}: {reason}.\n"
+        if (reason := part["missing"].get("lpips")) is not None:
+            yield f"No LPIPS: {reason}.\n"
         yield from (f"{note}\n" for note in part["notes"])
 
 
@@ -52,7 +52,7 @@ def _provenance(part: dict[str, Any]) -> Iterator[str]:
     at, source, recipe = part["environment"], part["source"], part["recipe"]
     versions = ("python", "torch", "diffusers", "lesa")
     load = "" if at["load"] is None else f", load {at['load']:.1f}"
-    yield f"{at['device']['name']}, {at['cores']} cores, {at['threads']} threads{load}"
+    yield f"{at['device']['name']}, cores {at['cores']}, threads {at['threads']}{load}"
     yield f"commit {source['commit'][:12]} ({source['kind']}), {part['date'][:10]}"
     yield ", ".join(f"{name} {at['versions'][name]}" for name in versions)
     pipe, call = part["pipeline"], part["call"]
@@ -65,6 +65,8 @@ def _provenance(part: dict[str, Any]) -> Iterator[str]:
     if (forecaster := part["forecaster"]) is not None:
         told = f" {forecaster['sha256'][:12]}" if forecaster["sha256"] else ""
         yield f"forecaster {forecaster['name']}{told}"
+    if (held := part["process_peak_bytes"]) is not None:
+        yield f"at most {held / 1e9:.2f} GB on the host"
     if recipe is not None and recipe["overridden"]:
         yield f"recipe {recipe['name']} but for {', '.join(recipe['overridden'])}"
 
@@ -81,6 +83,6 @@ def _line(part: dict[str, Any], row: dict[str, Any]) -> list[str]:
         f"{row['seconds']:.3g}",
         f"{row['speedup']:.2f}x",
         f"{part['plain']['cpu_seconds'] / row['cpu_seconds']:.2f}x" if on_cpu else "",
-        f"{row['cache_bytes'] / 1e6:.1f}",
-        f"{peak / 1e9:.2f}" if peak else "",
+        f"{row['cache_bytes'] / 1e6:.2g}",
+        f"{peak / 1e9:.2f}" if peak else "not counted",
     ]
