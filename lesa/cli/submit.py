@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,8 +54,8 @@ def subject_of(
     )
 
 
-def submit(path: Path | None, found: Mapping[str, Any], console: Console) -> None:
-    """Write the file, if one was asked for.
+def submit(path: Path | None, found: Any, console: Console) -> None:
+    """Write the file, if one was asked for: what the command found has it as "submission".
 
     Raises: LesaError where somebody wrote it, or changed the source, while the measurement ran.
     """
