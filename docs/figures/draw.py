@@ -121,15 +121,15 @@ def search(data: dict[str, Any]) -> plt.Figure:
         colour = RED if steps == chosen else BLUE if steps in second else GREY
         axis.plot([0, 49], [line, line], color="#e5e7eb", lw=1, zorder=0)
         axis.plot(steps, [line] * len(steps), "o", color=colour, ms=6)
-        axis.text(51.5, line, f"{first[steps]:.1f}", va="center", color=colour)
+        axis.text(52.5, line, f"{first[steps]:.1f}", va="center", color=colour)
         axis.text(
-            56.5, line, f"{second[steps]:.1f}" if steps in second else "", va="center", color=colour
+            59.5, line, f"{second[steps]:.1f}" if steps in second else "", va="center", color=colour
         )
     top = len(order) - 0.2
-    axis.text(51.5, top, f"{few} prompts", fontsize=8, rotation=25, va="bottom")
-    axis.text(56.5, top, f"{most} prompts", fontsize=8, rotation=25, va="bottom")
-    axis.text(49, top, "dB", fontsize=8, va="bottom")
-    axis.set(xlim=(-1, 61), yticks=[], xlabel="full steps of 50")
+    axis.text(52.5, top, f"{few} prompts", fontsize=8, rotation=25, va="bottom")
+    axis.text(59.5, top, f"{most} prompts", fontsize=8, rotation=25, va="bottom")
+    axis.text(49.5, top + 0.6, "dB", fontsize=8, va="bottom")
+    axis.set(xlim=(-1, 65), yticks=[], xlabel="full steps of 50")
     axis.set_xticks(range(0, 50, 5))
     axis.spines[:].set_visible(False)
     return figure
