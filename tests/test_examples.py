@@ -14,11 +14,13 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import diffusers
+import doc_blocks
 import pytest
 import torch
 from doc_blocks import ROOT, STAND_INS, replaced
@@ -195,6 +197,15 @@ def test_what_an_example_shows(name):
     else:
         called = ast.parse(instead(name), mode="eval").body
         assert hasattr(diffusers, re.match(r"\w+", ast.unparse(called))[0])
+
+
+def test_the_page_of_the_examples():
+    page = FOLDER / "README.md"
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        assert (FOLDER / target).exists(), target
+    for block in doc_blocks.blocks_of(page):
+        for words in doc_blocks.commands(block):
+            doc_blocks.check_command(words, run=False)
 
 
 def instead(name: str) -> str:
