@@ -76,8 +76,8 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_every_language_is_known():
-    """Nothing escapes: a block is Python, shell, a formula or a drawing; none is only indented."""
-    assert {block.language for block in BLOCKS} <= {"python", "sh", "text", "mermaid", "yaml"}
+    """Nothing escapes: a block is Python, shell, YAML or a formula; none is only indented."""
+    assert {block.language for block in BLOCKS} <= {"python", "sh", "text", "yaml"}
     assert {block.marker for block in BLOCKS} <= {"", "parse"}
     for page in DOCUMENTS:
         prose = re.sub(r"(?ms)^```.*?^```", "", page.read_text())
