@@ -90,7 +90,7 @@ def _read(request: CompareRequest) -> _Inputs:
     bench = Bench(steps, saved.outline(), calibration=others, forecaster=forecaster)
     check_methods(request.methods, bench)
     judges = [named(name, request.device or default_device()) for name in request.judge or ()]
-    subject = subject_of(request, saved, others, forecaster)
+    subject = subject_of(request, saved, steps, others, forecaster)
     return _Inputs(settings, counts, texts, others, forecaster, judges, subject)
 
 

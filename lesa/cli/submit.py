@@ -31,7 +31,11 @@ _OUTPUT = {"json", "report", "submit"}
 
 
 def subject_of(
-    request: CompareRequest, saved: Saved, calibration: Sequence[str], forecaster: Any
+    request: CompareRequest,
+    saved: Saved,
+    num_inference_steps: int,
+    calibration: Sequence[str],
+    forecaster: Any,
 ) -> Subject | None:
     """What will be measured; None without --submit.
 
@@ -46,7 +50,7 @@ def subject_of(
     return Subject(
         source=require_source(f"submit={str(request.submit)!r}"),
         pipeline=_named(saved),
-        recipe=_recipe(request),
+        recipe=_recipe(request, num_inference_steps),
         options=_options(request),
         batch_size=request.batch_size,
         calibration=calibration,
@@ -76,8 +80,9 @@ def _named(saved: Saved) -> str:
     return Path(saved.name).resolve().name if os.path.exists(saved.name) else saved.name
 
 
-def _recipe(request: CompareRequest) -> dict[str, Any] | None:
-    """Which recipe the options came from, and those that were given in place of its own."""
+def _recipe(request: CompareRequest, num_inference_steps: int) -> dict[str, Any] | None:
+    """Which recipe the options came from, and what was run in place of its own: of the steps too,
+    which a forecaster or the command says, since a recipe may train for several numbers of them."""
     if request.config is None:
         return None
     recipe = request.config
@@ -88,6 +93,9 @@ def _recipe(request: CompareRequest) -> dict[str, Any] | None:
         for key, value in recipe.options.items()
         if key in SHARED and _plain(getattr(request, key)) != _plain(value)
     ]
+    steps = recipe.options.get("num_inference_steps")
+    if steps is not None and str(num_inference_steps) not in steps.replace(" ", "").split(","):
+        other.append("num_inference_steps")
     return {
         "name": name if own else recipe.path.name,
         "own": own,

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import lesa
 from lesa import Prior, testbed
-from lesa.cli import app, submit
+from lesa.cli import app, run_compare, submit
+from lesa.cli.recipe import read_recipe, recipe_names
 from lesa.errors import LesaError
 from lesa.evaluation.submission import prompts_hash
 from lesa.util.source import Source
@@ -137,11 +138,15 @@ def test_source_that_changes_meanwhile_leaves_the_table_and_no_file(monkeypatch,
     assert not out.exists()
 
 
-@pytest.mark.parametrize("given", [(), ("--batch-size", "2"), ("--guidance-scale", "1")])
+@pytest.mark.parametrize(
+    "given", [(), ("--batch-size", "2"), ("--guidance-scale", "1"), ("--num-inference-steps", "3")]
+)
 def test_a_recipe_is_named_with_what_it_was_not_run_with(given, clean, prompts, tmp_path):
     """By its file's hash; options that the recipe has and the command line replaced are listed."""
     recipe = tmp_path / "small.yaml"
     recipe.write_text("pipeline: testbed:schnell\nbatch-size: 4\nguidance-scale: 0.0\n")
+    with recipe.open("a") as file:
+        file.write("num-inference-steps: [4, 8]\n")
     found = subject("--config", recipe, "--prompts", prompts, *given).recipe
     changed = [option.removeprefix("--").replace("-", "_") for option in given[::2]]
     assert (found["name"], found["own"], found["overridden"]) == ("small.yaml", False, changed)
@@ -152,6 +157,21 @@ def test_lesas_own_recipe_on_another_pipeline_says_so(clean, prompts):
     found = subject("testbed", "--config", "flux.1-dev", "--prompts", prompts)
     assert (found.pipeline, found.recipe["name"]) == ("testbed:flux", "flux.1-dev")
     assert found.recipe["own"] and "pipeline" in found.recipe["overridden"]
+
+
+def test_lesas_own_recipes_are_run_as_they_are(monkeypatch):
+    """Nothing that a recipe says is taken for an option that was given in its place."""
+    asked = []
+    monkeypatch.setattr(
+        "lesa.cli.run_compare.run_compare", lambda request, _: asked.append(request)
+    )
+    for name in recipe_names():
+        invoke("--config", name, "--prompts", "p.txt")
+        steps = int(read_recipe(name).options["num_inference_steps"])
+        found = submit._recipe(asked[-1], steps)
+        assert (found["name"], found["own"], found["overridden"]) == (name, True, [])
+        assert "num_inference_steps" in submit._recipe(asked[-1], steps + 1)["overridden"]
+    assert len(asked) == len(recipe_names()) > 10
 
 
 def test_a_forecaster_is_named_by_the_hashes_of_its_files(clean, prompts, tmp_path):
@@ -175,8 +195,6 @@ class Asked(Exception):
 
 def subject(*args):
     """What a command would submit, without running it."""
-    from lesa.cli import run_compare
-
     found = []
 
     def keep(*parts):
