@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         remove_lesa_cache,
         stats,
     )
+    from lesa.core.forecaster import Forecaster
     from lesa.core.schedule import Schedule
     from lesa.core.table import Table
     from lesa.engine.config import LesaConfig
@@ -55,6 +56,7 @@ _HOME = {
     "LesaForecaster": "forecasters.lesa",
     "ModelSpec": "hooks.model_specs",
     "register_model": "hooks.model_specs",
+    "Forecaster": "core.forecaster",
     "Schedule": "core.schedule",
     "Table": "core.table",
     "train": "training.train",
@@ -63,6 +65,7 @@ _FOLDERS = ("evaluation", "forecasters", "testbed", "training")
 
 __all__ = [
     "FoCa",
+    "Forecaster",
     "HiCache",
     "LesaConfig",
     "LesaError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -103,6 +104,10 @@ def test_counts_follow_the_papers_lists_where_it_has_one():
         ({"graph": "always"}, "graph='always'"),
         ({"forecaster": "taylor"}, "forecaster='taylor'.*did you mean 'taylor-"),
         ({"forecaster": None}, "forecaster=None: a NoneType"),
+        (
+            {"forecaster": SimpleNamespace(table=1, history=1, name="")},
+            "no uses_latent and no tap;",
+        ),
         ({"forecaster": Taylor}, "forecaster=.*: the class Taylor"),
         ({"full_steps": torch.ones(2)}, "full_steps=a tensor"),
         ({"full_steps": 2.0}, "full_steps=2.0"),

@@ -73,8 +73,9 @@ class LesaConfig:
             object.__setattr__(self, "forecaster", named(self.forecaster))
         if isinstance(self.forecaster, type) or not isinstance(self.forecaster, Forecaster):
             raise LesaError(
-                f"forecaster={shown(self.forecaster)}: {_kind(self.forecaster)}, not a forecaster; "
-                "give lesa.Prior(), a folder, the name of a method, or another Forecaster"
+                f"forecaster={shown(self.forecaster)}: {_kind(self.forecaster)}, not a forecaster"
+                f"{_lacks(self.forecaster)}; give lesa.Prior(), a folder, the name of a method, or "
+                "another lesa.Forecaster"
             )
         self._check_steps()
         self._check_tap()
@@ -186,6 +187,14 @@ class LesaConfig:
                 "tap='hidden': no latent is cached there, but the forecaster "
                 f"{self.forecaster.name} needs it; use 'output', or one made without the latent"
             )
+
+
+def _lacks(value: Any) -> str:
+    """What a forecaster has that this value has not, where it is one but for that."""
+    names = ("name", "uses_latent", "tap", "history", "table")
+    missing = [name for name in names if not hasattr(value, name)]
+    told = f", it has no {' and no '.join(missing)}"
+    return told if 0 < len(missing) < len(names) and not isinstance(value, type) else ""
 
 
 def _kind(value: Any) -> str:

@@ -113,7 +113,7 @@ def _texts(name: str, given: Any) -> list[str]:
     texts = list(given) if several else []
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         told = shown(texts if several else given)
-        raise LesaError(f"{name}={told}: not a list of non-empty strings; pass 5 to 32 prompts")
+        raise LesaError(f"{name}={told}: not a list of non-empty strings; pass 8 to 32 prompts")
     return texts
 
 

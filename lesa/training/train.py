@@ -55,7 +55,7 @@ def train(
 
     Args:
         pipe: the pipeline, as it will be used: its scheduler is the one trained for.
-        prompts: calibration prompts; 5 to 32 are enough. None where ``call`` holds
+        prompts: calibration prompts; 8 to 32 are enough. None where ``call`` holds
             ``prompt_embeds`` and what belongs to them, one row per prompt, for a pipeline
             without text encoders.
         num_inference_steps: step count, or several (one checkpoint serves all).
