@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
@@ -28,6 +26,7 @@ from lesa.hooks.attach import attach, attached, detach
 from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.pipeline import component_name, find_denoiser, find_denoisers
 from lesa.hooks.step_clock import StepClock
+from lesa.util.warn import warn
 
 __all__ = [
     "accelerate",
@@ -218,17 +217,7 @@ def _warn(
     """All doubts in one warning, if there are any."""
     alone = [f"{name} is not accelerated: {why}." for name, why in (left_out or {}).items()]
     if found := [*alone, *doubts(models, config, scheduler)]:
-        warnings.warn(" ".join(found), stacklevel=1 + _frames_of_lesa())
-
-
-def _frames_of_lesa() -> int:
-    """How many calls of lesa, and of a `with` block, lie between the caller and the user's code."""
-    count, frame = 0, sys._getframe(1)
-    while str(frame.f_globals.get("__name__")).partition(".")[0] in ("lesa", "contextlib"):
-        if frame.f_back is None:
-            break
-        count, frame = count + 1, frame.f_back
-    return count
+        warn(" ".join(found))
 
 
 def _clock(config: LesaConfig) -> StepClock:

@@ -33,7 +33,7 @@ ALLOWED = {
     "training": {"core", "util", "hooks", "forecasters"},
     "testbed": {"hooks"},
     "exchange": {"core", "util", "forecasters"},
-    "api": {"core", "hooks", "engine", "forecasters", "ops"},
+    "api": {"core", "util", "hooks", "engine", "forecasters", "ops"},
     "integrations": {"lesa", "core", "hooks", "engine", "forecasters", "api"},
 }
 ALLOWED["evaluation"] = {"lesa", *ALLOWED}

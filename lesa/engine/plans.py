@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from lesa.engine.options import Options
 from lesa.engine.step_tables import StepTables
 from lesa.errors import LesaError, RunError
 from lesa.hooks.step_clock import Step
+from lesa.util.warn import warn
 
 __all__ = ["Plan", "Plans"]
 
@@ -66,7 +66,7 @@ class Plans:
             config = replace(self.default.config, schedule=None, **asked.asked)
             self._check(config)
             for doubt in doubts_of_count(config):
-                warnings.warn(doubt, stacklevel=2)
+                warn(doubt)
             found = Plan(config, StepTables(config), own=True)
             if len(self._known) >= _MAX_PLANS:
                 self._known.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from lesa.core.forecaster import Forecaster
@@ -18,6 +17,7 @@ from lesa.forecasters.prior import Prior
 from lesa.hooks.generation import Generation
 from lesa.hooks.scheduler_advice import other_size
 from lesa.hooks.step_clock import Step
+from lesa.util.warn import warn
 
 __all__ = ["StepTables", "needs_levels"]
 
@@ -97,7 +97,7 @@ class StepTables:
         """Tell, once, of a run that is shorter than the full steps that were asked for."""
         if "count" not in self._told:
             self._told.add("count")
-            warnings.warn(f"{told}, else every step is computed in full", stacklevel=2)
+            warn(f"{told}, else every step is computed in full")
 
     def _warn_of_large(self, table: Table) -> None:
         """Tell, once, of coefficients that make noise of small errors of the features: Taylor 3 on
@@ -105,11 +105,10 @@ class StepTables:
         largest = largest_sum(table)
         if largest > LARGEST_SUM and "large" not in self._told:
             self._told.add("large")
-            warnings.warn(
+            warn(
                 f"{self._config.forecaster.name}: coefficients of one step add up to {largest:.3g} "
                 f"in magnitude, above {LARGEST_SUM:.0f}, and magnify errors of the cached features "
-                "by that; spread the full steps over the run, or use a lower order",
-                stacklevel=2,
+                "by that; spread the full steps over the run, or use a lower order"
             )
 
     def _away(self, step: Step, schedule: Schedule, over: Excess | None) -> dict[str, Any]:
@@ -128,7 +127,7 @@ class StepTables:
             counted = each and each.kind == "list" and self._config.schedule is None
             if each and not (counted or step.index or each.kind in self._told):
                 self._told.add(each.kind)
-                warnings.warn(each.told, stacklevel=2)
+                warn(each.told)
         away = {"noise": found.kind == "noise", "multistep": run.multistep} if found else {}
         return away | ({"guidance": over.ratio} if over else {})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -21,6 +20,7 @@ from lesa.hooks.request import Request
 from lesa.hooks.step_clock import Step, StepClock
 from lesa.hooks.wrappers import core_of
 from lesa.util.forks import renew_in_children
+from lesa.util.warn import warn
 
 __all__ = [
     "Call",
@@ -206,7 +206,7 @@ class Called(Swapped):
 @torch.compiler.disable(reason=_COMPILED_LATE)
 def _call_uncompiled(denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A call out of a `torch.compile` that came later: else dynamo traces the controller."""
-    warnings.warn(_COMPILED_LATE, stacklevel=2)
+    warn(_COMPILED_LATE)
     return denoiser.controller(denoiser, args, kwargs)
 
 

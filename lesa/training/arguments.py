@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
@@ -18,6 +17,7 @@ from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.budget import ENOUGH, Budget, quarter
 from lesa.training.job import call_arguments, pipeline_arguments
 from lesa.util.ranks import Ranks
+from lesa.util.warn import warn
 
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
@@ -129,10 +129,9 @@ def held_out(
     count = len(texts)
     if validation is None:
         if count < ENOUGH:
-            warnings.warn(
+            warn(
                 f"{count} prompts are too few to hold some out, so that lists are chosen on those "
-                f"that were fitted; give {ENOUGH} prompts, or validation=",
-                stacklevel=2,
+                f"that were fitted; give {ENOUGH} prompts, or validation="
             )
         return [*texts], frozenset(range(3, count, 4) if quarter(count) else ())
     if isinstance(validation, int) and not isinstance(validation, bool):
