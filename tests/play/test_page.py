@@ -165,7 +165,7 @@ def test_a_program_can_ask_the_page(served):
     from gradio_client import Client
     from gradio_client.exceptions import AppError
 
-    client = Client(served, verbose=False)
+    client = Client(served, verbose=False, httpx_kwargs={"timeout": 120})
     count, numbers, strip, *pictures = client.predict(TEXT, 1, 2, 1, api_name="/generate")
     assert count == 2 and "dB" in numbers and "2 of 6 steps in full" in strip
     assert len(pictures) == 4 and all(pictures)
