@@ -215,7 +215,7 @@ def other_model():
 REFUSED_AT_ONCE = {
     "another class": (lambda: {"forecaster": other_model()}, "SanaTransformer2DModel"),
     "another tap": (lambda: {"forecaster": LesaForecaster(), "tap": "hidden"}, "hidden"),
-    "no schedule": (lambda: {"schedule": [0, 4]}, "give a Schedule"),
+    "no schedule": (lambda: {"schedule": [0, 4]}, "not a Schedule; give one"),
 }
 
 
@@ -268,7 +268,7 @@ def test_a_scheduler_of_unknown_order_is_refused_before_the_first_step():
     lesa.enable(pipe, Taylor(1), schedule=THIRD)
     first = run(pipe, call())
     pipe.scheduler = OrderNone.from_config(before.config)
-    with pytest.raises(LesaError, match="OrderNone.order is 0"):
+    with pytest.raises(LesaError, match="OrderNone.order=0: not how many"):
         run(pipe, call())
     pipe.scheduler = before
     assert torch.equal(run(pipe, call()), first)
