@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,19 +30,17 @@ REPEATING = {  # files in which an error hands on the words of another one
 
 
 @pytest.fixture(scope="module")
-def reader() -> Any:
-    """docs/site/messages.py, which is no package."""
-    place = ROOT / "docs" / "site" / "messages.py"
-    spec = importlib.util.spec_from_file_location("site_messages", place)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+def site() -> Iterator[Any]:
+    """The modules of docs/site/, which is no package."""
+    folder = str(ROOT / "docs" / "site")
+    sys.path.insert(0, folder)
+    yield SimpleNamespace(messages=import_module("messages"), raised=import_module("raised"))
+    sys.path.remove(folder)
 
 
 @pytest.fixture(scope="module")
-def sources(reader) -> Any:
-    return reader.Sources()
+def sources(site) -> Any:
+    return site.raised.Sources()
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,12 @@ def pattern(text: str) -> str:
     )
 
 
-def test_every_error_has_a_message_with_words(reader, sources):
+def test_every_error_has_a_message_with_words(site, sources):
     """None is a mere variable, but those that repeat another error's words."""
     made = [*sources.raised()]
     written = sum(
         len(re.findall(r"\b(?:LesaError|RunError)\(", path.read_text()))
-        for folder in reader.SOURCES
+        for folder in site.raised.SOURCES
         for path in (ROOT / folder).rglob("*.py")
     )
     classes = 2  # class LesaError(...) and class RunError(...)
@@ -69,8 +69,9 @@ def test_every_error_has_a_message_with_words(reader, sources):
     assert mute <= REPEATING
 
 
-def test_the_page_holds_every_message(reader, messages):
+def test_the_page_holds_every_message(site, messages):
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    reader = site.messages
     made = reader.write_messages(page, messages)
     assert reader.MARK in page and reader.MARK not in made
     for message in messages:
@@ -78,9 +79,9 @@ def test_the_page_holds_every_message(reader, messages):
             assert reader.marked(text) in made, (message.file, text)
 
 
-def test_every_explanation_belongs_to_a_message(reader, messages):
-    known = reader.explanations()
-    used = {told for message in messages for told in reader.explained(message, known)}
+def test_every_explanation_belongs_to_a_message(site, messages):
+    known = site.messages.explanations()
+    used = {told for message in messages for told in site.messages.explained(message, known)}
     assert not {part for part, told in known.items() if told not in used}
 
 
