@@ -87,6 +87,12 @@ class Recipe:
     preparation: Preparation = field(default_factory=Preparation)
     model: Published | None = None
 
+    @property
+    def steps(self) -> int | None:
+        """The number of steps, where the recipe names one and no more."""
+        told = self.options.get("num_inference_steps", "")
+        return int(told) if told.isdecimal() else None
+
 
 def read_recipe(name: str | Path) -> Recipe:
     """The recipe of a file, or of lesa's own by its name, such as flux.1-dev.

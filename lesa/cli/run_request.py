@@ -110,7 +110,8 @@ class RunRequest:
         return FullStep(self.attention_backend, self.compile)
 
     def settings(self, saved: Saved, forecaster: Any = None, **more: Any) -> dict[str, Any]:
-        """Arguments of `pipe(...)`: the given ones, over the forecaster's, over the pipeline's.
+        """Arguments of `pipe(...)`: the given ones, over the forecaster's, over the pipeline's. The
+        number of steps is the recipe's where no trained forecaster has one.
 
         Raises: LesaError for what the pipeline does not take, as far as it can be told of `saved`.
         """
@@ -125,6 +126,8 @@ class RunRequest:
             **further_arguments(self.set or ()),
             **more,
         }
+        if not getattr(forecaster, "calibrated", ()) and "num_inference_steps" in given:
+            given["num_inference_steps"] = given["num_inference_steps"] or self.recipe.steps
         saved.check_forecaster(forecaster)
         settings = call_settings(saved, given, forecaster)
         if self.scheduler is not None:

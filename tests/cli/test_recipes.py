@@ -194,6 +194,11 @@ def test_it_trains_and_the_command_line_wins(sd3, tmp_path):
     result = CliRunner().invoke(app, [str(word) for word in (*words, tmp_path / "pictures")])
     assert result.exit_code == 0, result.output
     assert list((tmp_path / "pictures").glob("*.png"))
+    words = ["generate", "--config", recipe, "--forecaster", "lesa-untrained", "--full-steps", "2"]
+    words += ["--prompt", "a dog", "--out", tmp_path / "untrained", "--json"]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["settings"]["num_inference_steps"] == 6
 
 
 WRONG = [
