@@ -68,7 +68,7 @@ class StepTables:
         forecaster = self._config.forecaster
         if not isinstance(forecaster, LesaForecaster):
             return None
-        return forecaster.excess(run.guidance, run.embedded)
+        return forecaster.excess(run.guidance, run.embedded, run.guided)
 
     def _make(self, step: Step, parts: int, over: Excess | None) -> StepTable | str:
         start = step.index

@@ -192,11 +192,14 @@ class LesaForecaster(FullPrecision):
         known = [] if self.form in ("paper", "disca") else self.calibrations
         return mismatch(known, trained, schedule, sigmas, sampler, noise)
 
-    def excess(self, scales: Mapping[str, float], embedded: bool) -> Excess | None:
+    def excess(
+        self, scales: Mapping[str, float], embedded: bool, guided: bool = False
+    ) -> Excess | None:
         """The scale of guidance of a run, by the name of the pipeline's argument, that is most
         above that of the training; None where none is, or none matters.
 
-        `embedded` says whether the denoiser is told the scale.
+        `embedded` says whether the denoiser is told the scale, `guided` whether its calls hold
+        several parts of every picture.
         """
         if self.form in ("paper", "disca") or not self.calibrations:
             return None
@@ -204,9 +207,9 @@ class LesaForecaster(FullPrecision):
         if trained is None:  # as saved by an earlier lesa
             call = self.metadata.get("call", {})
             trained = {name: call[name] for name in scales if name in call}
-        guided = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
-        guided = bool(self.metadata.get("guided", guided))
-        return excess(trained, scales, guided, embedded)
+        parts = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
+        before = bool(self.metadata.get("guided", parts))
+        return excess(trained, scales, embedded, before, guided)
 
     def correct(
         self,

@@ -80,8 +80,15 @@ class Excess(NamedTuple):
         )
 
 
+EMBEDDED = {"guidance_scale", "distilled_guidance_scale"}  # scales that a denoiser is told
+
+
 def excess(
-    trained: Mapping[str, float], scales: Mapping[str, float], guided: bool, embedded: bool
+    trained: Mapping[str, float],
+    scales: Mapping[str, float],
+    embedded: bool,
+    before: bool,
+    now: bool,
 ) -> Excess | None:
     """The scale of guidance that is most above that of the training, None where none is.
 
@@ -90,15 +97,18 @@ def excess(
 
     Args:
         trained, scales: of the training and of a run, by the names of the pipeline's arguments.
-        guided: whether the training had guidance as outputs of their own; a trained scale up to 1
-            was off then.
-        embedded: whether the denoiser is told the scale called guidance_scale.
+        embedded: whether the denoiser is told the scale.
+        before, now: whether the training, and the run, have guidance as outputs of their own. If
+            the training had none, its scale counts as 1.
     """
-    found = [
-        Excess(name, at, scales[name])
-        for name, at in trained.items()
-        if name in scales and ((guided and at > 1) or (embedded and name == "guidance_scale"))
-    ]
+    found = []
+    for name, scale in scales.items():
+        at = trained.get(
+            name, trained.get(name.removesuffix("_2"))
+        )  # of the second denoiser: the first's
+        told = embedded and name in EMBEDDED
+        if at is not None and (told or now or (before and at > 1)):
+            found.append(Excess(name, at if told or before else min(at, 1.0), scale))
     most = max(found, key=lambda each: each.ratio, default=None)
     return most if most is not None and most.ratio > 1 else None
 

@@ -93,6 +93,7 @@ class Generation:
         multistep: whether it extrapolates over its steps.
         guidance: the scales of guidance by the names of the pipeline's arguments.
         embedded: whether the denoiser is told a scale of guidance.
+        guided: whether a call holds several parts of every picture.
         by_frame: whether every frame has a time of its own.
         use: who uses the scheduler.
         problem: why its steps cannot be trusted, else None.
@@ -113,6 +114,7 @@ class Generation:
     multistep: bool = False
     guidance: Mapping[str, float] = field(default_factory=dict)
     embedded: bool = False
+    guided: bool = False
     by_frame: bool = False
     use: _Use | None = None
     problem: str | None = None
@@ -144,8 +146,10 @@ class Generations:
         found = Generation(loop.timesteps, None if pipe is None else weakref.ref(pipe))
         found.pictures = pictures_of(loop.names)
         if loop.calling:  # beside a loop of one's own its flags are those of another run
-            found.parts = guidance_parts(pipe, _rows(loop.call), found.pictures)
-            found.guidance = guidance_scales(loop.names)
+            rows = _rows(loop.call)
+            found.parts = guidance_parts(pipe, rows, found.pictures)
+            found.guidance = guidance_scales(loop.names, pipe)
+            found.guided = found.parts > 1 or rows > found.pictures > 0
         found.embedded = loop.call.get("guidance") is not None
         if loop.scheduler is not None and loop.timesteps is not None:
             self._read(found, loop)

@@ -30,7 +30,7 @@ _LATENTS = ("latents", "image", "images", "sample", "latent")
 # Schedulers whose last time is the end of the last step, where nothing is evaluated.
 _WITH_END = {"DDPMWuerstchenScheduler", "SCMScheduler"}
 # What their calls call the scales of guidance, real and embedded.
-_GUIDANCE = re.compile(r"(true_)?(guidance|cfg)_scale(_\d)?")
+_GUIDANCE = re.compile(r"(\w+_)?(guidance|cfg)_scale(_\d)?")
 # What they call the scale that they give to a ControlNet at a step.
 _SCALES = ("cond_scale", "controlnet_conditioning_scale")
 
@@ -106,13 +106,20 @@ def guidance_parts(pipe: Any, rows: int = 0, pictures: int = 0) -> int:
     return real if 1 < told == real - 1 else told
 
 
-def guidance_scales(names: Mapping[str, Any]) -> dict[str, float]:
-    """The scales of guidance among the arguments, or local variables, of a pipeline's call."""
-    return {
-        name: float(value)
-        for name, value in names.items()
-        if _GUIDANCE.fullmatch(name) and isinstance(value, Real) and not isinstance(value, bool)
-    }
+def guidance_scales(names: Mapping[str, Any], pipe: Any = None) -> dict[str, float]:
+    """The scales of guidance among the arguments, or local variables, of a pipeline's call, and
+    that of its guider if it has one."""
+    found = {name: value for name, value in names.items() if _GUIDANCE.fullmatch(name)}
+    guider = getattr(pipe, "guider", None)
+    found |= {"guider.guidance_scale": getattr(guider, "guidance_scale", None)}
+    return {name: scale for name, value in found.items() if (scale := _number(value)) is not None}
+
+
+def _number(value: Any) -> float | None:
+    """A number as a float, a tensor's on the CPU too; None for anything else."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        value = value.item()
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None
 
 
 def pictures_of(names: Mapping[str, Any]) -> int:

@@ -172,7 +172,7 @@ class Job:
             "prompts_sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
             "seed": self.seed,
             "call": {k: v for k, v in self.call.items() if isinstance(v, (str, int, float))},
-            "guidance": guidance_scales(call_defaults(self.pipe) | self.call),
+            "guidance": guidance_scales(call_defaults(self.pipe) | self.call, self.pipe),
             "guided": self.work.width > 1,
         }
 

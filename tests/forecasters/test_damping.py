@@ -262,32 +262,34 @@ def test_noise_counts_only_where_training_had_none():
     assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True) is None
 
 
+G, TRUE = "guidance_scale", "true_cfg_scale"
+
+
 @pytest.mark.parametrize(
-    ("trained", "scales", "guided", "embedded", "found"),
+    ("trained", "scales", "kind", "found"),
     [
-        ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, True, ("guidance_scale", 2.0)),
-        ({"guidance_scale": 3.5}, {"guidance_scale": 3.5}, False, True, None),
-        ({"guidance_scale": 3.5}, {"guidance_scale": 3.6}, False, True, None),  # all but the same
-        ({"guidance_scale": 3.5}, {"guidance_scale": 1.0}, False, True, None),
-        ({"guidance_scale": 0.5}, {"guidance_scale": 3.0}, False, True, ("guidance_scale", 3.0)),
+        ({G: 3.5}, {G: 7.0}, "embedded", (G, 2.0)),
+        ({G: 3.5}, {G: 3.5}, "embedded", None),
+        ({G: 3.5}, {G: 3.6}, "embedded", None),  # all but the same
+        ({G: 3.5}, {G: 1.0}, "embedded", None),
+        ({G: 0.5}, {G: 3.0}, "embedded", (G, 3.0)),
+        ({"distilled_" + G: 3.0}, {"distilled_" + G: 6.0}, "embedded", ("distilled_" + G, 2.0)),
         # schnell is not told the scale that its pipeline takes
-        ({"guidance_scale": 0.0}, {"guidance_scale": 3.5}, False, False, None),
-        ({"guidance_scale": 3.5}, {"guidance_scale": 7.0}, False, False, None),
-        ({"true_cfg_scale": 4.0}, {"true_cfg_scale": 5.0}, True, False, ("true_cfg_scale", 1.2)),
-        # without a negative prompt it has no effect
-        ({"true_cfg_scale": 1.0}, {"true_cfg_scale": 4.0}, False, True, None),
-        (
-            {"guidance_scale": 4.0, "guidance_scale_2": 3.0},
-            {"guidance_scale": 5.0, "guidance_scale_2": 6.0},
-            True,
-            False,
-            ("guidance_scale_2", 2.0),
-        ),
-        ({"guidance_scale": 5.0}, {}, True, False, None),  # a loop of one's own
+        ({G: 0.0}, {G: 3.5}, "", None),
+        ({G: 3.5}, {G: 7.0}, "", None),
+        ({TRUE: 4.0}, {TRUE: 5.0}, "before", (TRUE, 1.2)),  # calls of their own
+        ({TRUE: 1.0}, {TRUE: 4.0}, "embedded", None),  # without a negative prompt it has no effect
+        ({G: 5.0}, {G: 8.0}, "before now", (G, 1.6)),
+        ({G: 1.0}, {G: 5.0}, "now", (G, 5.0)),  # trained without guidance
+        ({G: 7.0}, {G: 5.0}, "now", (G, 5.0)),
+        ({G: 4.0, G + "_2": 3.0}, {G: 5.0, G + "_2": 6.0}, "before", (G + "_2", 2.0)),
+        ({G: 5.0}, {G: 5.0, G + "_2": 50.0}, "before", (G + "_2", 10.0)),
+        ({G: 5.0}, {}, "before now", None),  # a loop of one's own
     ],
 )
-def test_more_guidance_than_in_training_is_seen(trained, scales, guided, embedded, found):
-    most = excess(trained, scales, guided, embedded)
+def test_more_guidance_than_in_training_is_seen(trained, scales, kind, found):
+    told = (name in kind.split() for name in ("embedded", "before", "now"))
+    most = excess(trained, scales, *told)
     assert (most and (most.name, pytest.approx(most.ratio))) == found
 
 
