@@ -13,7 +13,13 @@ from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
 from lesa.testbed import PIPELINES
 
-__all__ = ["call_settings", "check_multiple", "full_steps_of", "further_arguments"]
+__all__ = [
+    "call_settings",
+    "check_multiple",
+    "check_one_each",
+    "full_steps_of",
+    "further_arguments",
+]
 
 _OPTIONS = {  # arguments that lesa gives itself, and the option for each
     "prompt": "--prompt or --prompts",
@@ -133,6 +139,14 @@ def arguments_of(kind: type) -> tuple[str, ...]:
     named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     hidden = {"self", *_FIXED, "callback_on_step_end_tensor_inputs"}
     return tuple(name for name in named if name not in hidden)
+
+
+def check_one_each(settings: Mapping[str, Any], what: str) -> None:
+    """LesaError for a call that makes several pictures of a prompt, where `what` takes one."""
+    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
+        value = settings.get(name, 1)
+        if isinstance(value, int) and value > 1:
+            raise LesaError(f"set='{name}={value}': {what} one of each prompt; leave it out")
 
 
 def check_multiple(name: str, value: Any, divisor: int, kind: str, more: int = 0) -> None:

@@ -69,6 +69,7 @@ def run_compare(request: CompareRequest, console: Console) -> dict[str, Any]:
 
 
 def _read(request: CompareRequest) -> _Inputs:
+    from lesa.cli.calls import check_one_each
     from lesa.cli.inputs import default_device, load_forecaster, parse_counts
     from lesa.evaluation.judges import named
     from lesa.evaluation.method import Bench
@@ -82,6 +83,7 @@ def _read(request: CompareRequest) -> _Inputs:
     others = calibration_prompts(saved.embedded, request.calibration, texts)
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     settings = request.settings(saved, forecaster, num_inference_steps=request.num_inference_steps)
+    check_one_each(settings, "compare makes")
     steps = settings["num_inference_steps"]
     counts = parse_counts(_full_steps(request, forecaster, steps), steps)
     request.check_target()

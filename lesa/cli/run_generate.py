@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lesa.cli.calls import full_steps_of
+from lesa.cli.calls import check_one_each, full_steps_of
 from lesa.cli.inputs import load_forecaster
 from lesa.cli.launch import check_ranks
 from lesa.cli.make_pictures import make_pictures
@@ -54,6 +54,7 @@ def _checked(request: GenerateRequest) -> tuple[Any, dict[str, Any], dict[str, A
     forecaster = load_forecaster(request.forecaster) if request.forecaster else None
     steps = request.num_inference_steps
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
+    check_one_each(settings, "generate makes")
     steps = settings["num_inference_steps"]
     cache = checked_schedule(forecaster, request.full, steps)
     request.check_target()

@@ -13,7 +13,6 @@ from lesa.cli.checks import check_at_least, require_packages
 from lesa.cli.options import FORECASTER, OUTPUT, PROMPTS, Steps, takes
 from lesa.cli.output import JsonCommand, check_json, console, emit, guarded, say
 from lesa.cli.run_request import RunRequest
-from lesa.errors import LesaError
 from lesa.util.prompts import check_text
 
 if TYPE_CHECKING:
@@ -109,15 +108,14 @@ def run_play(request: PlayRequest, console: Console) -> None:
 
 def _checked(request: PlayRequest, saved: Saved) -> tuple[Any, dict[str, Any], Counts]:
     """The forecaster, the arguments of the pipeline's call and the full steps to choose from."""
+    from lesa.cli.calls import check_one_each
     from lesa.cli.inputs import load_forecaster
     from lesa.play.counts import counts_of
 
     forecaster = load_forecaster(request.forecaster)
     steps = request.num_inference_steps
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
-    for name in ("num_images_per_prompt", "num_videos_per_prompt"):
-        if settings.get(name, 1) != 1:
-            raise LesaError(f"set={name}={settings[name]}: the page shows one; leave it out")
+    check_one_each(settings, "the page shows")
     counts = counts_of(forecaster, settings["num_inference_steps"])
     if request.full_steps is not None:
         counts.check(request.full_steps, "full-steps")

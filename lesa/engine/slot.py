@@ -174,6 +174,9 @@ class Slot:
         Raises:
             LesaError: slots of different pipelines, a slot twice, or rows that do not make a batch.
         """
+        listed = isinstance(slots, (list, tuple))
+        if not listed or not all(isinstance(slot, Slot) for slot in slots):
+            raise LesaError(f"slots={shown(slots)}: not a list of slots; give [first, second]")
         return _batch(list(slots), rows)
 
     def _kept(self) -> list[Kept]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import index
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from lesa.errors import LesaError
 from lesa.hooks.model_specs import ModelSpec
 
 __all__ = ["join_rows", "pick_arguments", "pick_rows", "rows_of_parts"]
+
+MOST_ROWS = 1 << 20  # of one call; a larger number is a slip
 
 
 def pick_rows(value: Any, rows: Sequence[int], total: int) -> Any:
@@ -78,15 +79,17 @@ def rows_of_parts(
 
     Raises: LesaError unless all of them together are a batch.
     """
-    given: Sequence[Any] = [1] * count if rows is None else rows
-    if len(given) != count:
+    given: Any = [1] * count if rows is None else rows
+    if not isinstance(given, (list, tuple)) or len(given) != count:
         raise LesaError(f"rows={shown(rows)}: not one entry for each of {count} slots; give that")
     found: list[list[int]] = []
     for entry in given:
         first = sum(map(len, found))
         listed = isinstance(entry, (list, tuple, range))
-        number = 0 if listed else whole("rows", entry, 1)
-        found.append([index(row) for row in entry] if listed else [*range(first, first + number)])
-    if sorted(row for part in found for row in part) != list(range(sum(map(len, found)))):
+        number = 0 if listed else whole("rows", entry, 1, MOST_ROWS)
+        own = [whole("rows", row, 0, MOST_ROWS) for row in entry] if listed else None
+        found.append([*range(first, first + number)] if own is None else own)
+    together = sorted(row for part in found for row in part)
+    if together != list(range(len(together))) or not all(found):
         raise LesaError(f"rows={shown(rows)}: not every row of a batch once; give each to one slot")
     return tuple(found)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lesa.core.checks import shown
+from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.errors import LesaError
 
 __all__ = ["levels_problem", "noise_levels", "own_noise_levels", "times_of"]
@@ -138,10 +138,9 @@ def own_noise_levels(num_steps: int | None, sigmas: Sequence[float] | None) -> t
     if sigmas is None:
         if num_steps is None:
             return ()
-        if num_steps < 1:
-            raise LesaError(f"num_inference_steps={num_steps}: no step; give at least 1")
+        num_steps = whole("num_inference_steps", num_steps, 1, MOST_STEPS)
         return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
-    levels = tuple(float(sigma) for sigma in sigmas)
+    levels = reals("sigmas", sigmas, "give noise levels in [0, 1]")
     if num_steps is not None and len(levels) != num_steps + 1:
         raise LesaError(
             f"sigmas={shown(levels)}: {len(levels)} values for {num_steps} steps; give "

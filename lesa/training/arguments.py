@@ -13,6 +13,7 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.settings import Settings
 from lesa.forecasters.target import Target
+from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.prompt_inputs import count_prompts
 from lesa.training.budget import ENOUGH, Budget, quarter
 from lesa.training.job import call_arguments, pipeline_arguments
@@ -22,7 +23,20 @@ from lesa.util.warn import warn
 TRAINS = ("form", "tap")  # fields of the forecaster that are arguments of `lesa.train` itself
 FIXED = {"output_type": "latent", "return_dict": False}  # of every call that training makes
 BUDGETED = ("continuous", "table")  # forms whose training plans by a budget
-FIELDS = tuple(field.name for field in fields(Settings) if field.name not in TRAINS)
+TOLD = ("branches", "num_steps")  # those that the pipeline's own runs tell
+FIELDS = tuple(field.name for field in fields(Settings) if field.name not in (*TRAINS, *TOLD))
+
+
+def check_pipe(pipe: Any, prompts: Any) -> None:
+    """LesaError for what is no pipeline with a denoiser, or takes none of the given prompts."""
+    if isinstance(pipe, type) or not callable(pipe) or not hasattr(pipe, "scheduler"):
+        raise LesaError(f"pipe={shown(pipe)}: not a diffusers pipeline with a scheduler; give one")
+    find_denoisers(pipe)
+    if prompts is not None and "prompt" not in pipeline_arguments(pipe):
+        raise LesaError(
+            f"prompts={shown(prompts)}: {type(pipe).__name__} takes none; pass prompts=None and "
+            "what it takes in call="
+        )
 
 
 def sorted_arguments(
@@ -30,10 +44,12 @@ def sorted_arguments(
     call: Mapping[str, Any] | None,
     settings: Mapping[str, Any] | None,
     more: Mapping[str, Any],
+    steps: Sequence[int] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What ``pipe(...)`` is called with, and the fields of the forecaster.
 
-    ``more`` may hold both; its values come before those of ``call`` and ``settings``.
+    ``more`` may hold both; its values come before those of ``call`` and ``settings``. ``steps`` are
+    the numbers of steps to train for.
 
     Raises:
         LesaError: a name that the pipeline, or the forecaster, does not know, or a value that
@@ -42,6 +58,9 @@ def sorted_arguments(
     for name, given in (("call", call), ("settings", settings)):
         if given is not None and not isinstance(given, Mapping):
             raise LesaError(f"{name}={shown(given)}: not a dict; give arguments by their names")
+        for key in given or ():
+            if not isinstance(key, str):
+                raise LesaError(f"{name}={shown(given)}: {shown(key)} is no name; give texts")
     taken, wrong = call_arguments(pipe, dict(call or {}))
     for name, value in wrong.items():
         raise LesaError(f"{_told('call', name, value)}; {_remedy(pipe, name)}")
@@ -57,6 +76,7 @@ def sorted_arguments(
                 f"of the forecaster; {_remedy(pipe, name)}"
             )
     taken |= of_pipe
+    _check_steps(taken, steps)
     taken.pop("num_inference_steps", None)  # an argument of `lesa.train` itself
     if "generator" in taken:
         raise LesaError(
@@ -64,6 +84,24 @@ def sorted_arguments(
         )
     _check_call(pipe, taken)
     return taken, chosen | of_forecaster
+
+
+def _check_steps(call: Mapping[str, Any], steps: Sequence[int]) -> None:
+    """LesaError for what is an argument of `lesa.train` itself, or contradicts one."""
+    told = call.get("num_inference_steps")
+    if told is not None and steps and told not in steps:
+        raise LesaError(
+            f"num_inference_steps={shown(told)}: it stands in call=, and {list(steps)} is trained "
+            "for; pass num_inference_steps= to lesa.train itself"
+        )
+    if call.get("prompt") is not None:
+        raise LesaError("prompt=...: it stands in call=; pass prompts to lesa.train itself")
+    sigmas = call.get("sigmas")
+    if sigmas is not None and hasattr(sigmas, "__len__") and any(len(sigmas) != n for n in steps):
+        raise LesaError(
+            f"sigmas={shown(sigmas)}: {len(sigmas)} values for num_inference_steps={list(steps)}; "
+            "give as many as there are steps"
+        )
 
 
 def _check_call(pipe: Any, call: Mapping[str, Any]) -> None:
@@ -113,7 +151,9 @@ def _texts(name: str, given: Any) -> list[str]:
     texts = list(given) if several else []
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
         told = shown(texts if several else given)
-        raise LesaError(f"{name}={told}: not a list of non-empty strings; pass 8 to 32 prompts")
+        other = "give some, or how many to hold out"
+        remedy = "pass 8 to 32 prompts" if name == "prompts" else other
+        raise LesaError(f"{name}={told}: not a list of non-empty strings; {remedy}")
     return texts
 
 
@@ -134,8 +174,8 @@ def held_out(
                 f"that were fitted; give {ENOUGH} prompts, or validation="
             )
         return [*texts], frozenset(range(3, count, 4) if quarter(count) else ())
-    if isinstance(validation, int) and not isinstance(validation, bool):
-        whole("validation", validation, 0)
+    if getattr(validation, "ndim", 1) == 0 or not isinstance(validation, Iterable):  # a number
+        validation = whole("validation", validation, 0)
         if validation and count - validation < 2:
             raise LesaError(
                 f"validation={validation}: of {count} prompts {max(0, count - validation)} would "
@@ -277,6 +317,8 @@ def _remedy(pipe: Any, name: str) -> str:
     parameters = list(pipeline_arguments(pipe))
     if name in TRAINS:
         return f"pass {name}= to lesa.train itself"
+    if name in TOLD:
+        return "leave it out, the pipeline's own runs tell it"
     if name in parameters:
         return "pass it in call="
     if name in FIELDS:

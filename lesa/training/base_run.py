@@ -57,7 +57,8 @@ class BaseRun:
             if branch not in known:
                 shape = (self.steps, self.pictures, *value.shape[1:])
                 known[branch] = self._memory(shape, value.dtype)
-            known[branch][step, at] = value.detach().to("cpu")
+            # under autocast a latent changes its dtype after the first step
+            known[branch][step, at] = value.detach().to("cpu", known[branch].dtype)
 
     def at(
         self, step: int, branch: str, pictures: Sequence[int], device: torch.device

@@ -92,6 +92,7 @@ def train(
         LesaError: no prompts, impossible counts or an unknown argument, before the pipeline runs;
             or a pipeline whose steps cannot be followed.
     """
+    arguments.check_pipe(pipe, prompts)
     counts = arguments.whole_numbers("num_inference_steps", num_inference_steps)
     wanted = arguments.whole_numbers("full_steps", full_steps)
     arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
@@ -103,7 +104,7 @@ def train(
     allowed = arguments.checked_budget(budget, form)
     seed = arguments.check_seed(seed)
     arguments.check_at_least(1, batch_size=batch_size)
-    taken, fields = arguments.sorted_arguments(pipe, call, settings, more)
+    taken, fields = arguments.sorted_arguments(pipe, call, settings, more, counts)
     arguments.checked_settings(form, tap, fields)
     texts = arguments.checked_prompts(prompts, taken)
     where = None if folder is None else require_writable(folder, "folder")

@@ -67,6 +67,8 @@ WRONG = [
     (GENERATE + " --forecaster {folder} --full-steps 9", "config.json cannot be read (", "; give"),
     (GENERATE + " --forecaster {p}", "forecaster='", ".txt' is a file; give the folder that it is"),
     ("generate flux --prompts {p} --out a\0b", "out='a\\x00b': embedded null byte; see"),
+    (GENERATE + " --set num_images_per_prompt=2", "set='num_images_per_prompt=2': generate makes"),
+    (COMPARE + " --set num_images_per_prompt=2", "set='num_images_per_prompt=2': compare makes o"),
     (GENERATE + " --full-steps 9", "full-steps=9: it needs a forecaster; give --forecaster too"),
     (GENERATE + " --interval 5", "interval=5: it needs a forecaster; give --forecaster too"),
     (GENERATE + " --forecaster fora", "give either --full-steps or --interval"),

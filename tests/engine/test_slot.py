@@ -9,6 +9,7 @@ import threading
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny_pipelines import build
 from torch import nn
 
 import lesa
@@ -422,3 +423,33 @@ def test_a_batch_that_cannot_be_is_refused(model, inputs):
         lesa.Slot.batch(slots, rows=[1, 2]),
     ):
         batched(model, loops)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_inference_steps": 10**9},
+        {"num_inference_steps": "6"},
+        {"sigmas": "x"},
+        {"sigmas": 5},
+    ],
+    ids=str,
+)
+def test_steps_that_a_slot_cannot_have(options):
+    pipe, _ = build("flux")
+    lesa.enable(pipe)
+    (field,) = options
+    with pytest.raises(LesaError, match=f"^{field}="):
+        lesa.Slot(pipe, **options)
+
+
+def test_what_is_no_batch_of_slots():
+    pipe, _ = build("flux")
+    lesa.enable(pipe)
+    slots = [lesa.Slot(pipe, num_inference_steps=6) for _ in range(2)]
+    for wrong in (None, 5, slots[0], [*slots, 5]):
+        with pytest.raises(LesaError, match="^slots=.*: not a list of slots; give"):
+            lesa.Slot.batch(wrong)
+    for rows in (5, [10**12, 1], [[], [0]], ["a", 1]):
+        with pytest.raises(LesaError, match="^rows="), lesa.Slot.batch(slots, rows):
+            pytest.fail("the batch began")

@@ -75,7 +75,7 @@ def test_a_forecaster_of_another_model(nothing_loads, other_model):
         (("--port", "70000"), "port=70000: no port; give 1 to 65535"),
         (("--seed", "-1"), "seed=-1: out of range"),
         (("--forecaster", "fora,taylor-1"), "several names; give one"),
-        (("--set", "num_images_per_prompt=2"), "num_images_per_prompt=2: the page shows one"),
+        (("--set", "num_images_per_prompt=2"), "num_images_per_prompt=2': the page shows one"),
         (("--num-inference-steps", "0"), "num-inference-steps=0: below 1"),
         (("--json", "/dev/null/x.json"), "json='/dev/null': cannot write"),
     ],

@@ -6,9 +6,11 @@ import copy
 import functools
 import re
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from tiny_pipelines import build
 from training_jobs import STEPS, make
 
 import lesa
@@ -56,6 +58,11 @@ def idle():
         (dict(polish=0.5), "^polish=0.5: not a whole number >= 0"),
         (dict(call={"generator": torch.Generator()}), "^generator=.*: training makes a noise"),
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
+        (dict(settings={"branches": ["x"]}), "^branches=.*; leave it out, the pipeline's own runs"),
+        (dict(call={1: 2}), "^call=.*: 1 is no name; give texts"),
+        (dict(call={"num_inference_steps": 5}), r"^num_inference_steps=5: .* \[6\] is trained for"),
+        (dict(call={"prompt": "a"}), "^prompt=.*: it stands in call=; pass prompts to lesa.train"),
+        (dict(validation=torch.tensor(2.5)), "^validation=tensor.*: not a whole number"),
         (
             dict(full_steps=6),
             "^full_steps=6 are all of num_inference_steps=6, so .*; ask for fewer",
@@ -178,3 +185,15 @@ def test_targets_that_cannot_be_are_told(target, more, sentence):
     counts = more.get("full_steps", [10])
     with pytest.raises(LesaError, match=sentence):
         checked_target(target, more.get("form", "table"), more.get("schedule"), counts)
+
+
+@pytest.mark.parametrize("pipe", [5, None, diffusers.FluxPipeline, torch.nn.Linear(1, 1)], ids=str)
+def test_what_is_no_pipeline_is_told(pipe):
+    with pytest.raises(LesaError, match="^pipe=.*: not a diffusers pipeline with a scheduler"):
+        lesa.train(pipe, ["a"], guidance_scale=3.5)
+
+
+def test_a_pipeline_without_prompts_is_told():
+    pipe, _ = build("dit")
+    with pytest.raises(LesaError, match="^prompts=.*: DiTPipeline takes none; pass prompts=None"):
+        lesa.train(pipe, ["a"], 6, 2)
