@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import inf
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
@@ -52,7 +53,11 @@ def collect_all(job: Job, aim: Aim, *, estimate: bool = True) -> list[Statistics
         each = seconds * sum(aim.num_steps) / aim.num_steps[0]
         prompts, counts, steps = len(job.prompts), aim.full_steps, aim.num_steps[0]
         aim.budget = aim.budget.known(each, prompts, len(judges(job)), counts, steps)
-        job.progress.line(aim.budget.estimate(each, prompts, counts, steps))
+        if aim.target_psnr is None or aim.budget.generations is not None:
+            job.progress.line(aim.budget.estimate(each, prompts, counts, steps))
+        else:  # how many numbers are tried is not known
+            tries = [counts[0]] * TRIES
+            job.progress.line(aim.budget.estimate(each, prompts, tries, steps, "about"))
 
     first, *others = aim.num_steps
     return [
@@ -62,9 +67,14 @@ def collect_all(job: Job, aim: Aim, *, estimate: bool = True) -> list[Statistics
 
 
 def calibrate(
-    job: Job, forecaster: LesaForecaster, collected: Sequence[Statistics], aim: Aim
+    job: Job,
+    forecaster: LesaForecaster,
+    collected: Sequence[Statistics],
+    aim: Aim,
+    stopped: bool = False,
 ) -> None:
-    """Fit and store every list; an interrupt ends it with the best found so far.
+    """Fit and store every list; an interrupt ends it with the best found so far, as where training
+    was `stopped` before.
 
     What the statistics alone say is stored first. Raises KeyboardInterrupt where there is nothing
     to keep yet.
@@ -72,11 +82,16 @@ def calibrate(
     try:
         for statistics in collected:
             calibrator = Calibrator(job, forecaster, statistics)
+            if stopped:
+                _lists(calibrator, aim)
+                continue
             if aim.target_psnr is not None:
                 _reach(calibrator, aim, aim.target_psnr)
                 continue
             for lists in _lists(calibrator, aim):
                 _fit(calibrator, lists, aim)
+        if stopped:
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         if not forecaster.calibrations:
             raise
@@ -88,7 +103,9 @@ def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
     """Step lists for each number of full steps, which the forecaster holds as the statistics fit
     them."""
     if aim.schedule is not None:
-        return [[aim.schedule.bind(calibrator.statistics.num_steps).full_steps]]
+        given = aim.schedule.bind(calibrator.statistics.num_steps).full_steps
+        calibrator.store_open_loop(given)
+        return [[given]]
     found = calibrator.job.ranks.told(calibrator.search(aim.full_steps))
     for lists in found:
         calibrator.store_open_loop(lists[0])
@@ -101,6 +118,8 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     prompts = len(job.prompts)
     counts = TRIES if aim.target_psnr is not None else len(aim.full_steps)
     share = aim.budget.per_prompt(len(lists[0]), counts, steps, prompts)
+    if aim.target_psnr is not None:
+        share = min(share, _left(job, aim) / prompts)
     work = Shares.of(share * steps * prompts, prompts, len(judges(job)), len(lists[0]))
     rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
     calibrator.store(rollout)
@@ -116,6 +135,9 @@ def _reach(calibrator: Calibrator, aim: Aim, target: float) -> None:
     that do not hold it are forgotten, unless none does."""
     steps, found = calibrator.statistics.num_steps, dict[int, float]()
     for count in _guesses(calibrator, aim.full_steps[0], target, found):
+        runs = (len(calibrator.job.prompts) + len(judges(calibrator.job))) * count / steps
+        if found and runs > _left(calibrator.job, aim):
+            break
         lists = calibrator.job.ranks.told(calibrator.search([count]))[0]
         calibrator.store_open_loop(lists[0])
         worth = _fit(calibrator, lists, aim)
@@ -129,6 +151,13 @@ def _reach(calibrator: Calibrator, aim: Aim, target: float) -> None:
     calibrator.job.progress.line(
         f"target: {best} of {steps} steps in full {told} {target:g} dB at p10 ({found[best]:.1f})"
     )
+
+
+def _left(job: Job, aim: Aim) -> float:
+    """Plain generations that the budget has left, without a bound if there is none."""
+    if aim.budget.generations is None:
+        return inf
+    return aim.budget.generations - job.work.rows / job.work.plain * len(job.prompts)
 
 
 def _guesses(

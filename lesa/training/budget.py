@@ -97,13 +97,18 @@ class Budget:
         return Budget(generations)
 
     def estimate(
-        self, seconds: float, prompts: int, full_steps: Sequence[int], num_steps: int
+        self,
+        seconds: float,
+        prompts: int,
+        full_steps: Sequence[int],
+        num_steps: int,
+        word: str = "at most",
     ) -> str:
-        """What the whole costs at most, as one line."""
+        """What the whole costs at most, or in another word, as one line."""
         shares = [self.per_prompt(n, len(full_steps), num_steps, prompts) for n in full_steps]
         whole = prompts * (1 + sum(shares))
         return (
-            f"estimate: at most {clock(whole * seconds)} for {whole:.0f} plain generations of "
+            f"estimate: {word} {clock(whole * seconds)} for {whole:.0f} plain generations of "
             f"{seconds:.2g} s"
         )
 

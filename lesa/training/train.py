@@ -119,15 +119,19 @@ def train(
     _check_tap(job)
     collected = collect_all(job, aim, estimate=form in arguments.BUDGETED)
     forecaster = _untrained(job, collected[0], form, fields)
+    stopped = False
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
     if form == "paper":
         _train_paper(job, forecaster, collected[0], schedule, wanted)
     elif form == "disca":
         train_disca(job, forecaster, collected[0], schedule, wanted[0])
     elif form == "continuous":
-        fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
+        try:
+            fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
+        except KeyboardInterrupt:  # the plain runs are worth something without it
+            stopped = True
     if form in ("continuous", "table"):
-        calibrate(job, forecaster, collected, aim)
+        calibrate(job, forecaster, collected, aim, stopped)
     _tell_cost(job)
     return forecaster
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -158,6 +159,32 @@ def test_an_interrupt_leaves_the_best_so_far(monkeypatch):
     monkeypatch.setattr("lesa.training.aims.collect", stop)
     with pytest.raises(KeyboardInterrupt):
         lesa.train(pipe, None, STEPS, 3, **options)
+
+
+@pytest.mark.parametrize("schedule", [None, lesa.Schedule.explicit((0, 3), STEPS)])
+def test_an_interrupt_of_the_fit_on_plain_runs_keeps_what_they_say(schedule, monkeypatch):
+    def stop(*args, **more):
+        raise KeyboardInterrupt
+
+    pipe, call = make("flux", prompts=2)
+    told = Progress(quiet=True)
+    monkeypatch.setattr(sys.modules["lesa.training.train"], "fit_continuous", stop)
+    options = dict(call=call, validation=0, progress=told, schedule=schedule)
+    early = lesa.train(pipe, None, STEPS, 2, **options)
+    (plan,) = early.calibrated
+    assert len(plan.full_steps) == 2 and early.metadata["interrupted"]
+    assert "interrupted: the forecaster holds what was found so far" in told.lines
+    assert "cost: 1.0 plain generations per prompt, 2 in all" in told.lines
+
+
+def test_a_budget_is_held_where_a_target_is_searched():
+    pipe, call = make("flux", prompts=4)
+    told = Progress(quiet=True)
+    options = dict(call=call, form="table", validation=1, progress=told)
+    lesa.train(pipe, None, STEPS, 2, target_psnr=100, budget=8, **options)
+    (cost,) = [line for line in told.lines if line.startswith("cost:")]
+    assert float(cost.split(", ")[1].split()[0]) <= 8
+    assert any("is the nearest to 100 dB" in line for line in told.lines)
 
 
 def test_the_smallest_number_of_full_steps_that_holds_a_target_is_found(monkeypatch):

@@ -450,3 +450,14 @@ def test_guidance_that_the_training_had_not_is_noticed(name):
             pipe(**call)
         with pytest.warns(UserWarning, match="^guidance_scale=5: the forecaster was trained at 1;"):
             pipe(**call | {"guidance_scale": torch.tensor(5.0) if name == "sdxl" else 5.0})
+
+
+@pytest.mark.parametrize("name", ["flux", "sdxl"])
+def test_training_under_autocast(name):
+    """The latent is float32 at the first step and bfloat16 from the second on."""
+    pipe, call = make(name)
+    options = dict(form="table", validation=0, progress=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = lesa.train(pipe, None, STEPS, 2, call=call, **options)
+    (entry,) = trained.calibrations
+    assert all(rows.isfinite().all() for rows in entry.rows.values())
