@@ -239,7 +239,9 @@ def test_lpips_stands_beside_psnr_where_it_was_measured(text):
 
 
 def test_lpips_makes_columns_of_its_own_and_is_no_share():
-    measured = MetricsRow(psnr=[30.0, 40.0], ssim=[0.9, 0.9], seconds=[1.0], speedup=[2.0])
+    measured = MetricsRow(
+        psnr=[30.0, 40.0], ssim=[0.9, 0.9], seconds=[1.0], speedup=[2.0], cpu_seconds=[1.0]
+    )
     plain = MetricsRow(judged={"lpips": [0.0, 0.0], "shape": [1.0, 1.0]})
     measured.judged = {"lpips": [0.1, 0.3], "shape": [1.0, 0.0]}
     row = measured.row(Method("fora", STEPS), plain)
