@@ -105,6 +105,12 @@ class Preparation:
                     f"{self.told}: scheduler-config.{name}={value!r}: {kind.__name__} has no such"
                     f" field{near}; it has {', '.join(fields)}"
                 )
+            usual = inspect.signature(kind).parameters[name].default
+            if not _is_like(value, usual):
+                raise LesaError(
+                    f"{self.told}: scheduler-config.{name}={value!r}: {kind.__name__} has a"
+                    f" {type(usual).__name__} there; give one such as {usual!r}"
+                )
 
     def _fuse(self, pipe: Any) -> None:
         source, file = self.lora["source"], self.lora.get("file")
@@ -139,3 +145,12 @@ def _size(value: Any) -> int:
 
 
 _MEMORY = {"offload": as_text, "vae_tiling": as_flag, "vae_slicing": as_flag, "device": _size}
+
+
+def _is_like(value: Any, usual: Any) -> bool:
+    """Whether a value is of the kind of a field's usual one, as far as that tells."""
+    if isinstance(usual, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and (usual is None or isinstance(usual, bool))
+    if isinstance(usual, (int, float)):
+        return isinstance(value, (int, float))
+    return not isinstance(usual, str) or isinstance(value, str)

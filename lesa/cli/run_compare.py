@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from lesa.evaluation.submission import Subject
 
 CALIBRATION = 8  # captions of an embedded pipeline where no file gives others
-FULL_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -97,10 +96,13 @@ def _read(request: CompareRequest) -> _Inputs:
 
 
 def _full_steps(request: CompareRequest, forecaster: Any, steps: int) -> str:
-    """The given numbers of full steps, else the forecaster's nearest to a fifth, else 10."""
+    """The given numbers of full steps, else the forecaster's nearest to a fifth, else the untrained
+    method's."""
+    from lesa.forecasters.prior import default_count
+
     if request.full_steps is not None:
         return request.full_steps
-    return str(full_steps_of(forecaster, steps) or min(FULL_STEPS, steps))
+    return str(full_steps_of(forecaster, steps) or default_count(steps))
 
 
 def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparison:

@@ -11,6 +11,7 @@ import io
 import os
 import pickle
 import re
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ _CONFIGS = ("Config", "ModelConfig", "KANConfig", "SolverConfig")
 _GIVE = "give a file that the release's train.py wrote, or train anew with --form paper"
 BROKEN = (  # what torch.load raises for a file of anything
     *(pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, AttributeError),
-    *(EOFError, OSError, MemoryError, OverflowError),
+    *(EOFError, OSError, MemoryError, OverflowError, struct.error),
 )
 
 

@@ -87,12 +87,13 @@ def sorted_arguments(
 
 
 def _check_steps(call: Mapping[str, Any], steps: Sequence[int]) -> None:
-    """LesaError for what is an argument of `lesa.train` itself, or contradicts one."""
+    """LesaError for prompts, an argument of `lesa.train` itself, or noise levels for other
+    numbers of steps; a warning for a number of steps, which is one too."""
     told = call.get("num_inference_steps")
     if told is not None and steps and told not in steps:
-        raise LesaError(
-            f"num_inference_steps={shown(told)}: it stands in call=, and {list(steps)} is trained "
-            "for; pass num_inference_steps= to lesa.train itself"
+        warn(
+            f"num_inference_steps={shown(told)}: it stands in call= and is not used, since "
+            f"{list(steps)} is trained for; pass num_inference_steps= to lesa.train itself"
         )
     if call.get("prompt") is not None:
         raise LesaError("prompt=...: it stands in call=; pass prompts to lesa.train itself")

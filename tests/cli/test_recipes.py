@@ -217,6 +217,8 @@ WRONG = [
     ({"memory": {"device": "much"}}, "memory.device='much' is not a size of memory; give one such"),
     ({"lora": {"file": "x"}}, "lora has no source; give the folder or hub id"),
     ({"scheduler_config": {"shft": 3}}, "scheduler-config.shft=3: FlowMatchEuler", "mean shift"),
+    ({"scheduler_config": {"shift": "abc"}}, "shift='abc': FlowMatch", "such as 1.0"),
+    ({"scheduler_config": {"use_dynamic_shifting": "no"}}, "dynamic_shifting='no': Flow", "bool"),
     ({"model": {"pipeline": "FluxPipeline"}}, "model has no denoiser; give the name of"),
     ({"model": {"pipeline": "A", "denoiser": "B", "text": {"x": [0]}}}, "model.text={'x': [0]} is"),
     ({"model": {"pipeline": "FluxPipeline", "denoiser": "X"}}, "the one that is given is Stable"),

@@ -60,7 +60,6 @@ def idle():
         (dict(full_steps=7), "^full_steps=7 is more than num_inference_steps=6"),
         (dict(settings={"branches": ["x"]}), "^branches=.*; leave it out, the pipeline's own runs"),
         (dict(call={1: 2}), "^call=.*: 1 is no name; give texts"),
-        (dict(call={"num_inference_steps": 5}), r"^num_inference_steps=5: .* \[6\] is trained for"),
         (dict(call={"prompt": "a"}), "^prompt=.*: it stands in call=; pass prompts to lesa.train"),
         (dict(validation=torch.tensor(2.5)), "^validation=tensor.*: not a whole number"),
         (
@@ -197,3 +196,10 @@ def test_a_pipeline_without_prompts_is_told():
     pipe, _ = build("dit")
     with pytest.raises(LesaError, match="^prompts=.*: DiTPipeline takes none; pass prompts=None"):
         lesa.train(pipe, ["a"], 6, 2)
+
+
+def test_a_number_of_steps_that_is_not_used_is_told(idle):
+    with pytest.warns(UserWarning, match=r"num_inference_steps=5: .*not used, since \[6\] is"):
+        sorted_arguments(idle, {"num_inference_steps": 5}, None, {}, [6])
+    with pytest.raises(LesaError, match="^sigmas=.*: 2 values for num_inference_steps="):
+        sorted_arguments(make("flux")[0], {"sigmas": [1.0, 0.5]}, None, {}, [6])
