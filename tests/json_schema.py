@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 TYPES = {
@@ -60,6 +61,7 @@ def _holds(value: Any, keyword: str, wanted: Any) -> bool:
         "required": lambda: not isinstance(value, dict) or set(wanted) <= set(value),
         "minItems": lambda: not isinstance(value, list) or len(value) >= wanted,
         "minimum": lambda: not number or value >= wanted,
+        "pattern": lambda: not isinstance(value, str) or bool(re.search(wanted, value)),
         "maximum": lambda: not number or value <= wanted,
     }
     return checks[keyword]()

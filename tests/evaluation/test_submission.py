@@ -94,6 +94,27 @@ def test_a_committed_file_is_as_described_and_of_the_committed_prompts(path):
         assert found["pairs"] >= 8
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("source", "commit"), ""),
+        (("date",), ""),
+        (("prompts", "sha256"), ""),
+        (("call", "num_inference_steps"), -1),
+        (("rows", 0, "lpips", "mean"), -1.0),
+        (("rows", 0, "ssim_mean"), -2.0),
+    ],
+)
+def test_a_file_that_was_edited_is_not_as_described(place, value):
+    found = json.loads((SUBMITTED / "flux.json").read_text())
+    *way, last = place
+    part = found
+    for name in way:
+        part = part[name]
+    part[last] = value
+    assert len([*errors(found, SCHEMA)]) == 1
+
+
 def test_prompts_are_told_apart_by_their_hash():
     assert prompts_hash(["a", "ü"]) == hashlib.sha256('["a", "ü"]'.encode()).hexdigest()
     assert prompts_hash(["a\nb"]) != prompts_hash(["a", "b"])
