@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import logging
 import os
 import signal
 import socket
@@ -90,7 +92,14 @@ def server(blocks: Any) -> Any:
         ssr_mode=False, mcp_server=False, pwa=False, enable_monitoring=False,
         theme=theme(), css=style(),
     )  # fmt: skip
+    logging.getLogger("uvicorn.error").addFilter(_told)
     return uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+
+
+def _told(record: logging.LogRecord) -> bool:
+    """Whether a line of the server's log is for anyone: not the requests that Ctrl-C cuts off."""
+    kind = record.exc_info[0] if record.exc_info else None
+    return kind is None or not issubclass(kind, asyncio.CancelledError)
 
 
 def serve(blocks: Any, door: socket.socket) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import socket
 
 import pytest
 
 from lesa.errors import LesaError
-from lesa.play.server import HOST, address, listening, quiet_gradio
+from lesa.play.server import HOST, _told, address, listening, quiet_gradio
 
 
 def test_only_this_machine_is_served_and_a_port_once():
@@ -43,3 +45,10 @@ def test_gradio_is_told_to_be_quiet_and_leaves_no_files(monkeypatch):
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False" and os.path.isdir(folder)
     assert not os.path.exists(folder) and "GRADIO_TEMP_DIR" not in os.environ
     assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "True"
+
+
+@pytest.mark.parametrize(("error", "told"), [(asyncio.CancelledError, False), (ValueError, True)])
+def test_requests_that_ctrl_c_cuts_off_leave_no_traceback(error, told):
+    info = (error, error("graceful shutdown exceeded"), None)
+    record = logging.LogRecord("uvicorn.error", logging.ERROR, "", 0, "Exception", (), info)
+    assert _told(record) is told
