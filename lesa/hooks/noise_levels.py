@@ -140,7 +140,10 @@ def own_noise_levels(num_steps: int | None, sigmas: Sequence[float] | None) -> t
             return ()
         num_steps = whole("num_inference_steps", num_steps, 1, MOST_STEPS)
         return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
-    levels = reals("sigmas", sigmas, "give noise levels in [0, 1]")
+    try:
+        levels = tuple(float(sigma) for sigma in sigmas)
+    except (TypeError, ValueError, RuntimeError):
+        levels = reals("sigmas", sigmas, "give noise levels in [0, 1]")  # says what is wrong
     if num_steps is not None and len(levels) != num_steps + 1:
         raise LesaError(
             f"sigmas={shown(levels)}: {len(levels)} values for {num_steps} steps; give "
