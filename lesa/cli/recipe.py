@@ -170,8 +170,10 @@ def _parsed(path: Path, told: str) -> dict[str, Any]:
     if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
         raise LesaError(f"{told}: not a list of keys and values; {remedy}")
     values = {key.replace("-", "_"): value for key, value in found.items() if value is not None}
-    if len({key.replace("-", "_") for key in found}) < len(found):
-        raise LesaError(f"{told}: a key is there twice, once with a hyphen; give it once")
+    names = [key.replace("-", "_") for key in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise LesaError(f"{told}: {twice} is there twice, once with a hyphen; give it once")
     return values
 
 

@@ -83,7 +83,7 @@ def as_settings(value: Any) -> dict[str, Any]:
     """Names and values, of arguments of a pipeline or of fields of a configuration; lists stay what
     a configuration's JSON would have."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
-        raise ValueError("a list of names and values; write {true_cfg_scale: 4.0}")
+        raise ValueError("a list of names and values; write {name: value}")
     return dict(value)
 
 

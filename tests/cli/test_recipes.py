@@ -246,7 +246,7 @@ def test_a_wrong_recipe_is_one_sentence(case, sd3, tmp_path, monkeypatch):
     ("text", "words"),
     [
         ("height: 8\nheight: 16\n", "no YAML (the key height is there twice); give a YAML file"),
-        ("batch-size: 1\nbatch_size: 2\n", "a key is there twice, once with a hyphen"),
+        ("batch-size: 1\nbatch_size: 2\n", "batch_size is there twice, once with a hyphen"),
         ("- 1\n", "not a list of keys and values"),
         ("a: [1\n", "no YAML (line 2: "),
         ("x: !!python/object/apply:os.system [ls]\n", "no YAML (line 1: could not determine a con"),
