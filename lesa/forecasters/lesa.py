@@ -206,7 +206,9 @@ class LesaForecaster(FullPrecision):
         trained = self.metadata.get("guidance")
         if trained is None:  # as saved by an earlier lesa
             call = self.metadata.get("call", {})
-            trained = {name: call[name] for name in scales if name in call}
+            trained = {
+                name: call[name] for name in scales if isinstance(call.get(name), (int, float))
+            }
         parts = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
         before = bool(self.metadata.get("guided", parts))
         return excess(trained, scales, embedded, before, guided)

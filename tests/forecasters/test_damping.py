@@ -312,6 +312,8 @@ def test_rows_are_damped_by_the_excess_of_guidance(parts):
 def test_the_guidance_of_earlier_forecasters_is_that_of_their_call():
     forecaster = trained()
     assert forecaster.excess({"guidance_scale": 9.0}, True) is None  # it says nothing
+    forecaster.metadata["call"] = {"guidance_scale": "much"}  # by hand
+    assert forecaster.excess({"guidance_scale": 9.0}, True) is None
     forecaster.metadata["call"] = {"guidance_scale": 3.0, "height": 64}
     assert forecaster.excess({"guidance_scale": 9.0}, True).ratio == 3
     forecaster.metadata["guidance"] = {"guidance_scale": 4.5}
