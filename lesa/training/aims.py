@@ -90,13 +90,12 @@ def calibrate(
                 continue
             for lists in _lists(calibrator, aim):
                 _fit(calibrator, lists, aim)
-        if stopped:
-            raise KeyboardInterrupt
     except KeyboardInterrupt:
         if not forecaster.calibrations:
             raise
-        forecaster.metadata["interrupted"] = True
-        job.progress.line("interrupted: the forecaster holds what was found so far")
+        stopped = True
+    if stopped:
+        job.interrupted(forecaster.metadata)
 
 
 def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
@@ -157,7 +156,7 @@ def _left(job: Job, aim: Aim) -> float:
     """Plain generations that the budget has left, without a bound if there is none."""
     if aim.budget.generations is None:
         return inf
-    return aim.budget.generations - job.work.rows / job.work.plain * len(job.prompts)
+    return aim.budget.generations - job.spent
 
 
 def _guesses(

@@ -80,8 +80,7 @@ def train_disca(
     else:
         run = trainer.fitted(schedule.bind(statistics.num_steps))
     if not trainer.learn(run):
-        forecaster.metadata["interrupted"] = True
-        job.progress.line("interrupted: the forecaster holds what was found so far")
+        job.interrupted(forecaster.metadata)
     _store(forecaster, run, statistics)
     forecaster.metadata["network_share"] = trainer.share
     scores, full = trainer.scores(run, data.judged), run.schedule.full_steps

@@ -125,6 +125,17 @@ class Job:
         count = len(self.prompts) if prompts is None else prompts
         return steps * count * self.pictures * self.work.width
 
+    @property
+    def spent(self) -> float:
+        """What the denoiser was run for so far, in plain generations; known after the first
+        collection."""
+        return self.work.rows / self.work.plain * len(self.prompts)
+
+    def interrupted(self, metadata: dict[str, Any]) -> None:
+        """Say, in the forecaster's metadata too, that it holds what was found so far."""
+        metadata["interrupted"] = True
+        self.progress.line("interrupted: the forecaster holds what was found so far")
+
     @contextmanager
     def phase(self, title: str, total: int, done: int = 0) -> Iterator[Bar]:
         """A phase of so much work, `done` of it before it begins, which moves as rows are computed;

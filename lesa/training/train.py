@@ -145,10 +145,8 @@ def _keep_moments(forecaster: LesaForecaster, statistics: Statistics) -> None:
 
 def _tell_cost(job: Job) -> None:
     """What the denoiser was run for, in plain generations: that is what training costs."""
-    whole = job.work.rows / job.work.plain * len(job.prompts)
-    job.progress.line(
-        f"cost: {whole / len(job.prompts):.1f} plain generations per prompt, {whole:.0f} in all"
-    )
+    each = job.spent / len(job.prompts)
+    job.progress.line(f"cost: {each:.1f} plain generations per prompt, {job.spent:.0f} in all")
 
 
 def _check_tap(job: Job) -> None:
