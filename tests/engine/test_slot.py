@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import threading
+import time
 
 import pytest
 import torch
@@ -267,6 +268,9 @@ def test_two_threads_in_one_slot_are_noticed(model, inputs):
 
     late = threading.Thread(target=second)
     late.start()
+    by = time.monotonic() + 60
+    while not lesa.stats(model).fallbacks and time.monotonic() < by:
+        time.sleep(0.001)  # the second thread waits for the model, once it has found the slot taken
     go_on.set()
     thread.join()
     late.join()
