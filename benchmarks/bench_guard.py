@@ -1,0 +1,220 @@
+"""What a guard would gain: `python benchmarks/bench_guard.py`.
+
+A guard looks at a full step whether a picture is at risk, and gives such a picture further full
+steps. That pays where three things hold, each measured here on unseen prompts of every embedded
+pipeline of 50 steps, at 10 full steps and the list that training chooses:
+
+- a signal at an early full step ranks the pictures: Spearman's rho between the signal and the final
+  PSNR, with the sign by which +1 is a perfect guard;
+- further full steps after it mend a bad picture: everybody gets two, in the widest gaps or in the
+  very next ones;
+- the guard finds the right ones: the quarter at risk by the signal, and by an oracle who knows the
+  final PSNR.
+
+Signals are relative to the largest of the calibration prompts, and a picture's is that of its worst
+branch or guidance part: `change` is |v_s - v_p| / |v_s| since the full step p before s, `line` the
+error of the line in noise level through the two before. benchmarks/results/guard.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from _environment import RESULTS, environment, write
+from bench_transfer import forecaster_of
+from torch import Tensor
+
+import lesa
+from lesa.core.schedule import Schedule
+from lesa.engine.trajectory import OutputTap
+from lesa.hooks.attach import attached
+from lesa.hooks.denoiser import Call, Run
+from lesa.hooks.pipeline import find_denoisers
+from lesa.testbed import load, prompts, settings
+from lesa.util.perceptual import psnr
+
+PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
+BATCH, EXTRA, SHARE = 8, 2, 4  # prompts at once; full steps given; one picture in so many
+
+
+class Recorder(OutputTap):
+    """The output tap, and for every full step after the first how far its feature has moved."""
+
+    def __init__(self, pictures: int) -> None:
+        self.pictures = pictures
+        self.found: dict[str, dict[int, Tensor]] = {"change": {}, "line": {}}
+        self._before: dict[str, list[tuple[float, Tensor]]] = {}
+
+    def take(self, call: Call, run: Run) -> Tensor | None:
+        feature = super().take(call, run)
+        assert feature is not None
+        step = call.step
+        past = self._before.setdefault(step.branch, [])
+        level, now = step.sigmas[step.index], feature.float().flatten(1)
+        if past:
+            newest, last = past[-1]
+            self._note("change", step.index, now - last, now)
+            slope = 0.0
+            if len(past) > 1:
+                slope = (level - newest) / (newest - past[-2][0])
+            line = last + slope * (last - past[-2][1]) if slope else last
+            self._note("line", step.index, now - line, now)
+        past.append((level, now))
+        return feature
+
+    def _note(self, signal: str, step: int, moved: Tensor, now: Tensor) -> None:
+        """Keep the largest of a picture's branches and guidance parts."""
+        share = (moved.norm(dim=1) / now.norm(dim=1)).view(-1, self.pictures).amax(0)
+        known = self.found[signal].get(step)
+        self.found[signal][step] = share if known is None else torch.maximum(known, share)
+
+
+def generate(
+    pipe: Any, call: dict[str, Any], texts: Sequence[str], seed: int
+) -> tuple[Tensor, dict[str, dict[int, Tensor]]]:
+    """Pictures of all prompts as floats; if lesa is enabled, the signals by full step [prompts]."""
+    pictures, found = [], []
+    for start in range(0, len(texts), BATCH):
+        some = texts[start : start + BATCH]
+        noise = [torch.Generator().manual_seed(seed + start + i) for i in range(len(some))]
+        known = attached(find_denoisers(pipe)[0])
+        recorder = Recorder(len(some))
+        if known is not None:
+            controller: Any = known.controller
+            controller.tap = recorder
+        given = {"output_type": "pt", "return_dict": False, **call}
+        pictures.append(pipe(prompt=list(some), generator=noise, **given)[0].float())
+        found.append(recorder.found)
+    joined = {
+        signal: {step: torch.cat([part[signal][step] for part in found]) for step in steps}
+        for signal, steps in found[0].items()
+    }
+    return torch.cat(pictures), joined
+
+
+def widest(schedule: Schedule, sigmas: Sequence[float], after: int) -> Schedule:
+    """`EXTRA` full steps more after a step, each in the middle of the widest gap in noise level."""
+    return _with_more(schedule, after, lambda low, high: sigmas[high] - sigmas[low])
+
+
+def nearest(schedule: Schedule, sigmas: Sequence[float], after: int) -> Schedule:
+    """`EXTRA` full steps more, one in the middle of each of the gaps next to come."""
+    return _with_more(schedule, after, lambda low, _: float(low))
+
+
+def _with_more(schedule: Schedule, after: int, order: Callable[[int, int], float]) -> Schedule:
+    gaps = [
+        (low, high)
+        for low, high in pairwise((*schedule.full_steps, schedule.steps))
+        if low >= after and high - low > 1
+    ]
+    chosen = sorted(gaps, key=lambda gap: order(*gap))[:EXTRA]
+    added = [(low + high) // 2 for low, high in chosen]
+    return Schedule.explicit([*schedule.full_steps, *added], schedule.steps)
+
+
+def spearman(signal: Tensor, decibels: Tensor) -> float:
+    """Rank correlation of the signal with the loss of quality."""
+    ranks = torch.stack([signal.argsort().argsort(), (-decibels).argsort().argsort()]).double()
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def summary(decibels: Tensor) -> dict[str, float]:
+    """Mean, 10th percentile and minimum."""
+    found = decibels.mean(), decibels.quantile(0.1), decibels.min()
+    return dict(zip(("mean", "p10", "minimum"), map(float, found), strict=True))
+
+
+def measure(name: str, unseen: int) -> dict[str, Any]:
+    """All that the module's docstring lists, of one pipeline."""
+    pipe, call = load(name), settings(name)
+    pipe.set_progress_bar_config(disable=True)
+    forecaster = forecaster_of(name, pipe, None)
+    entry = forecaster.calibrations[0]
+    plan, sigmas = entry.schedule, entry.sigmas
+    texts = prompts(name, unseen, seed=1, split="test")
+    plain, _ = generate(pipe, call, texts, 1000)
+
+    def run(schedule: Schedule) -> tuple[Tensor, dict[str, dict[int, Tensor]]]:
+        with lesa.accelerate(pipe, forecaster, schedule=schedule):
+            found, signals = generate(pipe, call, texts, 1000)
+        return psnr(plain, found), signals
+
+    with lesa.accelerate(pipe, forecaster, schedule=plan):
+        _, seen = generate(pipe, call, prompts(name, 16, seed=0, split="train"), 0)
+    base, signals = run(plan)
+    risk = {
+        signal: {step: value / seen[signal][step].max() for step, value in steps.items()}
+        for signal, steps in signals.items()
+    }
+    found = {
+        "pipeline": name,
+        "full_steps": plan.full_steps,
+        "base": summary(base),
+        "rho": {
+            signal: {step: spearman(value, base) for step, value in steps.items()}
+            for signal, steps in risk.items()
+        },
+        "rows": list(_policies(plan, sigmas, base, risk, lambda schedule: run(schedule)[0])),
+    }
+    _tell(found)
+    return found
+
+
+def _policies(
+    plan: Schedule,
+    sigmas: Sequence[float],
+    base: Tensor,
+    risk: dict[str, dict[int, Tensor]],
+    run: Callable[[Schedule], Tensor],
+) -> Iterator[dict[str, Any]]:
+    """A row per early full step at which a guard could decide, and place of the further steps."""
+    quarter = len(base) // SHARE
+    for step in plan.full_steps[1:3]:
+        for where in (widest, nearest):
+            schedule = where(plan, sigmas, step)
+            more = run(schedule)
+            row = {"decided_at": step, "where": where.__name__, "full_steps": schedule.full_steps}
+            row["everybody"] = summary(more)
+            chosen = {"oracle": base.argsort()[:quarter]}
+            for signal, steps in risk.items():
+                worst = torch.stack([v for s, v in steps.items() if s <= step]).amax(0)
+                chosen[signal] = worst.argsort(descending=True)[:quarter]
+            for who, at in chosen.items():
+                mixed = base.clone()
+                mixed[at] = more[at]
+                row[who] = summary(mixed)
+            yield row
+
+
+def _tell(found: dict[str, Any]) -> None:
+    def shown(values: dict[str, float]) -> str:
+        return " / ".join(f"{value:.1f}" for value in values.values())
+
+    print(f"{found['pipeline']}: {found['full_steps']}: {shown(found['base'])}")
+    for signal, steps in found["rho"].items():
+        print(f"  rho of {signal}:", {step: round(value, 2) for step, value in steps.items()})
+    for row in found["rows"]:
+        policies = ("change", "line", "oracle", "everybody")
+        told = ", ".join(f"{who} {shown(row[who])}" for who in policies)
+        print(f"  at {row['decided_at']}, {row['where']}: {told}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    found = [measure(name, options.unseen) for name in options.pipelines]
+    report = {"environment": environment(), "unseen_prompts": options.unseen, "pipelines": found}
+    write(RESULTS / "guard.json", report)
+
+
+if __name__ == "__main__":
+    main()
