@@ -175,8 +175,11 @@ def test_wrong_targets(tiny_flux):
         lesa.apply_lesa_cache(tiny_flux.transformer, {"full_steps": 3})
     with pytest.raises(LesaError, match="does not name its arguments"):
         lesa.enable(torch.nn.Module())
-    with pytest.raises(LesaError, match="tap='hidden': Linear does not have it"):
-        lesa.enable(torch.nn.Linear(2, 2), tap="hidden")
+    for module in (torch.nn.Linear(2, 2), tiny_flux.transformer.norm_out.norm):
+        with pytest.raises(LesaError, match="forward takes 'input' alone, so it is no denoiser"):
+            lesa.enable(module)
+    with pytest.raises(LesaError, match="tap='hidden': Bilinear does not have it"):
+        lesa.enable(torch.nn.Bilinear(2, 2, 2), tap="hidden")
 
 
 def test_another_cache_or_controller_is_not_replaced(tiny_flux):

@@ -203,7 +203,7 @@ def model_spec(model: object) -> ModelSpec:
     else from its arguments: then it has the output tap alone.
 
     Raises:
-        LesaError: it is not a module, or its forward does not name its arguments.
+        LesaError: it is not a module, or its forward names no arguments, or a single one.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _SPECS:
@@ -261,6 +261,11 @@ def _output_row(model: nn.Module, notes: str) -> ModelSpec:
         raise LesaError(
             f"model: the forward of {kind.__name__} does not name its arguments; give the model "
             "that it calls, or a module whose forward(latent, time, ...) calls it"
+        )
+    if len(parameters) == 1:
+        raise LesaError(
+            f"model: {kind.__name__}'s forward takes {named[0]!r} alone, so it is no denoiser; give "
+            "a pipeline, or the module whose forward(latent, time, ...) its loop calls"
         )
     return ModelSpec(
         kind.__name__,
