@@ -264,8 +264,8 @@ def _output_row(model: nn.Module, notes: str) -> ModelSpec:
         )
     if len(parameters) == 1:
         raise LesaError(
-            f"model: {kind.__name__}'s forward takes {named[0]!r} alone, so it is no denoiser; give "
-            "a pipeline, or the module whose forward(latent, time, ...) its loop calls"
+            f"model: {kind.__name__}'s forward takes {named[0]!r} alone, so it is no denoiser; "
+            "give a pipeline, or the module whose forward(latent, time, ...) its loop calls"
         )
     return ModelSpec(
         kind.__name__,
