@@ -190,7 +190,9 @@ class LesaForecaster(FullPrecision):
         trained = str(self.metadata.get("scheduler", ""))
         noise = noise and not self.metadata.get("noise", sampler == trained)
         known = [] if self.form in ("paper", "disca") else self.calibrations
-        return mismatch(known, trained, schedule, sigmas, sampler, noise)
+        fitted = (self._fitted(schedule, tuple(sigmas), name) for name in self.branches if known)
+        kept = any(rows is not None for rows in fitted)
+        return mismatch(known, trained, schedule, sigmas, sampler, noise, kept)
 
     def excess(
         self, scales: Mapping[str, float], embedded: bool, guided: bool = False

@@ -23,6 +23,7 @@ def mismatch(
     sigmas: Sequence[float],
     sampler: str,
     noise: bool,
+    kept: bool = False,
 ) -> Mismatch | None:
     """How a run differs from all calibrations, None where it does not, or nothing is forecast.
 
@@ -33,6 +34,7 @@ def mismatch(
         sigmas: its S + 1 noise levels.
         sampler: the class of its scheduler, or "".
         noise: whether that one adds noise, and the trained one did not.
+        kept: whether its list only adds full steps to one that was fitted.
     """
     if not calibrations or not schedule.skipped_steps:
         return None
@@ -48,7 +50,8 @@ def mismatch(
         return None
     else:
         kind, told = _difference(calibrations, trained, schedule, sigmas, sampler)
-        effect = "forecasts are damped towards reuse where they differ"
+        damped = "forecasts are damped towards reuse where they differ"
+        effect = "the rows of one with fewer full steps are kept" if kept else damped
     further = ", schedule=..." if kind == "list" else ""
     return Mismatch(
         kind,

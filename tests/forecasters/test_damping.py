@@ -252,6 +252,18 @@ def test_each_kind_of_mismatch_names_its_values_and_the_remedy():
     assert noisy.kind == "noise" and "reuse the last full one" in noisy.told
 
 
+def test_a_list_that_only_adds_full_steps_keeps_its_rows():
+    forecaster = trained()
+    more = Schedule.explicit([*PLAN.full_steps, 11], 20)
+    found = forecaster.mismatch(more, SIGMAS)
+    assert found.kind == "list" and "rows of one with fewer full steps are kept" in found.told
+    kept = [step for step in more.skipped_steps if step < 11]
+    rows = forecaster.table(more, SIGMAS).coefficients, forecaster.table(PLAN, SIGMAS).coefficients
+    assert torch.equal(*(table[kept, :2] for table in rows))  # as the sentence says
+    other = Schedule.explicit([0, 4, 8, 11, 14], 20)
+    assert "are damped towards reuse" in forecaster.mismatch(other, SIGMAS).told
+
+
 def test_noise_counts_only_where_training_had_none():
     forecaster = trained()
     assert forecaster.mismatch(PLAN, SIGMAS, "LCMScheduler", noise=True).kind == "noise"
