@@ -98,7 +98,7 @@ class TrainRequest(RunRequest):
         check_at_least(0, polish=self.polish)
         check_finite(target_psnr=self.target_psnr)
         check_step_seconds(self.step_seconds, self.dry_run)
-        from lesa.training.arguments import checked_budget, checked_target
+        from lesa.training.numbers import checked_budget, checked_target
 
         checked_budget(self.budget, self.form)
         try:

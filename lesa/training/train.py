@@ -12,8 +12,9 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters import LesaForecaster
 from lesa.forecasters.paper import PaperForm
-from lesa.training import arguments
+from lesa.training import arguments, numbers
 from lesa.training.aims import Aim, calibrate, collect_all
+from lesa.training.calibration_prompts import checked_prompts, held_out
 from lesa.training.disca import check_disca, train_disca
 from lesa.training.fit import fit_continuous, fit_paper
 from lesa.training.job import Job
@@ -93,31 +94,31 @@ def train(
             or a pipeline whose steps cannot be followed.
     """
     arguments.check_pipe(pipe, prompts)
-    counts = arguments.whole_numbers("num_inference_steps", num_inference_steps)
-    wanted = arguments.whole_numbers("full_steps", full_steps)
-    arguments.check_counts(counts, wanted if schedule is None else wanted[:1], form)
-    arguments.check_schedule(schedule, counts)
+    counts = numbers.whole_numbers("num_inference_steps", num_inference_steps)
+    wanted = numbers.whole_numbers("full_steps", full_steps)
+    numbers.check_counts(counts, wanted if schedule is None else wanted[:1], form)
+    numbers.check_schedule(schedule, counts)
     if form == "disca":
         check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
-    arguments.check_at_least(0, refine=refine, polish=polish)
-    target = arguments.checked_target(target_psnr, form, schedule, wanted)
-    allowed = arguments.checked_budget(budget, form)
-    seed = arguments.check_seed(seed)
-    arguments.check_at_least(1, batch_size=batch_size)
+    numbers.check_at_least(0, refine=refine, polish=polish)
+    target = numbers.checked_target(target_psnr, form, schedule, wanted)
+    allowed = numbers.checked_budget(budget, form)
+    seed = numbers.check_seed(seed)
+    numbers.check_at_least(1, batch_size=batch_size)
     taken, fields = arguments.sorted_arguments(pipe, call, settings, more, counts)
     arguments.checked_settings(form, tap, fields)
-    texts = arguments.checked_prompts(prompts, taken)
+    texts = checked_prompts(prompts, taken)
     where = None if folder is None else require_writable(folder, "folder")
     ranks = Ranks.of(group)
     quiet = not progress or not ranks.leads
     report = progress if isinstance(progress, Progress) else Progress(quiet=quiet)
-    everyone, held = arguments.held_out(validation, texts, taken)
-    arguments.check_ranks(ranks, len(everyone), batch_size, form)
+    everyone, held = held_out(validation, texts, taken)
+    numbers.check_ranks(ranks, len(everyone), batch_size, form)
     aim = Aim(counts, wanted, schedule, bool(refine), polish, allowed, target)
     aim.budget.check(len(everyone), len(held or everyone), wanted, counts[0])
     job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, Work(), held, ranks)
     _check_tap(job)
-    collected = collect_all(job, aim, estimate=form in arguments.BUDGETED)
+    collected = collect_all(job, aim, estimate=form in numbers.BUDGETED)
     forecaster = _untrained(job, collected[0], form, fields)
     stopped = False
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))

@@ -15,12 +15,9 @@ from training_jobs import STEPS, make
 
 import lesa
 from lesa.errors import LesaError
-from lesa.training.arguments import (
-    checked_prompts,
-    checked_target,
-    held_out,
-    sorted_arguments,
-)
+from lesa.training.arguments import sorted_arguments
+from lesa.training.calibration_prompts import checked_prompts, held_out
+from lesa.training.numbers import checked_target
 from lesa.util.progress import Progress
 
 

@@ -20,7 +20,7 @@ from lesa import testbed
 from lesa.cli import app
 from lesa.errors import LesaError
 from lesa.training import Statistics
-from lesa.training.arguments import check_ranks
+from lesa.training.numbers import check_ranks
 from lesa.util.ranks import Ranks, joined
 
 collect = importlib.import_module("lesa.training.collect")
