@@ -55,6 +55,7 @@ def check_model(model: nn.Module, config: LesaConfig) -> None:
     backend.wanted()
     core = core_of(model)
     spec = model_spec(core)
+    spec.check(core)
     if attached(model) is not None:
         controller_of(model)
     refuse_other_cache(model)
@@ -65,6 +66,7 @@ def check_model(model: nn.Module, config: LesaConfig) -> None:
 
 
 def controller_of(model: nn.Module) -> CacheController:
+    """The engine at work on a model; LesaError where there is none, or training is at work."""
     denoiser = attached(model)
     if denoiser is None:
         raise LesaError(f"pipe: {type(model).__name__} is not accelerated; call lesa.enable first")

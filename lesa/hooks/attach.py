@@ -49,13 +49,15 @@ def attach(
         config: what `model._cache_config` shows; the controller if None.
 
     Raises:
-        LesaError: unknown class, or another cache on the model.
+        LesaError: unknown class, a row that names other parts than the model has, or another cache
+            on the model; nothing has been changed then.
     """
     core = core_of(model)
     spec = model_spec(core)
     if attached(model) is not None:
         raise LesaError(f"model: {type(core).__name__} has lesa enabled already; disable it first")
     refuse_other_cache(model)
+    spec.check(core)
     denoiser = Denoiser(model, spec, controller, clock or StepClock(pipe))
     for known in denoiser.clock.pipes:
         denoiser.controls.watch(known)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import get_args
 
 from torch import nn
 
+from lesa.core.checks import shown
 from lesa.core.forecaster import Tap
 from lesa.errors import LesaError
 from lesa.hooks.class_swap import Identity, OnlyLast, Skippable
@@ -31,7 +33,8 @@ class ModelSpec:
     Attributes:
         name: name of the class.
         blocks: the `ModuleList`s that a skipped step does not run; the forward may only iterate.
-        tail: the module after the blocks; the *hidden* feature is its first argument.
+        tail: the module after the blocks; the *hidden* feature is its first argument. "" for a row
+            with the output tap alone.
         latent: the argument of the forward that holds the current latent.
         conditioning: the arguments whose identity tells a changed prompt.
         unbatched: arguments without a batch dimension.
@@ -46,6 +49,9 @@ class ModelSpec:
         upcast: whether the tail gets an fp32 copy of a narrower feature.
         taps: where a feature can be taken, the best one first.
         notes: what a reader of the table should know.
+
+    Raises:
+        LesaError: a field of names is a text or holds something else, or a tap is unknown.
     """
 
     name: str
@@ -64,6 +70,32 @@ class ModelSpec:
     taps: tuple[Tap, ...] = ("output", "hidden")
     notes: str = ""
 
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if isinstance(each.default, tuple) and not _are_names(value):
+                raise LesaError(
+                    f"ModelSpec.{each.name}={shown(value)}: not a tuple of names; give one, as "
+                    f"{each.default or ('name',)}"
+                )
+        if not self.taps or not set(self.taps) <= set(get_args(Tap)):
+            known = " or ".join(map(repr, get_args(Tap)))
+            raise LesaError(f"ModelSpec.taps={shown(self.taps)}: unknown; give {known}, or both")
+        if "hidden" not in self.taps:
+            object.__setattr__(self, "tail", "")
+
+    def check(self, core: nn.Module) -> None:
+        """LesaError where the model lacks a part that the row names."""
+        paths = (*self.blocks, *self.identities, self.tail, self.joined, self.embedding)
+        for path in filter(None, paths):
+            try:
+                self.module(core, path)
+            except (AttributeError, IndexError):
+                raise LesaError(
+                    f"model: this {type(core).__name__} has no {path!r}, which its row names; "
+                    "correct the row with lesa.register_model"
+                ) from None
+
     def module(self, core: nn.Module, path: str) -> nn.Module:
         """A part of the denoiser by its path, in which -1 stands for the last of a list."""
         part = core
@@ -80,6 +112,10 @@ class ModelSpec:
         paths = {Skippable: self.blocks, Identity: self.identities}
         found: dict[type, list[nn.Module]] = {OnlyLast: last}
         return found | {mixin: [self.module(core, p) for p in paths[mixin]] for mixin in paths}
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
 
 
 _DOUBLE_SINGLE = ("transformer_blocks", "single_transformer_blocks")
@@ -183,8 +219,10 @@ def register_model(spec: ModelSpec) -> None:
     """Add a denoiser class, or replace its row.
 
     Raises:
-        LesaError: the row has a hidden tap and names no blocks.
+        LesaError: it is no row, or it has a hidden tap and names no blocks.
     """
+    if not isinstance(spec, ModelSpec):
+        raise LesaError(f"spec={shown(spec)}: not a row; give a lesa.ModelSpec")
     if not spec.blocks and "hidden" in spec.taps:
         raise LesaError(
             f"ModelSpec.blocks=(): none is named for {spec.name}; name its block containers, or "

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import lesa
 from lesa.errors import LesaError
 from lesa.hooks.attach import attach, attached, detach
 from lesa.hooks.model_specs import ModelSpec, known_models, model_spec, register_model
@@ -194,6 +195,72 @@ def test_a_class_can_be_registered():
     assert model_spec(MyFlux.__new__(MyFlux)).name == "FluxTransformer2DModel"
     register_model(ModelSpec("MyFlux", ("transformer_blocks",)))
     assert model_spec(MyFlux.__new__(MyFlux)).name == "MyFlux"
+    with pytest.raises(LesaError, match="spec='MyFlux': not a row; give a lesa.ModelSpec"):
+        register_model("MyFlux")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"blocks": "stages"}, r"ModelSpec.blocks='stages': not a tuple of names; give one, as"),
+        ({"conditioning": [3]}, r"ModelSpec.conditioning=\[3\]: not a tuple of names"),
+        (
+            {"taps": ("outputs",)},
+            r"ModelSpec.taps=\('outputs',\): unknown; give 'hidden' or 'output'",
+        ),
+    ],
+)
+def test_a_row_of_wrong_fields_is_told(fields, told):
+    with pytest.raises(LesaError, match=told):
+        ModelSpec("Mine", **fields)
+
+
+class Staged(nn.Module):
+    """A denoiser of somebody's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Linear(4, 4)])
+        self.last = nn.LayerNorm(4)
+
+    def forward(self, hidden_states, timestep):
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return self.last(hidden_states)
+
+
+@pytest.fixture
+def own_rows(monkeypatch):
+    """Rows that are registered here are gone afterwards."""
+    monkeypatch.setattr("lesa.hooks.model_specs._SPECS", known_models())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "name"),
+    [
+        ({"blocks": ("stage",)}, "stage"),
+        ({"tail": "norm_out"}, "norm_out"),
+        ({"embedding": "time_embed"}, "time_embed"),
+    ],
+)
+def test_a_row_that_names_what_the_model_lacks_changes_nothing(own_rows, wrong, name):
+    register_model(ModelSpec("Staged", **{"blocks": ("stages",), "tail": "last", **wrong}))
+    model, told = Staged(), f"model: this Staged has no '{name}', which its row names; correct"
+    for put in (
+        lambda: attach(model, plain),
+        lambda: lesa.apply_lesa_cache(model, lesa.LesaConfig(num_inference_steps=4)),
+    ):
+        with pytest.raises(LesaError, match=told):
+            put()
+        assert (type(model), type(model.stages)) == (Staged, nn.ModuleList)
+        assert not model.last._forward_pre_hooks
+
+
+def test_a_row_with_the_output_tap_alone_needs_no_tail(own_rows):
+    register_model(ModelSpec("Staged", taps=("output",)))
+    model = Staged()
+    lesa.apply_lesa_cache(model, lesa.LesaConfig(num_inference_steps=4))
+    assert attached(model)
 
 
 @pytest.mark.parametrize("name", sorted(set(known_models()) - {"MyFlux"}))
