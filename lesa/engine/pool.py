@@ -77,7 +77,8 @@ class Pool:
             return PoolState(self._used, self._idle_bytes, limit, self._evicted, self._refused)
 
     def take(self, lease: Lease, key: _Key, nbytes: int) -> Tensor | None:
-        """Memory [K, *shape], to be written before it is read; None where there is no room."""
+        """Memory [K, *shape], to be written before it is read; None where there is no room. What a
+        device without memory raises leaves nothing counted."""
         with self._lock:
             self._settle()
             data = self._again(key)
@@ -87,8 +88,12 @@ class Pool:
             self._used += nbytes
             self._live[id(lease)] = weakref.ref(lease)
         if data is None:
-            with torch.inference_mode(False):  # so that it can be written in either mode
-                data = torch.empty((key[0], *key[1]), dtype=key[2], device=key[3])
+            try:
+                with torch.inference_mode(False):  # so that it can be written in either mode
+                    data = torch.empty((key[0], *key[1]), dtype=key[2], device=key[3])
+            except BaseException:
+                self.ended.append(_Ended(id(lease), nbytes, key, None))
+                raise
         return data
 
     def _settle(self) -> None:

@@ -49,6 +49,15 @@ def test_memory_comes_back_with_the_owner_itself():
     assert pool.state().used == pool.state().idle == 0
 
 
+def test_memory_that_the_device_does_not_have_is_not_counted():
+    """Else a server that once ran out of memory would find no room any more."""
+    pool = Pool(2**62)
+    owner = Owner(pool)
+    with pytest.raises(RuntimeError, match="allocate"):
+        owner.take(history=2**48)
+    assert pool.state().used == 0 and not pool._live
+
+
 def test_memory_waits_for_a_ring_of_its_layout():
     pool = Pool(2 * RING)
     first, second, other = (Owner(pool) for _ in range(3))
