@@ -30,13 +30,18 @@ def whole_numbers(name: str, value: int | Sequence[int]) -> list[int]:
     return list(dict.fromkeys(numbers))
 
 
-def check_counts(num_inference_steps: Sequence[int], full_steps: Sequence[int], form: str) -> None:
-    """LesaError where more steps are to be full than there are, or a form takes one count only."""
+def check_counts(
+    num_inference_steps: Sequence[int], full_steps: Sequence[int], form: str, listed: bool = False
+) -> None:
+    """LesaError where a form takes one count only, or more steps are to be full than there are;
+    `listed` tells that they are those of a list, which fits its runs."""
     for name, counts in (("num_inference_steps", num_inference_steps), ("full_steps", full_steps)):
         if form == "paper" and len(counts) > 1:
             raise LesaError(
                 f"{name}={counts}: form='paper' is tied to one step list; pass one number"
             )
+    if listed:
+        return
     if max(full_steps) > min(num_inference_steps):
         raise LesaError(
             f"full_steps={max(full_steps)} is more than num_inference_steps="
@@ -65,16 +70,24 @@ def check_seed(seed: int) -> int:
     return whole("seed", seed, 0, MOST_SEED)
 
 
-def check_schedule(schedule: Schedule | None, num_inference_steps: Sequence[int]) -> None:
-    """LesaError for what is no step list, or one of other numbers of steps."""
-    if schedule is None:
-        return
+def counts_of(schedule: Schedule, num_inference_steps: Sequence[int]) -> list[int]:
+    """How many full steps a given list has in the first of the runs, in place of what was asked.
+
+    Raises:
+        LesaError: it is no step list, one of other numbers of steps, or one that skips none.
+    """
     if not isinstance(schedule, Schedule):
         raise LesaError(
             f"schedule={shown(schedule)}: not a Schedule; give one such as lesa.Schedule.every(5)"
         )
-    for count in num_inference_steps:
-        schedule.bind(count)
+    bound = [schedule.bind(count) for count in num_inference_steps]
+    for each in bound:
+        if not each.skipped_steps:
+            raise LesaError(
+                f"schedule={schedule}: all of num_inference_steps={each.steps} are full, so that "
+                "nothing would be forecast; give one that skips steps"
+            )
+    return [len(bound[0].full_steps)]
 
 
 def check_at_least(least: int, **numbers: int) -> None:

@@ -64,7 +64,8 @@ def train(
         form: "continuous" or "table"; "paper" or "disca" (a network on skipped steps, for few-step
             models): one step count, one number of full steps.
         tap: "output" (the returned velocity) or "hidden" (before the last norm).
-        schedule: calibrate this step list (bound or a rule) instead of searching one per count.
+        schedule: calibrate this step list (bound or a rule) instead of searching one per count;
+            ``full_steps`` is not used then.
         refine: 1 lets step lists race each other as accelerated runs; 0 takes the one that is best
             on the statistics of the plain runs.
         polish: rounds of fitting all gaps together on the final latents, after all else.
@@ -96,10 +97,11 @@ def train(
     arguments.check_pipe(pipe, prompts)
     counts = numbers.whole_numbers("num_inference_steps", num_inference_steps)
     wanted = numbers.whole_numbers("full_steps", full_steps)
-    numbers.check_counts(counts, wanted if schedule is None else wanted[:1], form)
-    numbers.check_schedule(schedule, counts)
+    if schedule is not None:
+        wanted = numbers.counts_of(schedule, counts)
+    numbers.check_counts(counts, wanted, form, listed=schedule is not None)
     if form == "disca":
-        check_disca(pipe, counts, wanted if schedule is None else wanted[:1])
+        check_disca(pipe, counts, wanted)
     numbers.check_at_least(0, refine=refine, polish=polish)
     target = numbers.checked_target(target_psnr, form, schedule, wanted)
     allowed = numbers.checked_budget(budget, form)

@@ -17,7 +17,7 @@ import lesa
 from lesa.errors import LesaError
 from lesa.training.arguments import sorted_arguments
 from lesa.training.calibration_prompts import checked_prompts, held_out
-from lesa.training.numbers import checked_target
+from lesa.training.numbers import checked_target, counts_of
 from lesa.util.progress import Progress
 
 
@@ -79,6 +79,10 @@ def idle():
         (dict(output_type="pil"), "^output_type='pil': training needs 'latent'; leave it out"),
         (dict(return_dict=True), "^return_dict=True: training needs False; leave it out"),
         (dict(schedule=5), "^schedule=5: not a Schedule; give one such as"),
+        (
+            dict(schedule=lesa.Schedule.every(1), full_steps=10),
+            r"^schedule=every\(1\): all of num_inference_steps=6 are full, so that nothing",
+        ),
         *(
             (dict(full_steps=wrong), "^full_steps=.*: (not a whole number|no number)")
             for wrong in (None, True, 2.0, "3", [], [3, None], torch.ones(2), {"a": 3})
@@ -96,6 +100,14 @@ def test_a_wrong_argument_is_told_before_any_work(idle, options, message):
     with pytest.raises(LesaError, match=message) as told:
         lesa.train(idle, progress=False, **given)
     assert "\n" not in str(told.value)
+
+
+def test_a_list_says_how_many_full_steps_there_are(idle):
+    """`full_steps`, 10 where nothing is said, is not asked of a shorter run then."""
+    schedule = lesa.Schedule.every(3)
+    assert counts_of(schedule, [STEPS, 12]) == [len(schedule.bind(STEPS).full_steps)]
+    with pytest.raises(pytest.fail.Exception, match="the pipeline has run"):
+        lesa.train(idle, ["a"], STEPS, schedule=schedule, progress=False)
 
 
 def test_prompts_may_be_anything_that_gives_texts():
