@@ -21,7 +21,7 @@ from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.plain_copy import weights_fixed
 from lesa.hooks.two_blocks import TwoBlocks
 from lesa.hooks.wrappers import core_of
-from lesa.training.disca_data import FITTED, Batch, Data
+from lesa.training.disca_data import Batch, Data
 from lesa.training.disca_run import Accelerated, check_sampler
 from lesa.training.job import Job
 from lesa.training.objective import EXPONENT, objective
@@ -111,7 +111,6 @@ class _Trainer:
         self.job, self.statistics, self.data, self.history = job, statistics, data, history
         self.model = core_of(job.models[0])
         assert attached(self.model) is None
-        self.few = data.fitted[: max(1, FITTED // job.batch_size)]
         self.blocks = TwoBlocks(self.model).float()
         self.share = _numbers(self.blocks) / _numbers(self.model)
 
@@ -121,7 +120,8 @@ class _Trainer:
         told = search_schedule(self.statistics, full_steps).full_steps
         tried: dict[tuple[int, ...], tuple[float, Accelerated]] = {}
         # a few coefficients are not fitted too closely to judge; the rest is in those held out
-        judges = [*self.few, *self.data.judged] if self.data.apart else self.few
+        few = self.data.few
+        judges = [*few, *self.data.judged] if self.data.apart else few
 
         def best(lists: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
             for full in lists:
@@ -143,8 +143,8 @@ class _Trainer:
         latent = model_spec(self.model).latent
         run = Accelerated(self.model, self.blocks, latent, schedule, self.statistics, self.history)
         with torch.no_grad():
-            run.together(self.few, fit=True)
-        self._count(run, self.few)
+            run.together(self.data.few, fit=True)
+        self._count(run, self.data.few)
         return run
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from lesa.hooks.outputs import read_sample
 from lesa.hooks.plain_copy import ordinary
 from lesa.training.job import Job, followed, in_batches
 
-__all__ = ["FITTED", "Batch", "Data", "record"]
+__all__ = ["Batch", "Data", "record"]
 
 PICTURES = 256  # of the fit, over all draws of noise for its prompts
 JUDGES = 32  # of those that judge
@@ -67,9 +67,14 @@ def record(job: Job, rows: Sequence[int], num_steps: int) -> Batch:
 
 @dataclass
 class Data:
-    """Plain runs in batches: of the fit, and those that judge; `apart` if they share no prompt."""
+    """Plain runs in batches.
+
+    fitted: those of the fit. few: as many of them as rows are solved on. judged: those that judge.
+    apart: whether fitted and judged share no prompt.
+    """
 
     fitted: list[Batch]
+    few: list[Batch]
     judged: list[Batch]
     apart: bool
 
@@ -89,7 +94,8 @@ class Data:
                 ]
                 for count, of in zip(draws, (learns, judges), strict=True)
             )
-        return cls(fitted, judged or fitted[: FITTED // job.batch_size], bool(judges))
+        few = fitted[: max(1, FITTED // job.batch_size)]
+        return cls(fitted, few, judged or few, bool(judges))
 
 
 def _drawn(job: Job, draw: int) -> Job:

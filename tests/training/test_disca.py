@@ -205,3 +205,12 @@ def test_gradients_are_those_of_the_whole_run_through_full_steps(spares):
             row[step, -1] += 1e-2
         slope = float(above - below) / 2e-2
         assert slope == pytest.approx(float(row.grad[step, -1]), rel=0.03)
+
+
+def test_a_large_batch_also_judges(monkeypatch):
+    """Where no prompt is held out and one batch has more pictures than rows are solved on."""
+    monkeypatch.setattr(disca_data, "record", lambda job, rows, num_steps: list(rows))
+    pipe, call = make("flux", PROMPTS)
+    job = Job(pipe, [f"prompt {i}" for i in range(PROMPTS)], call, batch_size=64)
+    data = disca_data.Data.of(job, STEPS)
+    assert data.few == data.judged == [[0, 1, 2, 3]] and not data.apart
