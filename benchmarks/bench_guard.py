@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,11 +210,12 @@ def main() -> None:
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of guard.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = [measure(name, options.unseen) for name in options.pipelines]
     report = {"environment": environment(), "unseen_prompts": options.unseen, "pipelines": found}
-    write(RESULTS / "guard.json", report)
+    write(options.out / "guard.json", report)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from _guard_page import guard_page  # noqa: E402
 from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transfer_page  # noqa: E402
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
 from _submitted_page import submitted_page  # noqa: E402
@@ -80,7 +81,11 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
         name: pipeline_page(name, part, main, tails.get(name)) for name, part in compared.items()
     }
     found["speed"] = speed_page(main, {path.name: read(path) for path in loops})
-    for name, write in (("ablations", ablation_page), ("transfer", transfer_page)):
+    for name, write in (
+        ("ablations", ablation_page),
+        ("transfer", transfer_page),
+        ("guard", guard_page),
+    ):
         if (path := results / f"{name}.json").exists():
             found[name] = write(read(path))
     if (path := results / "untrained.json").exists():
@@ -105,6 +110,7 @@ def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator
     kinds = {name: f"{name} ({KINDS[name]})" for name in KINDS}
     kinds |= {"speed": "speed, on a GPU and on a CPU", "ablations": "what each part is worth"}
     kinds |= {"transfer": "one checkpoint at other step counts, sizes, guidance and samplers"}
+    kinds |= {"guard": "what a guard against single bad pictures would gain"}
     kinds |= {"submitted": "files of `lesa compare --submit`, each of one commit and machine"}
     yield from (f"- [{kinds.get(name, name)}](results/{name}.md)" for name in names)
     yield ""
