@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from lesa.core.checks import MOST_SEED
 from lesa.errors import LesaError
 
+MOST_PIXELS = 2**30  # of a picture or video; more is a slip, and would fill memory
 DRAWING = ("matplotlib", "jinja2")
 
 
@@ -16,6 +17,16 @@ def check_at_least(least: int, **numbers: int | None) -> None:
     for name, value in numbers.items():
         if value is not None and value < least:
             raise LesaError(f"{_option(name)}={value}: below {least}; give at least {least}")
+
+
+def check_size(height: int | None, width: int | None, frames: int | None) -> None:
+    """LesaError for less than a pixel or frame, and for more pixels than anything has."""
+    given = {"height": height, "width": width, "frames": frames}
+    check_at_least(1, **given)
+    told = {name: value for name, value in given.items() if value is not None}
+    if math.prod(told.values()) > MOST_PIXELS:
+        listed = ", ".join(f"{name}={value}" for name, value in told.items())
+        raise LesaError(f"{listed}: more than {MOST_PIXELS} pixels; give a smaller size")
 
 
 def check_finite(**numbers: float | None) -> None:

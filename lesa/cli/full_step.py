@@ -17,7 +17,14 @@ import torch
 
 from lesa.errors import LesaError, is_out_of_memory
 
-__all__ = ["FullStep", "attention_backends", "compile_blocks", "set_attention", "why_not"]
+__all__ = [
+    "FullStep",
+    "attention_backends",
+    "check_name",
+    "compile_blocks",
+    "set_attention",
+    "why_not",
+]
 
 _PROBE = (1, 16, 2, 64)  # [B, L, H, D]: a head size that every backend takes
 COMPILE: dict[str, Any] = {}  # options of torch.compile
@@ -151,10 +158,15 @@ def compile_blocks(pipe: Any) -> None:
                 block.compile(**COMPILE)
 
 
-def _check_attention(name: str, device: str, dtype: torch.dtype) -> None:
-    listed = ", ".join(_names())
+def check_name(name: str) -> None:
+    """LesaError for an attention backend that diffusers does not have."""
     if name not in _names():
+        listed = ", ".join(_names())
         raise LesaError(f"attention-backend={name!r}: unknown; choose from {listed}")
+
+
+def _check_attention(name: str, device: str, dtype: torch.dtype) -> None:
+    check_name(name)
     if reason := why_not(name, device, dtype):
         kind = str(dtype).removeprefix("torch.")
         raise LesaError(

@@ -167,15 +167,22 @@ def _from_pretrained(name: str, dtype: Any) -> Any:
         ) from error
 
 
+def named_device(name: str) -> Any:
+    """The device of a name, whether it is here or not; LesaError for a name that torch has not."""
+    import torch
+
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        near = did_you_mean(name, ["cpu", "cuda", "mps", "xpu"])
+        raise LesaError(f"device={name!r}: unknown{near}; give one of: {_devices()}") from None
+
+
 def _device(name: str) -> Any:
     """The device, once a number was written to it and read: some, such as meta, hold none."""
     import torch
 
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        near = did_you_mean(name, ["cpu", "cuda", "mps", "xpu"])
-        raise LesaError(f"device={name!r}: unknown{near}; give one of: {_devices()}") from None
+    device = named_device(name)
     try:
         torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, NotImplementedError) as error:

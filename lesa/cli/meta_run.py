@@ -15,16 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from lesa.cli.published import Published
+from lesa.cli.rehearsal import begin, check_levels
 from lesa.errors import LesaError
 from lesa.hooks.model_specs import model_spec
 
 __all__ = ["Measured", "measure"]
 
 _PROMPT = re.compile(r"(negative_)?prompt(_\d)?")
+MOST_MODULES = 30_000  # the largest published ones have some thousands
 STEPS = 2  # of the loop that is run: where there are two denoisers, one each
 
 
@@ -62,16 +65,21 @@ def measure(model: Published, settings: Mapping[str, Any], dtype: torch.dtype) -
     settings: arguments of `pipe(...)`.
 
     Raises: LesaError for classes and configurations that do not fit together, or arguments that
-        the pipeline refuses.
+        the pipeline refuses or training could not follow.
     """
+    model.check_fields()
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _bounded(model):
             denoiser = model.kind(model.denoiser)(**model.config)
         denoiser = denoiser.to(dtype).requires_grad_(False).eval()
         found = Measured(dtype, _count(denoiser))
+        _check_blocks(model, denoiser)
         pipe = _pipeline(model, denoiser)
+        arguments = _arguments(model, settings, dtype)
+        begin(pipe, {**arguments, **_steps(settings)}, settings)
+        check_levels(pipe, settings)
         with _recorded(denoiser, found), torch.no_grad():
-            pipe(**_arguments(model, settings, dtype))
+            pipe(**arguments)
     except LesaError:
         raise
     except Exception as error:  # what a class does with a wrong configuration may be anything
@@ -81,8 +89,51 @@ def measure(model: Published, settings: Mapping[str, Any], dtype: torch.dtype) -
             " correct its configuration, or the arguments of the call"
         ) from error
     for name in ("rows", "latent_bytes", "output_bytes"):
+        if not getattr(found, name):
+            raise LesaError(
+                f"{model.told}: model: a step of {model.denoiser} has no {name.replace('_', ' ')};"
+                " correct its configuration"
+            )
         setattr(found, name, getattr(found, name) // STEPS)
     return replace(found, flops=None if found.flops is None else found.flops // STEPS)
+
+
+def _steps(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The number of them that was asked for."""
+    return {n: settings[n] for n in ("num_inference_steps",) if n in settings}
+
+
+@contextmanager
+def _bounded(model: Published) -> Iterator[None]:
+    """Ends the making of a denoiser that has more modules than any, which would take hours."""
+    made = 0
+
+    def count(_: nn.Module, name: str, __: nn.Module) -> None:
+        nonlocal made
+        made += 1
+        if made > MOST_MODULES:
+            raise LesaError(
+                f"{model.told}: model.config: {model.denoiser} would have more than"
+                f" {MOST_MODULES} modules with it; correct its numbers of layers"
+            )
+
+    watch = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        watch.remove()
+
+
+def _check_blocks(model: Published, denoiser: nn.Module) -> None:
+    """LesaError for a denoiser that has no block to step over."""
+    for path in model_spec(denoiser).blocks:
+        with suppress(AttributeError):
+            if any(True for _ in denoiser.get_submodule(path).children()):
+                return
+    raise LesaError(
+        f"{model.told}: model.config: {model.denoiser} has no block with it; give its numbers of"
+        " layers"
+    )
 
 
 def _count(module: nn.Module) -> int:

@@ -75,7 +75,8 @@ def guarded(command: Function) -> Function:
         try:
             if command.__name__ in IN_ONE_PROCESS:
                 refuse_ranks(command.__name__)
-            with _warnings_in_words(), _no_empty_folders(kwargs):
+            places = [path for path in kwargs.values() if isinstance(path, Path)]
+            with _warnings_in_words(), no_empty_folders(places):
                 return command(*args, **kwargs)
         except LesaError as error:
             if speaks(error):
@@ -97,17 +98,19 @@ def guarded(command: Function) -> Function:
 
 
 @contextmanager
-def _no_empty_folders(options: dict[str, Any]) -> Iterator[None]:
-    """What fails leaves no empty folder that it has made for its results."""
-    places = [path for path in options.values() if isinstance(path, Path)]
+def no_empty_folders(places: Sequence[Path], *, ever: bool = False) -> Iterator[None]:
+    """What fails leaves no empty folder that it has made for its results; with `ever` also what
+    does not fail."""
     missing = {way for path in places for way in (path, *path.parents) if not os.path.exists(way)}
     try:
         yield
     except BaseException:
-        for folder in sorted(missing, key=lambda way: len(way.parts), reverse=True):
+        ever = True
+        raise
+    finally:
+        for folder in sorted(missing, key=lambda way: len(way.parts), reverse=True) * ever:
             with suppress(OSError, ValueError):  # not there, a file, or not empty
                 folder.rmdir()
-        raise
 
 
 @contextmanager

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lesa.cli.names import choose, did_you_mean
+from lesa.cli.config_fields import check_fields
+from lesa.cli.names import choose
 from lesa.cli.recipe_values import (
     as_flag,
+    as_name,
     as_number,
     as_settings,
     as_text,
@@ -23,7 +24,7 @@ from lesa.errors import LesaError, is_out_of_memory
 __all__ = ["Preparation"]
 
 OFFLOADS = ("none", "model", "sequential")
-_LORA = {"source": as_text, "file": as_text, "scale": as_number}
+_LORA = {"source": as_name, "file": as_name, "scale": as_number}
 _UNITS = {"MB": 1e6, "GB": 1e9, "TB": 1e12, "MiB": 2.0**20, "GiB": 2.0**30}
 
 
@@ -81,7 +82,7 @@ class Preparation:
         """Change what the recipe changes of the scheduler's configuration."""
         if self.scheduler_config:
             kind, config = type(pipe.scheduler), pipe.scheduler.config
-            self._check_fields(kind)
+            check_fields(self.told, "scheduler-config", kind, self.scheduler_config)
             pipe.scheduler = kind.from_config(config, **self.scheduler_config)
 
     def check_scheduler(self, name: str | None, config: Mapping[str, Any] | None) -> None:
@@ -94,23 +95,7 @@ class Preparation:
         own = str((config or {}).get("_class_name"))
         kind = getattr(diffusers, CLASSES.get(str(name), own), None)
         if kind is not None:
-            self._check_fields(kind)
-
-    def _check_fields(self, kind: type) -> None:
-        fields = [name for name in inspect.signature(kind).parameters if name != "self"]
-        for name, value in self.scheduler_config.items():
-            if name not in fields:
-                near = did_you_mean(name, fields)
-                raise LesaError(
-                    f"{self.told}: scheduler-config.{name}={value!r}: {kind.__name__} has no such"
-                    f" field{near}; it has {', '.join(fields)}"
-                )
-            usual = inspect.signature(kind).parameters[name].default
-            if not _is_like(value, usual):
-                raise LesaError(
-                    f"{self.told}: scheduler-config.{name}={value!r}: {kind.__name__} has a"
-                    f" {type(usual).__name__} there; give one such as {usual!r}"
-                )
+            check_fields(self.told, "scheduler-config", kind, self.scheduler_config)
 
     def _fuse(self, pipe: Any) -> None:
         source, file = self.lora["source"], self.lora.get("file")
@@ -139,18 +124,9 @@ class Preparation:
 def _size(value: Any) -> int:
     """ "80GB" -> 80e9 bytes."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*", str(value))
-    if match is None or match[2] not in _UNITS:
+    if match is None or match[2] not in _UNITS or float(match[1]) <= 0:
         raise ValueError(f"a size of memory; give one such as 80GB ({', '.join(_UNITS)})")
     return int(float(match[1]) * _UNITS[match[2]])
 
 
 _MEMORY = {"offload": as_text, "vae_tiling": as_flag, "vae_slicing": as_flag, "device": _size}
-
-
-def _is_like(value: Any, usual: Any) -> bool:
-    """Whether a value is of the kind of a field's usual one, as far as that tells."""
-    if isinstance(usual, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and (usual is None or isinstance(usual, bool))
-    if isinstance(usual, (int, float)):
-        return isinstance(value, (int, float))
-    return not isinstance(usual, str) or isinstance(value, str)

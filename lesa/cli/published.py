@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lesa.cli.config_fields import check_fields
 from lesa.cli.names import did_you_mean
 from lesa.cli.recipe_values import (
+    as_name,
     as_number,
     as_settings,
     as_shape,
@@ -77,6 +79,21 @@ class Published:
             )
         return found
 
+    def check_fields(self) -> None:
+        """LesaError for a field of a configuration that its class does not take."""
+        kinds = {"config": self.denoiser, "scheduler-config": self.scheduler}
+        values = {"config": self.config, "scheduler-config": self.scheduler_config}
+        for part, config in self.parts_config.items():
+            if part not in self.parts:
+                raise LesaError(
+                    f"{self.told}: model.parts-config.{part}: parts has no {part}; name its class"
+                    " there, or leave this out"
+                )
+            kinds[f"parts-config.{part}"], values[f"parts-config.{part}"] = self.parts[part], config
+        for key, name in kinds.items():
+            check_fields(self.told, f"model.{key}", self.kind(name), values[key])
+        check_fields(self.told, "model.arguments", self.kind(self.pipeline), self.arguments)
+
     def saved(self, name: str) -> Saved:
         """What a pipeline of this model is, in the place of one that does not lie here."""
         from lesa.cli.saved import Saved
@@ -102,6 +119,18 @@ def _texts(value: Any) -> dict[str, str]:
     return {name: as_text(text) for name, text in as_settings(value).items()}
 
 
+def _one_or_two(value: Any) -> int:
+    if as_whole(value) not in (1, 2):
+        raise ValueError("1 or 2; a pipeline has one denoiser, or one after the other")
+    return int(value)
+
+
+def _not_below_zero(value: Any) -> float:
+    if as_number(value) < 0:
+        raise ValueError("a number of weights; give 0 or more")
+    return float(value)
+
+
 def _nested(value: Any) -> dict[str, Any]:
     return {name: as_settings(inner) for name, inner in as_settings(value).items()}
 
@@ -112,16 +141,16 @@ def _shapes(value: Any) -> dict[str, tuple[int, ...]]:
 
 
 _KINDS = {
-    "pipeline": as_text,
-    "denoiser": as_text,
+    "pipeline": as_name,
+    "denoiser": as_name,
     "config": as_settings,
-    "denoisers": as_whole,
-    "scheduler": as_text,
+    "denoisers": _one_or_two,
+    "scheduler": as_name,
     "scheduler_config": as_settings,
     "text": _shapes,
     "parts": _texts,
     "parts_config": _nested,
     "arguments": as_settings,
-    "other_parameters": as_number,
+    "other_parameters": _not_below_zero,
     "source": as_text,
 }

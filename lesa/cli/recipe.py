@@ -21,6 +21,7 @@ from lesa.cli.published import Published
 from lesa.cli.recipe_values import (
     Kind,
     as_flag,
+    as_name,
     as_number,
     as_pairs,
     as_text,
@@ -37,9 +38,9 @@ __all__ = ["OPTIONS", "SHARED", "Config", "Recipe", "read_recipe", "recipe_names
 
 MOST_BYTES = 1 << 20
 SHARED: dict[str, Kind] = {  # options of every command that runs a pipeline
-    "pipeline": as_text,
+    "pipeline": as_name,
     "negative_prompt": as_text,
-    "scheduler": as_text,
+    "scheduler": as_name,
     "guidance_scale": as_number,
     "height": as_whole,
     "width": as_whole,
@@ -47,21 +48,21 @@ SHARED: dict[str, Kind] = {  # options of every command that runs a pipeline
     "set": as_pairs,
     "seed": as_whole,
     "batch_size": as_whole,
-    "device": as_text,
-    "dtype": as_text,
-    "attention_backend": as_text,
+    "device": as_name,
+    "dtype": as_name,
+    "attention_backend": as_name,
     "compile": as_flag,
 }
 OPTIONS: dict[str, Kind] = SHARED | {  # and those of `lesa train` alone
-    "prompts": as_text,
-    "validation": as_text,
-    "out": as_text,
+    "prompts": as_name,
+    "validation": as_name,
+    "out": as_name,
     "full_steps": counts,
     "num_inference_steps": counts,
-    "form": as_text,
-    "tap": as_text,
+    "form": as_name,
+    "tap": as_name,
     "polish": as_whole,
-    "budget": lambda value: as_text(value) if isinstance(value, str) else as_number(value),
+    "budget": lambda value: as_name(value) if isinstance(value, str) else as_number(value),
     "target_psnr": as_number,
 }
 BESIDE = ("prompts", "validation")  # files that are looked for beside the recipe

@@ -12,6 +12,7 @@ from lesa.errors import LesaError
 __all__ = [
     "Kind",
     "as_flag",
+    "as_name",
     "as_number",
     "as_pairs",
     "as_settings",
@@ -45,6 +46,13 @@ def as_text(value: Any) -> str:
     """A text."""
     if not isinstance(value, str):
         raise ValueError('a text; put it in quotes, such as "bf16"')
+    return value
+
+
+def as_name(value: Any) -> str:
+    """A text that names something, as the command line takes it."""
+    if not as_text(value).strip() or "\0" in value:
+        raise ValueError("a name; give one, or leave it out")
     return value
 
 

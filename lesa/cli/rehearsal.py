@@ -6,13 +6,13 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from lesa.cli.calls import NAMES, check_multiple
 from lesa.errors import LesaError, is_out_of_memory
 
-__all__ = ["rehearse"]
+__all__ = ["begin", "check_levels", "rehearse"]
 
 _SIZES = re.compile(r"divisible by\D*(\d+)", re.I)
 
@@ -26,13 +26,8 @@ def rehearse(
 
     Raises: LesaError for what the pipeline refuses, or would round in silence.
     """
-    import torch
-
     from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
-    from lesa.hooks.timed_run import generators, loop_bar
-
-    def begun() -> None:
-        raise _Begun
+    from lesa.hooks.timed_run import generators
 
     own, kind = prompt_arguments(prompts, settings, [0]), type(pipe)
     if "prompt" in own and "prompt" not in inspect.signature(kind.__call__).parameters:
@@ -43,18 +38,49 @@ def rehearse(
     arguments = {**own, "output_type": "latent", "return_dict": False}
     try:
         arguments["generator"] = generators(range(pictures_per_prompt(settings)))
-        with _advice() as said, torch.no_grad(), loop_bar(pipe, begun):
-            pipe(**arguments)
-    except _Begun:
-        for text in said:
-            if divisor := _SIZES.search(text):
-                raise _wrong_size(pipe, settings, int(divisor[1]), text) from None
-        if temporal := getattr(pipe, "vae_scale_factor_temporal", None):  # not every one warns
-            check_multiple("num_frames", settings.get("num_frames"), temporal, kind.__name__, 1)
+        begin(pipe, arguments, settings)
     except Exception as error:  # what a pipeline does with a wrong argument may be anything
         if isinstance(error, LesaError) or is_out_of_memory(error):
             raise
         raise _refusal(pipe, settings, error, scheduler) from error
+
+
+def begin(pipe: Any, arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Call a pipeline up to its first step, with all its arguments.
+
+    settings: those of them that a user may have given.
+
+    Raises: LesaError for a size that it refuses or would round; else whatever it raises.
+    """
+    import torch
+
+    from lesa.hooks.timed_run import loop_bar
+
+    def begun() -> None:
+        raise _Begun
+
+    try:
+        with _advice() as said, torch.no_grad(), loop_bar(pipe, begun), suppress(_Begun):
+            pipe(**arguments)
+    except Exception as error:
+        if (found := _wrong_size(pipe, settings, str(error))) is not None:
+            raise found from error
+        raise
+    for text in said:
+        if (found := _wrong_size(pipe, settings, text)) is not None:
+            raise found
+    if temporal := getattr(pipe, "vae_scale_factor_temporal", None):  # not every one warns
+        check_multiple("num_frames", settings.get("num_frames"), temporal, type(pipe).__name__, 1)
+
+
+def check_levels(pipe: Any, settings: Mapping[str, Any]) -> None:
+    """LesaError where the shift of the size that a pipeline was begun with leaves training no
+    steps that it could follow."""
+    from lesa.hooks.scheduler_advice import other_size
+
+    if (problem := other_size(pipe, "--height {0} --width {0}")) is not None:
+        size = ", ".join(f"{name}={settings.get(name)}" for name in ("height", "width"))
+        raise LesaError(f"{size}: training cannot follow its steps, {problem}")
 
 
 class _Begun(Exception):
@@ -65,8 +91,6 @@ def _refusal(
     pipe: Any, settings: Mapping[str, Any], error: Exception, scheduler: str | None
 ) -> LesaError:
     text = " ".join(str(error).split()) or type(error).__name__
-    if divisor := _SIZES.search(text):
-        return _wrong_size(pipe, settings, int(divisor[1]), text)
     shown = re.sub(r"<class '[\w.]*?(\w+)'>('s)?", r"\1\2", text)[:200].rstrip(" .:")
     kind = type(pipe).__name__
     if scheduler is not None and (isinstance(error, AssertionError) or "scheduler" in text):
@@ -79,9 +103,11 @@ def _refusal(
     return LesaError(f"{listed}: {kind} refuses it ({shown}); give what it takes")
 
 
-def _wrong_size(pipe: Any, settings: Mapping[str, Any], divisor: int, text: str) -> LesaError:
-    """Which of the sizes is no multiple of the divisor that a pipeline tells."""
-    kind = type(pipe).__name__
+def _wrong_size(pipe: Any, settings: Mapping[str, Any], text: str) -> LesaError | None:
+    """Which of the sizes is no multiple of the divisor that a pipeline tells, if it tells one."""
+    if (told := _SIZES.search(text)) is None:
+        return None
+    kind, divisor = type(pipe).__name__, int(told[1])
     try:
         if "frames" in text:  # a first frame, and then groups of them
             check_multiple("num_frames", settings.get("num_frames"), divisor, kind, 1)

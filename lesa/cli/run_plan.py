@@ -39,6 +39,13 @@ def print_plan(
             f"form={request.form!r}: a plan knows what {' and '.join(COUNTED)} cost; leave"
             " --dry-run out"
         )
+    from lesa.cli.full_step import check_name
+    from lesa.cli.inputs import named_device
+
+    if request.device is not None:
+        named_device(request.device)  # the plan may be for another machine
+    if request.attention_backend is not None:
+        check_name(request.attention_backend)
     recipe = request.recipe
     cost = cost_of(request.budget, request.step_seconds, steps, full_steps, prompts, judging)
     measures = {

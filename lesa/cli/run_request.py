@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lesa.cli.checks import check_at_least, check_finite, check_seed
+from lesa.cli.checks import check_at_least, check_finite, check_seed, check_size
 from lesa.cli.options import (
     Attention,
     Batch,
@@ -62,8 +62,8 @@ class RunRequest:
         from lesa.cli.inputs import check_dtype
         from lesa.cli.schedulers import check_scheduler
 
-        check_at_least(1, batch_size=self.batch_size, height=self.height, width=self.width)
-        check_at_least(1, frames=self.frames)
+        check_at_least(1, batch_size=self.batch_size)
+        check_size(self.height, self.width, self.frames)
         check_finite(guidance_scale=self.guidance_scale)
         check_seed(self.seed)
         if self.negative_prompt is not None:

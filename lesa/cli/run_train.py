@@ -9,12 +9,12 @@ from rich.console import Console
 
 from lesa.cli.inputs import parse_counts
 from lesa.cli.launch import check_ranks, refuse_ranks
-from lesa.cli.output import check_json, say
+from lesa.cli.output import check_json, no_empty_folders, say
+from lesa.cli.rehearsal import check_levels
 from lesa.cli.requests import TrainRequest
 from lesa.cli.run_plan import check_memory, print_plan
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
-from lesa.hooks.scheduler_advice import other_size
 from lesa.training.budget import Budget, default_judges
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
@@ -39,6 +39,9 @@ def run_train(request: TrainRequest, console: Console) -> dict[str, Any]:
         settings, steps, counts = _asked(request, texts, len(validation or ()))
         everyone = len(texts) + len(validation or ())
         judging = _judging(texts, len(validation or ()))
+        with no_empty_folders([request.out], ever=True):
+            require_writable(request.out)
+        check_json(request.json)
         return print_plan(request, settings, steps, counts, everyone, judging, console)
     check_ranks(len(texts) + len(validation or ()), request.batch_size, request.device)
     if request.form == "disca":
@@ -100,9 +103,7 @@ def _prepare(
     require_writable(request.out)
     check_json(request.json)
     pipe = request.load(settings, texts)
-    if (problem := other_size(pipe, "--height {0} --width {0}")) is not None:
-        size = ", ".join(f"{name}={settings.get(name)}" for name in ("height", "width"))
-        raise LesaError(f"{size}: training cannot follow its steps, {problem}")
+    check_levels(pipe, settings)
     request.full_step.warm_up(pipe, texts[: request.batch_size], settings)
     return pipe, settings, steps, counts
 

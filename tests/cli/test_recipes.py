@@ -219,6 +219,16 @@ WRONG = [
     ({"scheduler_config": {"shft": 3}}, "scheduler-config.shft=3: FlowMatchEuler", "mean shift"),
     ({"scheduler_config": {"shift": "abc"}}, "shift='abc': FlowMatch", "such as 1.0"),
     ({"scheduler_config": {"use_dynamic_shifting": "no"}}, "dynamic_shifting='no': Flow", "bool"),
+    ({"scheduler_config": {"shift": -3}}, "scheduler-config.shift=-3: FlowMatch", "nothing below"),
+    ({"lora": {"source": " "}}, "lora.source=' ' is not a name; give one, or leave it out"),
+    ({"memory": {"device": "0GB"}}, "memory.device='0GB' is not a size of memory; give one such"),
+    ({"out": ""}, "out='' is not a name; give one, or leave it out"),
+    ({"pipeline": "a\0b"}, "pipeline='a\\x00b' is not a name"),
+    ({"width": 1001}, "model: StableDiffusion3Pipeline cannot be run", "Width (1001) cannot be g"),
+    ({"height": 0}, "height=0: below 1; give at least 1"),
+    ({"height": 2**40}, "height=1099511627776, width=8: more than 1073741824 pixels; give a "),
+    ({"device": "cudda"}, "device='cudda': unknown, did you mean cuda; give one of"),
+    ({"attention_backend": "flosh"}, "attention-backend='flosh': unknown; choose from"),
     ({"model": {"pipeline": "FluxPipeline"}}, "model has no denoiser; give the name of"),
     ({"model": {"pipeline": "A", "denoiser": "B", "text": {"x": [0]}}}, "model.text={'x': [0]} is"),
     ({"model": {"pipeline": "FluxPipeline", "denoiser": "X"}}, "the one that is given is Stable"),
@@ -239,6 +249,62 @@ def test_a_wrong_recipe_is_one_sentence(case, sd3, tmp_path, monkeypatch):
     line = told("train", "--config", written(tmp_path, **values), "--dry-run")
     for words in case[1:]:
         assert words in line
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+WRONG_MODELS = [
+    ({"config": {"num_layers": -1}}, "model.config.num_layers=-1: SD3Transformer2DModel takes not"),
+    ({"config": {"num_layers": 1.5}}, "num_layers=1.5: SD3Transformer2DModel takes int values the"),
+    ({"config": {"num_layers": 0}}, "model.config: SD3Transformer2DModel has no block with it; gi"),
+    ({"config": {"num_layers": 10**6}}, "would have more than 100 modules with it; correct its n"),
+    ({"config": {"num_layer": 3}}, "no such field, did you mean num_layers; it has sample_size"),
+    ({"scheduler_config": {"shift": -1.0}}, "model.scheduler-config.shift=-1.0: FlowMatchEuler"),
+    ({"parts_config": {"vea": {}}}, "model.parts-config.vea: parts has no vea; name its class"),
+    ({"arguments": {"is_distiled": True}}, "model.arguments.is_distiled=True: StableDiffusion3P"),
+    ({"denoisers": 0}, "model.denoisers=0 is not 1 or 2"),
+    ({"other_parameters": -3}, "model.other-parameters=-3 is not a number of weights; give 0 or"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_MODELS, ids=lambda case: str(case[0])[:40])
+def test_a_model_that_cannot_be_is_one_sentence(case, sd3, tmp_path, monkeypatch):
+    monkeypatch.setattr(inputs, "load_pipeline", None)
+    monkeypatch.setattr("lesa.cli.meta_run.MOST_MODULES", 100)
+    model = dict(sd3["model"])
+    for name, value in case[0].items():
+        key = name.replace("_", "-")
+        model[key] = {**model.get(key, {}), **value} if isinstance(value, dict) else value
+    recipe = written(tmp_path, **{**sd3, "out": str(tmp_path / "out"), "model": model})
+    line = told("train", "--config", recipe, "--dry-run")
+    assert case[1] in line and f"config='{recipe}': " in line
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("flux.1-dev", ["--height", 1000], "height=1000: FluxPipeline takes multiples of 16; give 9"),
+        ("sdxl", ["--width", 1001], "width=1001: StableDiffusionXLPipeline takes multiples of 8; g"),
+        ("wan2.1-t2v-1.3b", ["--frames", 80], "frames=80: WanPipeline takes multiples of 4 plus 1;"),
+    ],
+)  # fmt: skip
+def test_a_plan_refuses_the_sizes_that_its_pipeline_does(name, options, words, tmp_path):
+    assert words in told("train", "--config", name, "--dry-run", "--out", tmp_path, *options)
+
+
+def test_a_plan_whose_results_cannot_be_written(sd3, tmp_path):
+    """A plan proves that its folder can be written, and leaves none."""
+    recipe = written(tmp_path, **sd3)
+    for out in (recipe, recipe / "inner"):
+        line = told("train", "--config", recipe, "--dry-run", "--out", out)
+        assert f"out='{out}': cannot write into the folder (" in line
+    inner = tmp_path / "a" / "b"
+    line = told(
+        "train", "--config", recipe, "--dry-run", "--out", inner, "--json", recipe / "x.json"
+    )
+    assert "json='" in line and "cannot write into the folder (" in line
+    words = ["train", "--config", str(recipe), "--dry-run", "--out", str(inner)]
+    assert CliRunner().invoke(app, words).exit_code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
