@@ -283,9 +283,9 @@ def test_a_model_that_cannot_be_is_one_sentence(case, sd3, tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("flux.1-dev", ["--height", 1000], "height=1000: FluxPipeline takes multiples of 16; give 9"),
-        ("sdxl", ["--width", 1001], "width=1001: StableDiffusionXLPipeline takes multiples of 8; g"),
-        ("wan2.1-t2v-1.3b", ["--frames", 80], "frames=80: WanPipeline takes multiples of 4 plus 1;"),
+        ("flux.1-dev", ["--height", 1000], "height=1000: FluxPipeline takes multiples of 16; g"),
+        ("sdxl", ["--width", 1001], "width=1001: StableDiffusionXLPipeline takes multiples of 8; "),
+        ("wan2.1-t2v-1.3b", ["--frames", 80], "frames=80: WanPipeline takes multiples of 4 plus 1"),
     ],
 )  # fmt: skip
 def test_a_plan_refuses_the_sizes_that_its_pipeline_does(name, options, words, tmp_path):
