@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from _result_pages import MADE
 from _result_tables import provenance, table
 
 WHO = ("change", "line", "oracle", "everybody")
@@ -14,7 +13,7 @@ PLACES = {"widest": "widest gaps", "nearest": "next gaps"}
 
 def guard_page(report: dict[str, Any]) -> Iterator[str]:
     """A section per pipeline: how the signals rank its pictures, and what more full steps give."""
-    yield f"# What a guard would gain\n\n{MADE}\n"
+    yield "# What a guard would gain\n"
     yield provenance(report) + " From `guard.json`.\n"
     yield (
         "A guard would look at an early full step which pictures are at risk, and give those two"

@@ -20,7 +20,7 @@ from _result_tables import (
 
 from lesa.evaluation.ranking import OTHER_FORM, Row, decibels, ours
 
-MADE = "Made by `python benchmarks/make_results.py`; do not edit."
+MADE = "*Made by `python benchmarks/make_results.py`; do not edit.*"  # ends every page
 PEERS = [text for where in LISTS.values() for text in (f"best peer, {where}", "lesa better by")]
 ALL = ("method", "full steps", "mean", "p10", "minimum", "SSIM", "seconds", "TFLOP")
 
@@ -31,7 +31,7 @@ def pipeline_page(
     """The comparisons of one pipeline, `tail` on more prompts; that of flux with fewer steps is in
     `main_job.json`."""
     steps = part["settings"]["num_inference_steps"]
-    yield f"# {name}\n\n{MADE} How to read it: [results](../results.md).\n"
+    yield f"# {name}\n\nHow to read it: [results](../results.md).\n"
     yield from section(f"{steps} steps (`compare/{name}.json`)", part)
     if tail is not None:
         count = len(tail["prompts"])
@@ -69,7 +69,7 @@ def _with_network(rows: Sequence[Row]) -> Iterator[str]:
 
 def speed_page(main: dict[str, Any], loops: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The denoising loop, plain and accelerated: on GPUs, then of embedded FLUX on a CPU."""
-    yield f"# Speed\n\n{MADE}\n"
+    yield "# Speed\n"
     yield (
         "The ideal is S / |A|: steps over full steps. Weights are random where the table says so:"
         " time depends on neither weights nor coefficients.\n"
@@ -120,7 +120,7 @@ def _cpu(row: dict[str, Any]) -> list[str]:
 
 def ablation_page(report: dict[str, Any]) -> Iterator[str]:
     """A section per pipeline: every variant against the reference, in dB of the final latent."""
-    yield f"# Ablations\n\n{MADE}\n"
+    yield "# Ablations\n"
     for pipeline, part in report.items():
         yield f"## {pipeline} (`ablations.json`)\n"
         yield provenance(part) + "\n"
@@ -149,7 +149,7 @@ def _ablation(row: dict[str, Any]) -> list[str]:
 def transfer_page(report: dict[str, Any]) -> Iterator[str]:
     """One checkpoint elsewhere: lesa and the best of a few peers in each place."""
     full = ", ".join(map(str, report["trained"]["full_steps"]))
-    yield f"# One checkpoint in other places\n\n{MADE}\n"
+    yield "# One checkpoint in other places\n"
     yield provenance(report) + " From `transfer.json`.\n"
     yield (
         f"Trained on {report['trained']['prompts']} prompts at 50 steps with {full} in full;"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from _result_pages import MADE
 from _result_tables import shown, table, title
 
 WHAT = """Each section is one file of `benchmarks/results/submitted/`, which `lesa compare --submit`
@@ -28,7 +27,7 @@ MORE = ("plain, s", "accelerated, s", "faster", "by CPU time", "cache, MB", "pea
 
 def submitted_page(files: dict[str, dict[str, Any]]) -> Iterator[str]:
     """A section per file, by its name."""
-    yield f"# Submitted results\n\n{MADE}\n"
+    yield "# Submitted results\n"
     yield WHAT
     for name, part in files.items():
         yield f"## {_heading(part)} (`submitted/{name}`)\n"

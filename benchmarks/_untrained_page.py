@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from _result_pages import MADE
 from _result_tables import WRITTEN, provenance, table
 
 MORE = 1.15  # times the full steps that a peer may have, as in the other pages
@@ -16,7 +15,7 @@ HEAD = ("pipeline", "full steps", OURS, "its shape from the others", "best peer"
 
 def untrained_page(report: dict[str, Any], fit: dict[str, Any]) -> Iterator[str]:
     """Each count on each pipeline, then the other places; mean / p10 / minimum in dB."""
-    yield f"# lesa without training\n\n{MADE}\n"
+    yield "# lesa without training\n"
     yield provenance(report) + " From `untrained.json` and `prior.json`.\n"
     numbers = ", ".join(f"{name} {value:g}" for name, value in fit["shape"].items())
     yield (

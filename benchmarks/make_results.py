@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ KINDS = {
     "schnell": "4-step student of flux",
 }
 BEGIN, END = "<!-- begin of the table -->\n", "<!-- end of the table -->"
-HEAD = f"""# Results
-
-{MADE}
+HEAD = """# Results
 
 Measured on the embedded pipelines: small, truly trained ones of the real diffusers classes
 (`testbed/`). Each row compares lesa with the best of up to %d other methods.
@@ -92,10 +90,15 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
         found["untrained"] = untrained_page(read(path), read(results / "prior.json"))
     if given := {path.name: read(path) for path in sorted((results / "submitted").glob("*.json"))}:
         found["submitted"] = submitted_page(given)
-    written = {f"docs/results/{name}.md": "\n".join(lines) for name, lines in found.items()}
-    written["docs/results.md"] = "\n".join(index(compared, [*found]))
+    written = {f"docs/results/{name}.md": page(lines) for name, lines in found.items()}
+    written["docs/results.md"] = page(index(compared, [*found]))
     written["docs/training.md"] = training_page(compared)
     return written | {"README.md": readme(compared, [read(path) for path in loops])}
+
+
+def page(lines: Iterable[str]) -> str:
+    """A page of these lines; how it was made is at its end, where no summary of it begins."""
+    return "\n".join(lines).rstrip() + f"\n\n{MADE}\n"
 
 
 def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator[str]:

@@ -123,6 +123,10 @@ def test_the_pages_of_results_are_what_the_committed_numbers_make():
     assert {path.relative_to(ROOT).as_posix() for path in folder.glob("*")} == written
     index = pages["docs/results.md"]
     assert all(f"({path.removeprefix('docs/')})" in index for path in written)
+    for path in (*written, "docs/results.md"):
+        title, _, first, *_, last = pages[path].splitlines()
+        assert title.startswith("# ") and "Made by" not in first, path
+        assert last.startswith("*Made by "), path
 
 
 def test_the_picture_of_readme_shows_the_committed_numbers(monkeypatch):
