@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import factorial
 
+from lesa.core.checks import real, whole
 from lesa.core.forecaster import Tap
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.taylor import check_order, difference_table
+from lesa.forecasters.taylor import MAX_ORDER, difference_table
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,11 @@ class HiCache:
     uses_latent = False
 
     def __post_init__(self) -> None:
-        check_order(self.order)
-        if not 0 < self.sigma < float("inf"):
-            raise LesaError(f"sigma={self.sigma!r} is not positive; HiCache publishes 0.5 to 0.7")
+        object.__setattr__(self, "order", whole("order", self.order, 0, MAX_ORDER))
+        sigma = real("sigma", self.sigma, "HiCache publishes 0.5 to 0.7")
+        if sigma <= 0:
+            raise LesaError(f"sigma={sigma:g}: not above 0; HiCache publishes 0.5 to 0.7")
+        object.__setattr__(self, "sigma", sigma)
 
     @property
     def name(self) -> str:

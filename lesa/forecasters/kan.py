@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lesa.core.checks import whole
 from lesa.errors import LesaError
 
 Grid = tuple[float, float]
@@ -138,7 +139,7 @@ class KAN(nn.Sequential):
     ) -> None:
         if len(widths) < 2 or min(widths) < 1:
             raise LesaError(
-                f"widths={list(widths)} is not a network; give at least [inputs, outputs]"
+                f"widths={list(widths)}: not those of a network; give at least [inputs, outputs]"
             )
         last = len(widths) - 2
         super().__init__(
@@ -170,9 +171,7 @@ class MLP(FullPrecision):
 
 def check_grid(intervals: int, grid: Grid) -> tuple[int, Grid]:
     """The grid as numbers; LesaError unless it has an interval and grows."""
-    if not isinstance(intervals, int) or intervals < 1:
-        raise LesaError(f"intervals={intervals!r} is not a whole number >= 1; the usual value is 5")
     low, high = grid
     if not low < high:
-        raise LesaError(f"grid={grid!r} does not grow; the usual value is (-3, 3)")
-    return intervals, (float(low), float(high))
+        raise LesaError(f"grid={grid!r}: it does not grow; the usual value is (-3, 3)")
+    return whole("intervals", intervals, 1), (float(low), float(high))

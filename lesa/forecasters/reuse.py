@@ -14,9 +14,10 @@ from lesa.core.table import Table
 class Reuse:
     """h_hat_s = h_p, p the last full step. Source: FORA (arXiv 2407.01425)."""
 
-    name: str = "fora"
-    uses_latent: bool = False
     tap: Tap | None = None
+
+    uses_latent = False
+    name = "fora"
 
     def history(self, schedule: Schedule) -> int:
         """One feature."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lesa.core.checks import real, whole
 from lesa.core.forecaster import Tap
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
@@ -34,12 +35,15 @@ class Spectrum:
     name = "spectrum"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.degree, int) or self.degree < 1:
-            raise LesaError(f"degree={self.degree!r} is not a whole number >= 1; the usual is 4")
-        if not 0 < self.ridge < float("inf"):
-            raise LesaError(f"ridge={self.ridge!r} is not positive; the usual value is 0.1")
-        if not 0 <= self.weight <= 1:
-            raise LesaError(f"weight={self.weight!r} is not in [0, 1]; use 0.5 to 1")
+        ridge = real("ridge", self.ridge, "the usual value is 0.1")
+        weight = real("weight", self.weight, "use 0.5 to 1")
+        if ridge <= 0:
+            raise LesaError(f"ridge={ridge:g}: not above 0; the usual value is 0.1")
+        if not 0 <= weight <= 1:
+            raise LesaError(f"weight={weight:g}: not in [0, 1]; use 0.5 to 1")
+        known = {"degree": whole("degree", self.degree, 1), "ridge": ridge, "weight": weight}
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
     def history(self, schedule: Schedule) -> int:
         """As many features as full steps come before the last skipped step."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import factorial, prod
 
+from lesa.core.checks import shown, whole
 from lesa.core.forecaster import Tap
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
@@ -23,7 +24,8 @@ class Taylor:
     is reuse. These one-sided differences make order 1 exact on straight lines, but order 2 misses
     a parabola by h'' k d / 2 (d = the last gap). `exact=True` takes the polynomial through the
     newest `order` + 1 features instead (Lagrange), which has no such error.
-    Raises LesaError for an order outside 0..4. Source: TaylorSeer (arXiv 2503.06923), eq. 3.
+    Raises LesaError for an order outside 0..4, or an `exact` that is no truth value. Source:
+    TaylorSeer (arXiv 2503.06923), eq. 3.
     """
 
     order: int = 1
@@ -33,11 +35,13 @@ class Taylor:
     uses_latent = False
 
     def __post_init__(self) -> None:
-        check_order(self.order)
+        object.__setattr__(self, "order", whole("order", self.order, 0, MAX_ORDER))
+        if not isinstance(self.exact, bool):
+            raise LesaError(f"exact={shown(self.exact)}: neither True nor False; give one of them")
 
     @property
     def name(self) -> str:
-        """ "taylor-" and the order."""
+        """ "taylor-" and the order, "-exact" behind it for the polynomial."""
         return f"taylor-{self.order}{'-exact' if self.exact else ''}"
 
     def history(self, schedule: Schedule) -> int:
@@ -51,12 +55,6 @@ class Taylor:
         if self.exact:
             return Table.from_rows(schedule, self.history(schedule), lagrange)
         return difference_table(schedule, self.order, lambda i, k: k**i / factorial(i))
-
-
-def check_order(order: int) -> None:
-    """LesaError unless the order is a whole number in 0..4."""
-    if not isinstance(order, int) or not 0 <= order <= MAX_ORDER:
-        raise LesaError(f"order={order!r} is not in 0..{MAX_ORDER}; 1 is the usual choice")
 
 
 def difference_table(schedule: Schedule, order: int, weight: Callable[[int, int], float]) -> Table:

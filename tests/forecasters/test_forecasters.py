@@ -201,10 +201,17 @@ def test_spectrum_keeps_every_full_step():
     [
         (lambda: Taylor(5), "order=5"),
         (lambda: Taylor(-1), "order=-1"),
-        (lambda: HiCache(2, sigma=0), "sigma=0"),
+        (lambda: HiCache(2, sigma=0), "sigma=0: not above 0"),
         (lambda: Spectrum(degree=0), "degree=0"),
         (lambda: Spectrum(ridge=0), "ridge=0"),
         (lambda: Spectrum(weight=1.5), "weight=1.5"),
+        (lambda: Taylor(True), "order=True: not a whole number"),
+        (lambda: Taylor(exact="no"), "exact='no': neither True nor False"),
+        (lambda: HiCache(sigma="a"), "sigma='a': not a finite number"),
+        (lambda: HiCache(sigma=True), "sigma=True: not a finite number"),
+        (lambda: Spectrum(degree=True), "degree=True: not a whole number"),
+        (lambda: Spectrum(ridge=None), "ridge=None: not a finite number"),
+        (lambda: Spectrum(weight=float("nan")), "weight=nan: not a finite number"),
         (lambda: Taylor().table(Schedule.every(7), []), "bind"),
     ],
 )
