@@ -23,8 +23,6 @@ _DRAWS = (
     "StochasticIterative",
     "UnCLIP",
 )
-
-
 # What it calls those that build a step from the outputs of earlier ones.
 _EXTRAPOLATES = ("DPMSolver", "UniPC", "DEIS", "LMS", "PNDM", "SASolver")
 

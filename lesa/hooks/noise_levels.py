@@ -13,7 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.errors import LesaError
 
-__all__ = ["levels_problem", "noise_levels", "own_noise_levels", "times_of"]
+__all__ = ["levels_problem", "noise_levels", "own_noise_levels", "says_flow", "times_of"]
 
 
 _ROUNDING = 1e-6
@@ -72,11 +72,15 @@ def _problem(levels: Sequence[float], num_steps: int) -> str | None:
 
 def _is_flow(scheduler: Any, sigmas: Sequence[float]) -> bool:
     """Whether a sigma is the share of noise in a straight mixture, not its ratio to the signal."""
+    ratio = hasattr(scheduler, "alphas_cumprod") or "sigma_data" in getattr(scheduler, "config", {})
+    return says_flow(scheduler) or not (ratio or max(sigmas, default=2) > 1)
+
+
+def says_flow(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler is one of flow matching, by its class and its configuration."""
     config = getattr(scheduler, "config", {})
-    if config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas", False):
-        return True
-    ratio = hasattr(scheduler, "alphas_cumprod") or "sigma_data" in config
-    return "FlowMatch" in type(scheduler).__name__ or not (ratio or max(sigmas, default=2) > 1)
+    told = config.get("prediction_type") == "flow_prediction" or config.get("use_flow_sigmas")
+    return bool(told) or "FlowMatch" in type(scheduler).__name__
 
 
 def _ratios(scheduler: Any) -> list[float]:
@@ -140,10 +144,7 @@ def own_noise_levels(num_steps: int | None, sigmas: Sequence[float] | None) -> t
             return ()
         num_steps = whole("num_inference_steps", num_steps, 1, MOST_STEPS)
         return tuple(1.0 - i / num_steps for i in range(num_steps + 1))
-    try:
-        levels = tuple(float(sigma) for sigma in sigmas)
-    except (TypeError, ValueError, RuntimeError):
-        levels = reals("sigmas", sigmas, "give noise levels in [0, 1]")  # says what is wrong
+    levels = reals("sigmas", sigmas, "give noise levels in [0, 1]")
     if num_steps is not None and len(levels) != num_steps + 1:
         raise LesaError(
             f"sigmas={shown(levels)}: {len(levels)} values for {num_steps} steps; give "

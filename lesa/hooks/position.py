@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -150,8 +151,8 @@ def _references(kwargs: Mapping[str, Any] | None) -> list[weakref.ref[torch.Tens
 
 
 def _time_of(kwargs: Mapping[str, Any] | None) -> float | None:
-    """The time that a call is given, where it lies on the host."""
+    """The time that a call is given, where it is a number on the host; the first row's."""
     time = (kwargs or {}).get("timestep")
     if isinstance(time, torch.Tensor):
         return float(time.flatten()[0]) if time.device.type == "cpu" and time.numel() else None
-    return time
+    return float(time) if isinstance(time, Real) else None

@@ -45,8 +45,8 @@ def count_prompts(settings: Mapping[str, Any]) -> int:
     embedded = settings.get(_EMBEDDED)
     if embedded is None:
         raise LesaError(
-            "prompts=None needs the prompts as embeddings: give prompt_embeds=... (one row each), "
-            "or a list of prompts"
+            "prompts=None: no prompts are there as embeddings either; give prompt_embeds=... (one "
+            "row each), or a list of prompts"
         )
     return len(embedded)
 

@@ -138,6 +138,9 @@ def source_of(scheduler: Any, steps: int | None, sigmas: Sequence[float] | None)
         raise LesaError(f"scheduler={shown(scheduler)}: not a diffusers scheduler; give one")
     if scheduler is not None and (steps is not None or sigmas is not None):
         given = "num_inference_steps" if sigmas is None else "sigmas"
-        raise LesaError(f"scheduler and {given} exclude each other; give one of them")
+        raise LesaError(
+            f"{given}={shown(steps if sigmas is None else sigmas)}: the scheduler tells the steps "
+            "already; give one of the two"
+        )
     levels = own_noise_levels(steps, sigmas)
     return Source(scheduler, levels) if levels or scheduler is not None else None

@@ -8,7 +8,7 @@ from itertools import pairwise
 from math import isqrt
 from typing import Any
 
-from lesa.hooks.noise_levels import noise_levels
+from lesa.hooks.noise_levels import noise_levels, says_flow
 from lesa.hooks.pipeline_state import order_of
 
 __all__ = ["advice", "first_order", "other_size", "unfollowed"]
@@ -84,7 +84,7 @@ def _levels(scheduler: Any) -> tuple[list[float], list[int]]:
 
 def first_order(scheduler: Any) -> str:
     """A first-order scheduler of the same kind: the option of a command, and how to make it."""
-    option, kind, more = _FLOW if _is_flow(scheduler) else _NOISE
+    option, kind, more = _FLOW if says_flow(scheduler) else _NOISE
     made = f"diffusers.{kind}.from_config(pipe.scheduler.config{more})"
     return f"a first-order scheduler: --scheduler {option}, or pipe.scheduler = {made}"
 
@@ -92,15 +92,6 @@ def first_order(scheduler: Any) -> str:
 # DDIM clips latents to [-1, 1] where no config says otherwise
 _NOISE = ("ddim", "DDIMScheduler", ", clip_sample=False")
 _FLOW = ("flow-euler", "FlowMatchEulerDiscreteScheduler", "")
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = getattr(scheduler, "config", {})
-    return bool(
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("prediction_type") == "flow_prediction"
-        or config.get("use_flow_sigmas", False)
-    )
 
 
 def _shortened(levels: Sequence[float]) -> str:

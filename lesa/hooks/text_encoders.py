@@ -73,7 +73,7 @@ def _different(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]] | None:
     tokens = all(tensor.ndim and not tensor.is_floating_point() for tensor in tensors)
     if not tokens or len({len(tensor) for tensor in tensors}) != 1:
         return None
-    rows = zip(*(tensor.flatten(1).tolist() for tensor in tensors), strict=True)
+    rows = zip(*(_flat(tensor).tolist() for tensor in tensors), strict=True)
     known: dict[Any, int] = {}
     places: list[int] = []
     chosen: list[int] = []
@@ -84,6 +84,11 @@ def _different(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]] | None:
             chosen.append(at)
         places.append(known[key])
     return chosen, places
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A row of numbers for each row of the batch, which may be one number, as a length is."""
+    return tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
 
 
 def _are_rows(parts: Sequence[tuple[int, Any]]) -> bool:

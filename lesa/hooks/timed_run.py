@@ -83,13 +83,16 @@ def loop_bar(
     mark: Callable[[], None] | None = None,
     on_step: Callable[[], object] = lambda: None,
 ) -> Iterator[LoopBar]:
-    """Replace `pipe.progress_bar` for a while; the pipeline's own one is back afterwards."""
+    """Replace `pipe.progress_bar` for a while; what was there is back afterwards."""
     bar = LoopBar(torch.device(getattr(pipe, "_execution_device", "cpu")), mark, on_step)
+    own = vars(pipe).get("progress_bar")  # of whoever shows another bar; else the class has one
     pipe.progress_bar = bar
     try:
         yield bar
     finally:
         del pipe.progress_bar
+        if own is not None:
+            pipe.progress_bar = own
 
 
 def generators(seeds: Sequence[int]) -> list[torch.Generator]:

@@ -143,6 +143,14 @@ def test_the_bar_times_the_loop_alone(pipe, settings):
     assert bar.seconds > 0
 
 
+def test_a_bar_inside_another_gives_the_place_back(pipe):
+    with loop_bar(pipe) as outer:
+        with loop_bar(pipe):
+            assert pipe.progress_bar is not outer
+        assert pipe.progress_bar is outer
+    assert "progress_bar" not in vars(pipe)
+
+
 def test_one_prompt_twice_is_one_picture_twice(pipe, settings):
     """A generator per prompt: the picture does not depend on its place in the batch."""
     run = generate(pipe, [PROMPTS[0], PROMPTS[1], PROMPTS[0]], [3, 4, 3], settings)

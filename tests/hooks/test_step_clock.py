@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -185,6 +186,19 @@ def test_counting_sees_the_first_time_come_again(own, steps):
     assert [(step.index, step.fresh) for step in found] == [(0, True), (1, False), (2, False)]
 
 
+@pytest.mark.parametrize("kind", [int, float, np.float32, lambda t: torch.tensor([float(t)])])
+def test_a_time_is_a_number_of_any_kind(kind):
+    """The loop steps copies of the scheduler, and makes the number anew for each branch."""
+    scheduler, found = FlowMatchEulerDiscreteScheduler(), []
+    scheduler.set_timesteps(3)
+    clock = StepClock(scheduler=scheduler)
+    for time in ("1000", "667", "334"):
+        for name in ("cond", "uncond"):
+            with clock.context(name, {}):
+                found.append(clock.tick({"timestep": kind(int(time))}).index)
+    assert found == [0, 0, 1, 1, 2, 2]
+
+
 def test_a_scheduler_without_a_step_index_is_counted():
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(3)
@@ -265,6 +279,8 @@ def test_levels_that_do_not_fall_leave_a_clock_in_steps():
         ({"num_steps": 3, "sigmas": [1.0, 0.0]}, "give 4"),
         ({"sigmas": [0.5, 0.5]}, "strictly decreasing"),
         ({"sigmas": [14.6, 0.0]}, "strictly decreasing"),
+        ({"sigmas": "10"}, "sigmas='10': not a list of numbers"),
+        ({"sigmas": ["1", "0"]}, r"sigmas\[0\]='1': not a finite number"),
     ],
 )
 def test_a_wrong_loop_is_refused(options, field):

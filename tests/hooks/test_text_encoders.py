@@ -70,6 +70,23 @@ def test_a_mask_that_differs_is_another_row_and_pictures_are_not_touched():
         assert torch.equal(vision(pixels), torch.tensor([6.0, 6.0]))
 
 
+def test_lengths_are_rows_too():
+    """A number for each prompt, as some encoders take beside its tokens."""
+    seen = []
+
+    class Counted(torch.nn.Module):
+        def forward(self, tokens, lengths):
+            seen.append(len(tokens))
+            return tokens.cumsum(1) * lengths[:, None]
+
+    encoder, tokens, lengths = Counted(), torch.tensor([[1, 2]] * 3), torch.tensor([2, 2, 1])
+    wanted = encoder(tokens, lengths)
+    seen.clear()
+    with encode_once(Pipe(encoder), 8):
+        assert torch.equal(encoder(tokens, lengths), wanted)
+    assert seen == [2]
+
+
 def test_what_offloading_put_there_stays():
     encoder, calls = clip().eval(), []
     plain = encoder.forward

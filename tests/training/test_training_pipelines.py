@@ -400,7 +400,7 @@ def test_arguments_of_some_prompts():
     texts = prompt_arguments("abc", {"negative_prompt": " ", "num_images_per_prompt": 2}, [1, 1])
     assert texts["prompt"] == ["b", "b"] and texts["negative_prompt"] == [" ", " "]
     assert count_prompts(given) == 3
-    with pytest.raises(LesaError, match="prompts=None needs .* prompt_embeds"):
+    with pytest.raises(LesaError, match="prompts=None: .* prompt_embeds"):
         count_prompts({})
 
 
