@@ -96,6 +96,21 @@ def test_pages_fit_and_ask_no_other_host(address, browser, scheme, width):
     assert asked and all(url.startswith((address, "data:", "blob:")) for url in asked)
 
 
+SHOWN = """[...document.querySelectorAll('img[src$=".svg"]')].map((img) =>
+  [img.width / img.naturalWidth, getComputedStyle(img).filter])"""
+
+
+def test_drawings_are_legible_on_a_phone_and_dark_in_the_dark_scheme(address, browser):
+    """On a phone they are as large as drawn, in a frame that scrolls."""
+    context = browser.new_context(viewport={"width": 400, "height": 900}, color_scheme="dark")
+    page = context.new_page()
+    page.goto(f"{address}/how-it-works.html", wait_until="networkidle")
+    found = page.evaluate(SHOWN)
+    assert len(found) == 6 and all(scale > 0.95 for scale, _ in found)
+    assert all("invert" in filters for _, filters in found)
+    context.close()
+
+
 def test_the_search_finds_a_message(address, browser):
     """By three words of "forecaster='x': neither a folder nor a known method; ..."."""
     page = browser.new_page()

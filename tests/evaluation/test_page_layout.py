@@ -71,6 +71,15 @@ def test_the_slider_follows_keys_and_fingers_and_takes_another_row(tmp_path):
     assert told(tmp_path, SLIDE, 400) == [20, 70, True, True, True]
 
 
+def test_letters_of_charts_are_large_enough_in_a_narrow_window(tmp_path):
+    """The smallest are 8.5 points, of which 104 pixels of a picture are an inch at full size."""
+    write_report(made_up(), tmp_path)
+    widths = """tell([...document.querySelectorAll(".chart img")].map(
+      (img) => img.clientWidth / parseFloat(img.style.getPropertyValue("--natural"))));"""
+    scales = told(tmp_path, widths, 400)
+    assert scales and all(8.5 / 72 * 104 * scale > 10 for scale in scales)
+
+
 def told(folder, script, width):
     """What a script tells of the report in a frame of this width."""
     page, frame = (folder / "report.html").read_text(encoding="utf-8"), folder / "frame.html"
