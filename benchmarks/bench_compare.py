@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from _environment import RESULTS, environment, write
+from _result_tables import with_canonical_names
 from rich.console import Console
 
 import lesa
@@ -34,7 +35,6 @@ from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import parse
 from lesa.evaluation.ranking import OTHER_TAP, OURS, origin, ours
 from lesa.evaluation.report import rich_table, write_report
-from lesa.forecasters.published import with_canonical_names
 from lesa.testbed import PIPELINES, load, prompts, settings
 from lesa.training.job import weights_hash
 from lesa.util.progress import Progress

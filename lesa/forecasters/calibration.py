@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from math import pi, sin
 
+from lesa_kernels.checks import MAX_HISTORY
 from torch import Tensor
 
-from lesa.core.schedule import Schedule, spread
+from lesa.core.schedule import Schedule, check_count, spread
 from lesa.errors import LesaError
 from lesa.forecasters.worth import Worth
 
@@ -20,7 +21,6 @@ SIGMA_TOLERANCE = 1e-4
 # dB at 11 full steps and 54.9 against 53.3 at 13, but 55.6 against 56.0 at 16.
 GROWTH = 1.5
 BEND = 0.3  # by how much a gap at either end of a list that is spread anew is below the mean
-MAX_HISTORY = 8  # features that the kernels mix
 
 
 @dataclass(eq=False)
@@ -66,7 +66,7 @@ class Calibration:
         What a skipped step weighs stays as it was fitted. Its features lie further back in the ring
         now, behind those of the added steps, which nothing weighs: by the form's own coefficients
         an 11th step on embedded flux gives 53.7 dB, like this 54.8, and the list of 10 itself 54.5.
-        None where a row would reach back further than MAX_HISTORY features.
+        None where a row would reach back further than the features that a kernel mixes.
         """
         places = {
             step: [
@@ -119,12 +119,11 @@ def schedule_for(
     calibrated list with steps added in its widest gaps, up to GROWTH times as many; else steps
     spread anew over the nearest one's run. Raises LesaError when nothing is calibrated.
     """
-    if not 1 <= full_steps <= num_steps:
-        raise LesaError(f"full_steps={full_steps} is not in 1..num_steps={num_steps}; choose less")
+    check_count(full_steps, num_steps)
     if not calibrations:
         raise LesaError(
-            f"full_steps={full_steps} has no schedule to follow: the forecaster is not calibrated; "
-            "pass schedule=..., or train with this count"
+            f"full_steps={full_steps}: no schedule to follow, since the forecaster is not "
+            "calibrated; pass schedule=..., or train with this count"
         )
     base = base_count(calibrations, full_steps)
     found = [c for c in calibrations if len(c.schedule.full_steps) == base]

@@ -116,7 +116,7 @@ def _use(forecaster: Trained, repo_id: str, base: str | None) -> str:
     return (
         "## Use\n\n```python\nimport lesa, torch\nfrom diffusers import DiffusionPipeline\n\n"
         f'pipe = DiffusionPipeline.from_pretrained("{base or "the pipeline"}", '
-        'torch_dtype=torch.bfloat16).to("cuda")\n'
+        'dtype=torch.bfloat16).to("cuda")\n'
         f'lesa.enable(pipe, "{repo_id}"{given})\n'
         f'image = pipe("a red fox in the snow"{steps}).images[0]\n```'
     )

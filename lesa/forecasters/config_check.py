@@ -106,10 +106,8 @@ def check_tables(forecaster: Tabled) -> None:
     known = [(entry.schedule, entry.sigmas) for entry in forecaster.calibrations]
     for schedule, sigmas in known or [_even(forecaster.settings)]:
         for branch in forecaster.settings.branches:
-            table, history = (
-                forecaster.table(schedule, sigmas, branch),
-                forecaster.history(schedule),
-            )
+            table = forecaster.table(schedule, sigmas, branch)
+            history = forecaster.history(schedule)
             if table.history != history:
                 raise LesaError(
                     f"rows of {branch!r} weigh {table.history} features, settings have "

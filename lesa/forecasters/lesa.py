@@ -105,7 +105,7 @@ class LesaForecaster(FullPrecision):
         row, at least its first. LesaError in the paper form, which knows no continuous time.
         """
         if isinstance(self.net, PaperForm):
-            raise LesaError("form='paper' has no coefficients of continuous time; use net.rows")
+            raise LesaError("form='paper': no coefficients of continuous time; use net.rows")
         return self.net.coefficients(target_sigma, cached_sigmas, valid, self.branch(branch))
 
     def table(
@@ -229,13 +229,15 @@ class LesaForecaster(FullPrecision):
         Raises LesaError in the paper form or when the rows do not make a valid Table.
         """
         if self.form == "paper":
-            raise LesaError("form='paper' holds no correction rows; use 'continuous' or 'table'")
+            raise LesaError(
+                "form='paper': it holds no calibrated rows; use 'continuous' or 'table'"
+            )
         branch = self.branch(branch)
         table = Table(schedule, coefficients, self.uses_latent, split=split)
         if table.history != self.net.history:
             raise LesaError(
-                f"coefficients weigh {table.history} features but history={self.net.history}; "
-                "fit rows of that width"
+                f"coefficients={list(table.coefficients.shape)}: they weigh {table.history} "
+                f"features, and history={self.net.history}; fit rows of that width"
             )
         entry = self.recommend(schedule, sigmas)
         entry.rows[branch] = table.coefficients
@@ -243,15 +245,6 @@ class LesaForecaster(FullPrecision):
         entry.split.pop(branch, None)
         if table.split is not None:
             entry.split[branch] = table.split
-
-    def correction(self, schedule: Schedule, sigmas: Sequence[float], branch: str) -> Tensor:
-        """What the calibrated rows add to the form's: float64 [S, K + uses_latent], 0 elsewhere."""
-        levels, branch = check_sigmas(schedule, sigmas), self.branch(branch)
-        with torch.no_grad():
-            rows = self.net.rows(schedule, levels, branch)[0].cpu()
-        entry = self.calibration(schedule, levels)
-        stored = entry.rows.get(branch) if entry else None
-        return torch.zeros_like(rows) if stored is None else stored - rows
 
     def recommend(self, schedule: Schedule, sigmas: Sequence[float]) -> Calibration:
         """Records a bound schedule as calibrated, with or without rows; known ones are kept."""

@@ -106,9 +106,8 @@ def excess(
     """
     found = []
     for name, scale in scales.items():
-        at = trained.get(
-            name, trained.get(name.removesuffix("_2"))
-        )  # of the second denoiser: the first's
+        first = name.removesuffix("_2")  # a second denoiser may have the scale of the first
+        at = trained.get(name, trained.get(first))
         told = embedded and name in EMBEDDED
         if at is not None and (told or now or (before and at > 1)):
             found.append(Excess(name, at if told or before else min(at, 1.0), scale))

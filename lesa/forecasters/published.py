@@ -6,7 +6,6 @@ This is the only place that says which steps such a method computes in full: `Le
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,11 +100,6 @@ ALIASES = {
 def canonical(name: str) -> str:
     """The name that reports use for a method; any other text comes back unchanged."""
     return ALIASES.get(name, name)
-
-
-def with_canonical_names(text: str) -> str:
-    """A text of measurements, in which TaylorSeer was once called by its paper's name."""
-    return re.sub(r"\btaylorseer-(?=[0-2]\b)", "taylor-", text)
 
 
 def rule_of(forecaster: Any) -> FullStepRule | PriorRule | None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from lesa.core import schema
-from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 
 # dB that stand for identical pictures, whose PSNR is infinite, which JSON cannot say. Pictures that
@@ -78,24 +77,18 @@ class Worth:
         if not len(decibels):
             raise LesaError("decibels=[]: no picture was measured; give at least one")
         found = torch.tensor(list(decibels), dtype=torch.float64, device="cpu").clamp(max=IDENTICAL)
-        far = (
-            None if lpips is None else torch.tensor(list(lpips), dtype=torch.float64, device="cpu")
-        )
+        far = torch.tensor(list(lpips or ()), dtype=torch.float64, device="cpu")
+        looked = lpips is not None
         return cls(
             mean=float(found.mean()),
             p10=float(found.quantile(0.1)),
             minimum=float(found.min()),
             pictures=len(found),
             validated=validated,
-            lpips_mean=None if far is None else float(far.mean()),
-            lpips_max=None if far is None else float(far.max()),
+            lpips_mean=float(far.mean()) if looked else None,
+            lpips_max=float(far.max()) if looked else None,
             share=share,
         )
-
-    def speedup(self, schedule: Schedule) -> float:
-        """Denoising times faster than the plain run: S / (|A| + share (S - |A|)), with the share of
-        a skipped step as 0 where it was not measured."""
-        return speedup(len(schedule.full_steps), schedule.steps, self.share)
 
     def to_dict(self) -> dict[str, Any]:
         """Its fields, ready for JSON."""
@@ -103,5 +96,6 @@ class Worth:
 
 
 def speedup(full_steps: int, num_steps: int, share: float | None = None) -> float:
-    """S / (A + share (S - A)) of a run with A full steps; `share` is 0 where it is not known."""
+    """Denoising times faster than the plain run, S / (A + share (S - A)) of a run with A full
+    steps; `share`, of a skipped step, is 0 where it is not known."""
     return num_steps / (full_steps + (share or 0.0) * (num_steps - full_steps))

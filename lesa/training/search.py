@@ -10,8 +10,7 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-from lesa.core.schedule import Schedule
-from lesa.errors import LesaError
+from lesa.core.schedule import Schedule, check_count
 from lesa.forecasters.prior import FITTED, prior_schedule
 from lesa.training.objective import objective
 from lesa.training.simulate import Simulation
@@ -95,6 +94,7 @@ class OpenLoop:
         return total
 
     def quality(self, full_steps: Steps) -> float:
+        """The objective of the scores."""
         return objective(self.scores(full_steps))
 
 
@@ -178,10 +178,7 @@ def search_schedule(
     Raises LesaError for a count below 1 or above the step count.
     """
     count, num_steps = full_steps, statistics.num_steps
-    if not 1 <= count <= num_steps:
-        raise LesaError(
-            f"full_steps={count} is impossible with {num_steps} steps: choose 1 to {num_steps}"
-        )
+    check_count(count, num_steps)
     judge = judge or judge_of(statistics, history)
     ahead = {x: judge.quality(x) - handicap(x, num_steps) for x in candidates(judge, count)}
     best = max(ahead, key=ahead.__getitem__)

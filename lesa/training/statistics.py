@@ -56,10 +56,12 @@ class Statistics:
 
     @property
     def num_steps(self) -> int:
+        """T, the steps of its runs."""
         return len(self.sigmas) - 1
 
     @property
     def branches(self) -> tuple[str, ...]:
+        """The guidance branches, in the order of their calls."""
         return tuple(self.rows)
 
     @property

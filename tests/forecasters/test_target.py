@@ -50,8 +50,6 @@ def test_the_statistics_of_the_pictures():
 
 @pytest.mark.parametrize(("share", "times"), [(None, 5.0), (0.0, 5.0), (0.25, 2.5), (1.0, 1.0)])
 def test_the_speed_up_counts_skipped_steps(share, times):
-    schedule = Schedule.explicit(range(10), 50)
-    assert replace(WORTH, share=share).speedup(schedule) == pytest.approx(times)
     assert speedup(10, 50, share) == pytest.approx(times)
 
 
