@@ -7,15 +7,12 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import torch
+from lesa_kernels.checks import FEATURES, MAX_HISTORY
 from torch import Tensor
 
 from lesa.ops import backend, eager, native
 
 __all__ = ["implementation"]
-
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_KERNEL_HISTORY = 8
 
 
 def implementation(
@@ -26,7 +23,7 @@ def implementation(
     `options` are the optional arguments that it will be called with.
     """
     chosen = backend.active(feature.device)
-    if chosen == "triton" and feature.dtype in _KERNEL_DTYPES and history <= _KERNEL_HISTORY:
+    if chosen == "triton" and feature.dtype in FEATURES and history <= MAX_HISTORY:
         return _triton(name)
     if chosen == "native" and native.takes(name, feature, options or {}):
         return getattr(native, name)

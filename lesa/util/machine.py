@@ -12,7 +12,8 @@ __all__ = ["load", "peak_bytes", "processor"]
 
 def processor() -> str:
     """Name of the CPU."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc") else []
+    known = Path("/proc/cpuinfo")  # of Linux
+    lines = known.read_text().splitlines() if known.is_file() else []
     models = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
     return models[0] if models else platform.processor()
 

@@ -29,13 +29,6 @@ def read_tensors(data: bytes, name: str, remedy: str) -> tuple[dict[str, Tensor]
     header = parse_json(data[8 : 8 + size], what, remedy)
     try:
         tensors = load(data)
-    except (
-        SafetensorError,
-        LookupError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
+    except (SafetensorError, *_WRONG) as error:
         raise LesaError(f"{what} ({one_line(error)}); {remedy}") from None
     return tensors, dict(header.get("__metadata__") or {})
