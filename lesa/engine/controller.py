@@ -22,6 +22,7 @@ from lesa.engine.stats import Counters, Stats
 from lesa.engine.trajectory import FeatureTap, OutputTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.attach import refuse_other_cache
+from lesa.hooks.batch_rows import rows_in
 from lesa.hooks.denoiser import Call, Denoiser, Run
 from lesa.hooks.request import Joint, Request
 
@@ -140,7 +141,8 @@ class CacheController:
         kept.trajectories.pop(step.branch, None)
         if step.index == 0:
             kept.plan.check_run(step)
-        table = kept.problem or kept.plan.tables.of(step, _rows(call))
+        rows = rows_in(call.argument(call.denoiser.spec.latent))
+        table = kept.problem or kept.plan.tables.of(step, rows)
         if isinstance(table, str):
             return Decision(None, reason=table)  # no other reason would change that
         trajectory = kept.trajectories[step.branch] = Trajectory(
@@ -232,6 +234,7 @@ class CacheController:
             self.counters.set_schedule((), step.num_steps)
 
     def fall_back(self, reason: str) -> None:
+        """Count why a call is computed in full; a new reason is logged."""
         if self.counters.add_fallback(reason):
             logger.warning("computed in full: %s", reason)
 
@@ -242,12 +245,6 @@ def _tap(config: LesaConfig) -> FeatureTap:
         return OutputTap()
     wanted = config.graph == "auto" and torch.cuda.is_available()
     return HiddenTap(StepGraphs() if wanted else None)
-
-
-def _rows(call: Call) -> int:
-    """Rows of the batch that a call gets."""
-    latent = call.argument(call.denoiser.spec.latent)
-    return len(latent) if isinstance(latent, (torch.Tensor, list, tuple)) else 0
 
 
 def _check_caches(call: Call) -> None:

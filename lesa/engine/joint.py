@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from lesa.engine import nvtx_ranges
 from lesa.engine.kept import Decision
 from lesa.engine.options import current_options
 from lesa.engine.stats import Counters
 from lesa.engine.trajectory import FeatureTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
-from lesa.hooks.batch_rows import join_rows, pick_arguments, pick_rows
+from lesa.hooks.batch_rows import join_rows, pick_arguments, pick_rows, rows_in
 from lesa.hooks.denoiser import Call, Denoiser, Run
 from lesa.hooks.outputs import kind_of, make_output, read_sample
 from lesa.hooks.request import Joint, Request
@@ -79,7 +77,9 @@ def run_joint(
     with _turns(joint.requests) as free:
         if not free:
             engine.fall_back(BUSY)
-            return denoiser.run(args, kwargs).output
+            output = denoiser.run(args, kwargs).output
+            _count(engine, [_Part(rows) for rows in joint.rows], perf_counter() - begun)
+            return output
         try:
             parts = [
                 _forecast(engine, denoiser, request, rows, given, total)
@@ -89,14 +89,18 @@ def run_joint(
         except BaseException:  # these runs are over
             denoiser.reset()
             raise
-    seconds = (perf_counter() - begun) / len(parts)
+    _count(engine, parts, perf_counter() - begun)
+    return output
+
+
+def _count(engine: Engine, parts: Sequence[_Part], seconds: float) -> None:
+    """Enter what became of the parts of one call, which took so long together."""
     for part in parts:
         if part.off:
             engine.counters.add_off()
         else:
             count = engine.counters.add_skipped if part.skipped else engine.counters.add_full
-            count(seconds)
-    return output
+            count(seconds / len(parts))
 
 
 def _forecast(
@@ -187,8 +191,7 @@ def _keep(engine: Engine, part: _Part, run: Run | None) -> None:
 
 def _check_rows(denoiser: Denoiser, joint: Joint, given: dict[str, Any]) -> int:
     """Rows of the batch; LesaError unless they are those of the slots."""
-    latent = given.get(denoiser.spec.latent)
-    total = len(latent) if isinstance(latent, (Tensor, list, tuple)) else 0
+    total = rows_in(given.get(denoiser.spec.latent))
     told = sum(map(len, joint.rows))
     if told != total:
         raise LesaError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -10,11 +11,16 @@ from torch import Tensor
 
 from lesa.core.checks import shown, whole
 from lesa.errors import LesaError
-from lesa.hooks.model_specs import ModelSpec
+from lesa.hooks.model_specs import PROMPTS, ModelSpec
 
-__all__ = ["join_rows", "pick_arguments", "pick_rows", "rows_of_parts"]
+__all__ = ["join_rows", "pick_arguments", "pick_rows", "rows_in", "rows_of_parts"]
 
 MOST_ROWS = 1 << 20  # of one call; a larger number is a slip
+
+
+def rows_in(latent: Any) -> int:
+    """Rows of the batch that a latent is, a tensor or a list with one for each; 0 if neither."""
+    return len(latent) if isinstance(latent, (Tensor, list, tuple)) else 0
 
 
 def pick_rows(value: Any, rows: Sequence[int], total: int) -> Any:
@@ -28,12 +34,19 @@ def pick_rows(value: Any, rows: Sequence[int], total: int) -> Any:
             return value
         if list(rows) == list(range(rows[0], rows[0] + len(rows))):
             return value.narrow(0, rows[0], len(rows))
-        return value[torch.tensor(rows, device=value.device)]
+        return value[_numbers(tuple(rows), value.device)]
     if isinstance(value, dict):
         return {name: pick_rows(part, rows, total) for name, part in value.items()}
     if type(value) in (list, tuple):
         return type(value)(pick_rows(part, rows, total) for part in value)
     return value
+
+
+@lru_cache(maxsize=256)
+def _numbers(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """These numbers on a device; copied there once, since each copy waits for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, device=device)
 
 
 def pick_arguments(
@@ -48,17 +61,20 @@ def pick_arguments(
     for name, value in given.items():
         if name in spec.unbatched:
             found[name] = value
-        elif isinstance(value, list) and len(value) == total and _by_row(name, value, spec):
+        elif isinstance(value, list) and len(value) == total and _by_row(name, value, spec, total):
             found[name] = [value[row] for row in rows]
         else:
             found[name] = pick_rows(value, rows, total)
     return found
 
 
-def _by_row(name: str, value: list[Any], spec: ModelSpec) -> bool:
-    """Whether a list has a part for every row of the batch."""
-    named = name == spec.latent or name in spec.conditioning
-    return named or not any(isinstance(part, Tensor) for part in value)
+def _by_row(name: str, value: list[Any], spec: ModelSpec, total: int) -> bool:
+    """Whether a list has a part for every row of the batch: by its name, or where not all of its
+    parts are tensors that have a row each."""
+    named = name == spec.latent or name.startswith((*spec.conditioning, *PROMPTS))
+    return named or not all(
+        isinstance(part, Tensor) and part.ndim and len(part) in (1, total) for part in value
+    )
 
 
 def join_rows(parts: Sequence[Tensor], rows: Sequence[Sequence[int]]) -> Tensor:

@@ -15,7 +15,7 @@ from lesa.errors import LesaError
 from lesa.hooks.class_swap import Identity, OnlyLast, Skippable
 from lesa.hooks.spec_discovery import Unclear, read_structure
 
-__all__ = ["ModelSpec", "has_row", "known_models", "model_spec", "register_model"]
+__all__ = ["PROMPTS", "ModelSpec", "has_row", "known_models", "model_spec", "register_model"]
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,8 @@ def has_row(model: nn.Module) -> bool:
 
 
 _LATENTS = ("hidden_states", "sample", "latents", "x")
-_PROMPTS = (
+# What the arguments of a forward that hold prompts are called; what their names begin with.
+PROMPTS = (
     "encoder_hidden_states",
     "pooled_",
     "class_labels",
@@ -309,7 +310,7 @@ def _output_row(model: nn.Module, notes: str) -> ModelSpec:
         kind.__name__,
         tail="",
         latent=next((name for name in _LATENTS if name in named), named[0]),
-        conditioning=tuple(name for name in named if name.startswith(_PROMPTS)),
+        conditioning=tuple(name for name in named if name.startswith(PROMPTS)),
         unbatched=tuple(name for name in _IDS if name in named),
         stateful=tuple(name for name in named if "cache" in name),
         taps=("output",),

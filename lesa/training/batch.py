@@ -5,41 +5,40 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lesa.hooks.batch_rows import pick_arguments
 from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.outputs import ListOf, kind_of, read_sample
 from lesa.training.job import Job, in_batches
 from lesa.training.row_fit import Tail
 
-__all__ = ["Batch", "Computed", "take_rows"]
+__all__ = ["Batch", "Computed"]
 
 Computed = tuple[type | ListOf, Tensor, Tensor]  # class of an output, sample, feature
 
 
 @dataclass
 class Batch:
-    """A call's arguments, of which some rows at a time are run."""
+    """A call's arguments by name, of which some rows at a time are run."""
 
     denoiser: Denoiser
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    given: dict[str, Any]
     total: int
 
-    def rows(self, rows: Sequence[int]) -> Any:
+    def rows(self, rows: Sequence[int]) -> dict[str, Any]:
         """The call's arguments for some rows."""
-        return take_rows((self.args, self.kwargs), rows, self.total, self.denoiser.spec.unbatched)
+        return pick_arguments(self.given, self.denoiser.spec, rows, self.total)
 
     def tail(self, rows: Sequence[int]) -> Tail:
         """From a forecast hidden feature ``[parts, pictures, ...]`` of these rows to the sample."""
-        args, kwargs = self.rows(rows)
+        given = self.rows(rows)
 
         def sample(feature: Tensor) -> Tensor:
-            behind = self.denoiser.run_tail(feature.flatten(0, 1), args, kwargs)
+            behind = self.denoiser.run_tail(feature.flatten(0, 1), (), given)
             found = read_sample(behind.output)
             assert found is not None
             return found.unflatten(0, feature.shape[:2])
@@ -71,8 +70,7 @@ class Batch:
         output = feature = None
         started = time.perf_counter()
         for part in batches:
-            args, kwargs = self.rows(part)
-            result, tapped, _ = self.denoiser.run(args, kwargs, tap=job.tap == "hidden")
+            result, tapped, _ = self.denoiser.run((), self.rows(part), tap=job.tap == "hidden")
             sample = read_sample(result)
             tapped = sample if job.tap == "output" else tapped
             assert sample is not None and tapped is not None  # collect has refused such models
@@ -88,26 +86,3 @@ class Batch:
         output.flatten()[:1].cpu()  # waits for a device
         job.work.took(sum(map(len, batches)), time.perf_counter() - started)
         return kind_of(result), output, feature
-
-
-def take_rows(value: Any, rows: Sequence[int], total: int, unbatched: Sequence[str] = ()) -> Any:
-    """``value`` with every tensor whose first dimension is ``total`` reduced to ``rows``, through
-    tuples, lists and dicts.
-
-    The numbers of the rows are copied once to each device on which such a tensor lies.
-    """
-    index = cache(lambda device: torch.tensor(rows, device=device))
-
-    def taken(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            whole = not value.ndim or len(value) != total
-            return value if whole else value[index(value.device)]
-        if isinstance(value, dict):
-            return {k: v if k in unbatched else taken(v) for k, v in value.items()}
-        if isinstance(value, list) and len(value) == total and all(map(torch.is_tensor, value)):
-            return [value[row] for row in rows]  # one for every picture
-        if isinstance(value, (tuple, list)):
-            return type(value)(map(taken, value))
-        return value
-
-    return taken(value)

@@ -57,7 +57,7 @@ class LockStep:
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, latent = followed(denoiser, kwargs), denoiser.latent(args, kwargs)
-        batch = Batch(denoiser, args, kwargs, len(latent))
+        batch = Batch(denoiser, denoiser.named(args, kwargs), len(latent))
         places = self._places(len(latent))
         latents = latent.unflatten(0, places.shape)
         full = self.prefixes.computed(step.index)

@@ -376,6 +376,25 @@ def test_rows_of_a_batch_may_lie_anywhere(model, inputs):
     assert lesa.stats(model).fallbacks == {}
 
 
+@torch.no_grad()
+def test_lists_of_latents_and_prompts_in_one_batch():
+    """Z-Image: where one request is forecast, the other is computed with its own prompt."""
+    pipe, call = build("z-image")
+    model, given = pipe.transformer, call(num_inference_steps=2)
+    prompts = [*given["prompt_embeds"], *given["negative_prompt_embeds"]]
+    draw = torch.Generator().manual_seed(0)
+    latents = [torch.randn(4, 1, 4, 4, generator=draw) for _ in prompts]
+    plain = [model([latents[1]], torch.ones(1) * t, [prompts[1]]).sample[0] for t in range(4)]
+    lesa.apply_lesa_cache(model, LesaConfig(lesa.Reuse()))
+    slots = [lesa.Slot(model, num_inference_steps=4, full_steps=count) for count in (1, 4)]
+    for t in range(4):
+        with lesa.Slot.batch(slots):
+            found = model(latents, torch.ones(2) * t, prompts).sample[1]
+        torch.testing.assert_close(found, plain[t], rtol=1e-4, atol=1e-5)
+    stats = lesa.stats(model)
+    assert (stats.full, stats.skipped, stats.fallbacks) == (5, 3, {})
+
+
 class Pair(nn.Module):
     """A denoiser that returns two tensors, as models of video and sound do."""
 

@@ -24,12 +24,15 @@ def test_neighbouring_rows_are_a_view():
 
 
 def test_arguments_of_some_rows():
-    """Residuals have a row each in every tensor; prompts and their lengths an entry per row."""
+    """Residuals have a row each in every tensor; prompts and their lengths an entry per row, also
+    where a prompt has as many tokens as the batch has rows."""
     given = {
         "x": list(BATCH),
         "words": [BATCH[n] for n in range(3)],
         "ids": torch.zeros(3, 2),
         "lengths": [7, 8, 9],
+        "cap_feats": [BATCH, BATCH + 1, BATCH + 2],  # of three tokens each
+        "images": [BATCH[:2], BATCH, BATCH[:2]],
         "residuals": [BATCH, BATCH + 1, BATCH + 2],
         "more": {"embeds": (BATCH, None), "scale": 0.5},
         "time": torch.tensor(0.5),
@@ -38,6 +41,8 @@ def test_arguments_of_some_rows():
     found = pick_arguments(given, SPEC, [2, 0], 3)
     assert [row.tolist() for row in found["x"]] == [BATCH[2].tolist(), BATCH[0].tolist()]
     assert [len(found["words"]), found["lengths"]] == [2, [9, 7]]
+    assert torch.equal(found["cap_feats"][0], BATCH + 2) and len(found["cap_feats"]) == 2
+    assert [len(part) for part in found["images"]] == [2, 2]
     assert found["ids"] is given["ids"] and found["time"] is given["time"]
     assert torch.equal(found["residuals"][2], BATCH[[2, 0]] + 2) and len(found["residuals"]) == 3
     assert torch.equal(found["more"]["embeds"][0], BATCH[[2, 0]])

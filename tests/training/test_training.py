@@ -15,7 +15,6 @@ from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.forecasters.prior import prior_schedule
 from lesa.testbed import captions, load, settings
-from lesa.training.batch import take_rows
 from lesa.training.closed_loop import run_rollouts
 from lesa.training.collect import collect
 from lesa.training.fit import draw_steps, fit_continuous
@@ -208,24 +207,6 @@ def test_the_objective_weighs_the_tail_and_is_between_mean_and_dB_of_the_mean_er
 def test_impossible_count_is_told(statistics, count):
     with pytest.raises(LesaError, match=f"full_steps={count}"):
         search_schedule(statistics, count)
-
-
-def test_take_rows_reduces_batched_tensors_only():
-    batched, ids, scalar = (
-        torch.arange(6).reshape(6, 1),
-        torch.arange(18).reshape(6, 3),
-        torch.tensor(1.0),
-    )
-    args, kwargs = take_rows(
-        ((batched,), {"img_ids": ids, "t": scalar, "extra": {"text": [batched]}}),
-        [1, 4],
-        6,
-        ("img_ids",),
-    )
-    assert (
-        args[0].flatten().tolist() == [1, 4] and kwargs["img_ids"] is ids and kwargs["t"] is scalar
-    )
-    assert kwargs["extra"]["text"][0].flatten().tolist() == [1, 4]
 
 
 def test_rollouts_are_what_the_engine_does(pipe):
