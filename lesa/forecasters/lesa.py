@@ -14,11 +14,11 @@ from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.forecasters import checkpoint, hub
-from lesa.forecasters.calibration import Calibration, extended, schedule_for
+from lesa.forecasters.calibrated import Calibrated
+from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.continuous import ContinuousForm, TableForm
 from lesa.forecasters.damping import Rows, carried, damped, overguided, prior_line, reuse
 from lesa.forecasters.disca import DiscaForm
-from lesa.forecasters.kan import FullPrecision
 from lesa.forecasters.mismatch import Excess, Mismatch, excess, mismatch
 from lesa.forecasters.moments import Moments
 from lesa.forecasters.paper import PaperForm
@@ -32,7 +32,7 @@ _NETS: dict[str, type[TableForm] | type[PaperForm]] = {
 }
 
 
-class LesaForecaster(FullPrecision):
+class LesaForecaster(Calibrated):
     """A forecaster whose coefficients are learned; its parameters are fp32 or fp64, never less.
 
     `LesaForecaster(form="continuous", metadata=None, **fields)`, fields as in `Settings`.
@@ -43,8 +43,6 @@ class LesaForecaster(FullPrecision):
     rows. `net` holds the parameters (ContinuousForm, PaperForm, ...), `moments` what training saw,
     `metadata` says what it was trained for. Raises LesaError for a wrong field.
     """
-
-    net: TableForm | PaperForm
 
     def __init__(
         self, form: str = "continuous", *, metadata: Mapping[str, Any] | None = None, **fields: Any
@@ -68,24 +66,9 @@ class LesaForecaster(FullPrecision):
         return f"lesa-paper-{'mlp' if s.gate == 'mlp' else s.spline}"
 
     @property
-    def form(self) -> str:
-        """ "continuous", "disca", "paper" or "table"."""
-        return self.settings.form
-
-    @property
-    def uses_latent(self) -> bool:
-        """Is the current latent one more regressor (last column)?"""
-        return bool(self.settings.uses_latent)
-
-    @property
     def tap(self) -> Tap:
         """The feature it was trained on."""
         return self.settings.tap
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """The guidance branches that have parameters of their own."""
-        return self.settings.branches
 
     def history(self, schedule: Schedule) -> int:
         """K, the same for every schedule but those that add full steps to a calibrated one: their
@@ -155,14 +138,6 @@ class LesaForecaster(FullPrecision):
         gated = net.gated(schedule, levels, branch)
         return Table(schedule, rows, False, bias, net.autoregressive, gated=gated)
 
-    def _fitted(self, schedule: Schedule, levels: tuple[float, ...], branch: str) -> Rows | None:
-        """Rows that were fitted to this run, full steps added or not."""
-        entry = self.calibration(schedule, levels)
-        if entry is not None and branch in entry.rows:
-            return Rows(entry.rows[branch], entry.split.get(branch))
-        added = extended(self.calibrations, schedule, levels, branch, self.net.history)
-        return None if added is None else Rows(*added)
-
     def _away(
         self, schedule: Schedule, levels: tuple[float, ...], branch: str, multistep: bool
     ) -> Rows:
@@ -214,73 +189,6 @@ class LesaForecaster(FullPrecision):
         parts = len(self.branches) > 1 or any(entry.split for entry in self.calibrations)
         before = bool(self.metadata.get("guided", parts))
         return excess(trained, scales, embedded, before, guided)
-
-    def correct(
-        self,
-        schedule: Schedule,
-        sigmas: Sequence[float],
-        branch: str,
-        coefficients: Tensor,
-        split: Tensor | None = None,
-    ) -> None:
-        """Makes `table(schedule, sigmas, branch)` return exactly these rows [S, K + uses_latent],
-        and for batched guidance parts `split` [S, K + uses_latent, P].
-
-        Raises LesaError in the paper form or when the rows do not make a valid Table.
-        """
-        if self.form == "paper":
-            raise LesaError(
-                "form='paper': it holds no calibrated rows; use 'continuous' or 'table'"
-            )
-        branch = self.branch(branch)
-        table = Table(schedule, coefficients, self.uses_latent, split=split)
-        if table.history != self.net.history:
-            raise LesaError(
-                f"coefficients={list(table.coefficients.shape)}: they weigh {table.history} "
-                f"features, and history={self.net.history}; fit rows of that width"
-            )
-        entry = self.recommend(schedule, sigmas)
-        entry.rows[branch] = table.coefficients
-        entry.worth = None  # was measured with other rows, if at all
-        entry.split.pop(branch, None)
-        if table.split is not None:
-            entry.split[branch] = table.split
-
-    def recommend(self, schedule: Schedule, sigmas: Sequence[float]) -> Calibration:
-        """Records a bound schedule as calibrated, with or without rows; known ones are kept."""
-        levels = check_sigmas(schedule, sigmas)
-        entry = self.calibration(schedule, levels)
-        if entry is None:
-            entry = Calibration(schedule, levels)
-            self.calibrations.append(entry)
-        return entry
-
-    def calibration(self, schedule: Schedule, sigmas: Sequence[float]) -> Calibration | None:
-        """The entry of this schedule and these noise levels (within 1e-4), if there is one."""
-        return next((c for c in self.calibrations if c.matches(schedule, sigmas)), None)
-
-    @property
-    def calibrated(self) -> list[Schedule]:
-        """The schedules it was calibrated on, without repeats."""
-        return list(dict.fromkeys(entry.schedule for entry in self.calibrations))
-
-    def schedule_for(
-        self, full_steps: int, num_steps: int, sigmas: Sequence[float] | None = None
-    ) -> Schedule:
-        """The calibrated schedule of that count; see `calibration.schedule_for`."""
-        if isinstance(self.net, DiscaForm):
-            self.net.check_count(full_steps, self.calibrated)
-        return schedule_for(self.calibrations, full_steps, num_steps, sigmas)
-
-    def branch(self, asked: str) -> str:
-        """The stored branch for an asked one; "cond" and "default" stand for each other."""
-        for name in (asked, {"cond": "default", "default": "cond"}.get(asked)):
-            if name in self.branches:
-                return name
-        raise LesaError(
-            f"branch={asked!r} was not trained, only {', '.join(map(repr, self.branches))}; "
-            "train with this guidance, or run without it"
-        )
 
     def check_model(
         self,
