@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,24 +59,28 @@ def push(
         checkpoint.save(forecaster, made)
         stored = {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
     content = {**stored, CARD: text.encode(), **shown}
+    options = {"revision": revision, "create_pr": create_pr}
+    options["commit_message"] = message or "Upload a lesa forecaster"
+    return _asked(repo_id, partial(_commit, repo_id, content, private, token, options))
 
-    def commit() -> str:
-        from huggingface_hub import CommitOperationAdd, HfApi
 
-        api = HfApi(token=token)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        done = api.create_commit(
-            repo_id,
-            [CommitOperationAdd(name, data) for name, data in content.items()],
-            commit_message=message or "Upload a lesa forecaster",
-            revision=revision,
-            create_pr=create_pr,
-        )
-        return str(done.pr_url or done.commit_url)
+def _commit(
+    repo_id: str,
+    content: Mapping[str, bytes],
+    private: bool | None,
+    token: str | bool | None,
+    options: Mapping[str, Any],
+) -> str:
+    """Make the repository and the branch where there are none, and commit; its address."""
+    from huggingface_hub import CommitOperationAdd, HfApi
 
-    return _asked(repo_id, commit)
+    api, branch = HfApi(token=token), options["revision"]
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if branch is not None and not options["create_pr"]:
+        api.create_branch(repo_id, branch=branch, exist_ok=True)
+    files = [CommitOperationAdd(name, data) for name, data in content.items()]
+    done = api.create_commit(repo_id, files, **options)
+    return str(done.pr_url or done.commit_url)
 
 
 def _asked(repo_id: str, ask: Callable[[], str]) -> str:
@@ -132,6 +137,8 @@ def _check_id(repo_id: Any) -> None:
 def _pictures(given: Sequence[str | os.PathLike[str]]) -> dict[str, bytes]:
     """Their content by where it goes in the repository; LesaError for a file that is no picture, or
     a name that is there twice."""
+    if isinstance(given, (str, bytes, os.PathLike)):
+        raise LesaError(f"pictures={given!r}: not a list of files; give [{given!r}]")
     found: dict[str, bytes] = {}
     for one in given:
         path = as_path(one, "pictures")

@@ -124,6 +124,7 @@ def test_refusals_are_one_sentence(hub, forecaster, monkeypatch):
         ({"base_model": "/home/me/flux"}, "^base_model='/home/me/flux': not the id of a Hub"),
         ({"pictures": ["none.png"]}, "none.png cannot be read"),
         ({"pictures": [__file__]}, "not a picture; give a PNG"),
+        ({"pictures": "a.png"}, r"^pictures='a.png': not a list of files; give \['a.png'\]"),
     ],
     ids=str,
 )
