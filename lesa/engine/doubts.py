@@ -10,7 +10,7 @@ from torch import nn
 
 from lesa.engine.config import LesaConfig
 from lesa.engine.step_tables import needs_levels
-from lesa.forecasters.calibration import untrained
+from lesa.forecasters.calibration import keeps_rows, untrained
 from lesa.hooks.scheduler_advice import first_order, unfollowed
 from lesa.hooks.weights_hash import weights_hash
 from lesa.hooks.wrappers import core_of
@@ -48,12 +48,11 @@ def doubts_of_count(config: LesaConfig) -> Iterator[str]:
     counts = sorted({len(c.schedule.full_steps) for c in calibrations}, reverse=True)
     if wanted is None or not counts or wanted in counts:
         return
-    done = untrained(calibrations, wanted)
-    kept = "more" in str(done)
+    kept = keeps_rows(calibrations, wanted)
     worth = "at little more than its quality" if kept else "with coefficients not fitted to that"
     yield (
         f"full_steps={wanted} was not trained, only {' and '.join(map(str, counts))}: it runs as "
-        f"{done}, {worth}; train with full_steps={wanted}."
+        f"{untrained(calibrations, wanted)}, {worth}; train with full_steps={wanted}."
     )
 
 

@@ -165,8 +165,15 @@ def untrained(calibrations: Sequence[Calibration], full_steps: int) -> str | Non
     base = base_count(calibrations, full_steps) if calibrations else full_steps
     if base == full_steps:
         return None
-    kept = base < full_steps <= GROWTH * base and any(entry.rows for entry in calibrations)
-    return f"{base} with {full_steps - base} more full" if kept else f"{base} spread anew"
+    more = keeps_rows(calibrations, full_steps)
+    return f"{base} with {full_steps - base} more full" if more else f"{base} spread anew"
+
+
+def keeps_rows(calibrations: Sequence[Calibration], full_steps: int) -> bool:
+    """Whether so many full steps are run with fitted rows, of a list that they only add to."""
+    base = base_count(calibrations, full_steps)
+    fitted = any(entry.rows for entry in calibrations)
+    return fitted and base <= full_steps <= GROWTH * base
 
 
 def grown(schedule: Schedule, full_steps: int, sigmas: Sequence[float] | None = None) -> Schedule:
