@@ -20,7 +20,7 @@ from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
-from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory
+from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory, weighed_latent
 from lesa.errors import LesaError
 from lesa.forecasters.disca import DiscaForm
 from lesa.hooks.alone import check_two_blocks, check_weights
@@ -200,12 +200,8 @@ class _PredictedForecast:
         self._mixer = Mixer(table, ring)
 
     def __call__(self, call: Call, index: int) -> Any:
-        denoiser, like, latent = call.denoiser, self.ring.features[0], None
-        if self._table.uses_latent:
-            latent = denoiser.latent(call.args, call.kwargs)
-            if latent is None or latent.shape != like.shape:
-                raise Refusal("latent and output differ in shape")
-            latent = latent.to(like.dtype)
+        denoiser, like = call.denoiser, self.ring.features[0]
+        latent = weighed_latent(call, like) if self._table.uses_latent else None
         output = self._mixer(index, torch.empty_like(like), latent)
         core = core_of(denoiser.model)
         with denoiser.turn, self._network.in_place_of_blocks(core, self._bridged.bridge):

@@ -24,7 +24,15 @@ from lesa.hooks.denoiser import Call, Run
 from lesa.hooks.outputs import as_batch, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
-__all__ = ["FeatureTap", "Forecast", "Memory", "OutputTap", "Refusal", "Trajectory"]
+__all__ = [
+    "FeatureTap",
+    "Forecast",
+    "Memory",
+    "OutputTap",
+    "Refusal",
+    "Trajectory",
+    "weighed_latent",
+]
 
 # Memory [K, *shape] for a ring of K features like the given one; a Refusal where there is none.
 Memory = Callable[[int, Tensor], Tensor]
@@ -121,6 +129,14 @@ def _written_cache(call: Call) -> str | None:
     return caches[0] if caches else None
 
 
+def weighed_latent(call: Call, like: Tensor) -> Tensor:
+    """The current latent, to be mixed with features; Refusal where it has another shape."""
+    latent = as_batch(call.argument(call.denoiser.spec.latent))
+    if latent is None or latent.shape != like.shape:
+        raise Refusal("latent and output differ in shape")
+    return latent.to(like.dtype)  # under autocast the first ones may be wider
+
+
 class _OutputForecast:
     """One mix into a new tensor, with the current latent where the table has a weight for it."""
 
@@ -130,12 +146,8 @@ class _OutputForecast:
         self._mixer = Mixer(table, self.ring)
 
     def __call__(self, call: Call, index: int) -> Any:
-        table, like, latent = self._table, self.ring.features[0], None
-        if table.uses_latent:
-            latent = as_batch(call.argument(call.denoiser.spec.latent))
-            if latent is None or latent.shape != like.shape:
-                raise Refusal("latent and output differ in shape")
-            latent = latent.to(like.dtype)  # under autocast the first ones may be wider
+        table, like = self._table, self.ring.features[0]
+        latent = weighed_latent(call, like) if table.uses_latent else None
         feature = self._mixer(index, torch.empty_like(like), latent)
         if table.pushes[index]:
             self.ring.push(feature)
