@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.core.forecaster import Forecaster, Tap
@@ -113,17 +113,23 @@ class LesaConfig:
             return by_target(self.forecaster, self.target, num_steps, sigmas)
         return by_default(self.forecaster, num_steps, sigmas)
 
-    def check_run(self, num_steps: int, branch: str, sigmas: Sequence[float] | None = None) -> None:
+    def check_run(
+        self,
+        num_steps: int,
+        branch: str | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
         """RunError where a run of `num_steps` steps, or its guidance, contradicts these options.
 
-        Calls without a name of their own ("default#1") are taken as they come.
+        No `branch` leaves the guidance out. Calls without a name of their own ("default#1") are
+        taken as they come.
         """
         try:
             if self.schedule is not None and self.schedule.rule == "explicit":
                 Schedule("explicit", self.schedule.value, num_steps)
             if self.target is not None:
                 self.choice(num_steps, sigmas)
-            if hasattr(self.forecaster, "branch") and "#" not in branch:
+            if branch and "#" not in branch and hasattr(self.forecaster, "branch"):
                 self.forecaster.branch(branch)
         except LesaError as error:
             raise RunError(str(error)) from None
@@ -172,9 +178,8 @@ class LesaConfig:
             )
 
     def _check_tap(self) -> None:
-        if self.tap is not None and (
-            not isinstance(self.tap, str) or self.tap not in ("hidden", "output")
-        ):
+        known = isinstance(self.tap, str) and self.tap in get_args(Tap)
+        if self.tap is not None and not known:
             raise LesaError(f"tap={shown(self.tap)}: unknown; give 'output' or 'hidden'")
         own = self.forecaster.tap
         if self.tap is not None and own not in (None, self.tap):

@@ -14,7 +14,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.hooks.generation import Generation
 from lesa.hooks.pipeline import find_denoiser
@@ -67,11 +66,11 @@ class _Shared:
 
 
 class _Source(_Shared):
-    """The run that a pipeline is in."""
+    """The run that a pipeline is in, and its `mask`: 1 for each step that is full."""
 
     def __init__(self, pipe: Any, plan: Plan, separate_cfg: bool) -> None:
         self.plan, self.separate_cfg = plan, separate_cfg
-        self.run, self.schedule = Generation(), Schedule.explicit([0], 1)
+        self.run, self.mask = Generation(), [1]
         self._pipe, self._made = weakref.ref(pipe), 0
 
     def follow(self, step: int) -> None:
@@ -79,7 +78,8 @@ class _Source(_Shared):
         pipe: Any = self._pipe()
         if not step and self.run.timesteps is not pipe.scheduler.timesteps:
             self.run = run_of(pipe.scheduler, pipe)
-            self.schedule = self.plan.schedule(self.run)
+            full = self.plan.schedule(self.run)
+            self.mask = [int(full.is_full(at)) for at in range(full.steps)]
         place = getattr(pipe.scheduler, "step_index", None)
         if place is not None and place - self.run.first != step:
             raise LesaError(
@@ -94,16 +94,16 @@ class _Source(_Shared):
 
 
 class _Mask(_Shared, Sequence[int]):
-    """1 for each step of the source's run that is full, which cache-dit computes."""
+    """The source's mask as it is when cache-dit asks, which computes those steps."""
 
     def __init__(self, source: _Source) -> None:
         self._source = source
 
     def __len__(self) -> int:
-        return self._source.schedule.steps
+        return len(self._source.mask)
 
     def __getitem__(self, step: Any) -> Any:
-        return list(map(int, map(self._source.schedule.is_full, range(len(self)))))[step]
+        return self._source.mask[step]
 
 
 class Calibrator:

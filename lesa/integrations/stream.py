@@ -84,7 +84,7 @@ class Plan:
         """
         if run.problem is not None:
             raise LesaError(f"scheduler: {run.problem}; use another one, or run without lesa")
-        self.config.check_run(run.num_steps, "cond#", run.sigmas)
+        self.config.check_run(run.num_steps, sigmas=run.sigmas)
         return self.config.bound_schedule(run.num_steps, run.sigmas)
 
     def check_model(self, name: str) -> None:
