@@ -181,13 +181,11 @@ def damped(
         errors = []
         for step in range(full + 1, after):
             cached = schedule.cached_before(step, history)
-            doubts = [noise[s] for s in cached]
-            doubts += [max(doubts)] if latent else []
             at = [*cached, *([schedule.steps + step] if latent else [])]
             columns = [*range(len(cached)), *([history] if latent else [])]
-            system = _System(gram, at, step)
-            rows[step, columns] = row = system.solve(doubts)
-            errors.append([system.error(x) for x in (row, system.solve([0.0] * len(at)), None)])
+            row, found = _solved(gram, at, step, [noise[s] for s in cached])
+            rows[step, columns] = row
+            errors.append(found)
         noise[after], gap = _noise(errors), slice(full + 1, after)
         if line is not None:
             rows[gap] += line.shares[gap, None] * (line.rows[gap] - rows[gap])
@@ -213,6 +211,16 @@ def prior_line(schedule: Schedule, levels: Sequence[float], width: int) -> Line:
         if len(schedule.cached_before(step, 2)) == 2:
             shares[step] = 1 / (1 + (gap / WIDTH) ** SHARP)
     return Line(rows, shares)
+
+
+def _solved(
+    gram: Tensor, at: Sequence[int], step: int, doubts: Sequence[float]
+) -> tuple[Tensor, list[float]]:
+    """The row of a step on the regressors `at`, and the errors that `_noise` asks for; a latent
+    behind the features, which have these doubts, has the largest of them."""
+    system, none = _System(gram, at, step), [0.0] * len(at)
+    row = system.solve([*doubts, *[max(doubts)] * (len(at) - len(doubts))])
+    return row, [system.error(x) for x in (row, system.solve(none), None)]
 
 
 class _System:

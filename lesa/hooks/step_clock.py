@@ -168,20 +168,8 @@ class StepClock:
         ordinal = position.count(index, name)
         if index == generation.num_steps - 1:
             self._generations.end(generation)
-        branch = name or "default"
-        if ordinal:
-            branch = f"{branch}#{ordinal}"
         problem = _problem(generation, index, ordinal, pipe, kwargs)
-        return Step(
-            index,
-            generation.num_steps,
-            generation.sigmas,
-            branch,
-            fresh or begins,
-            problem,
-            generation.parts,
-            generation,
-        )
+        return _step(generation, index, _branch(name, ordinal), fresh or begins, problem)
 
     def _alone(self) -> Request:
         """The one request whose call it is; where there are several, who asks has to say which."""
@@ -240,6 +228,19 @@ def _outside(generation: Generation, index: int) -> Step:
     """A call that is no part of the loop, at the loop's step."""
     steps, sigmas = generation.num_steps, generation.sigmas
     return Step(index, steps, sigmas, "outside", False, _OUTSIDE, 1, generation)
+
+
+def _step(
+    generation: Generation, index: int, branch: str, fresh: bool, problem: str | None
+) -> Step:
+    """A call of the loop."""
+    steps, sigmas, parts = generation.num_steps, generation.sigmas, generation.parts
+    return Step(index, steps, sigmas, branch, fresh, problem, parts, generation)
+
+
+def _branch(name: str, ordinal: int) -> str:
+    """The branch of a call by its name, and by how many there were of it at this step."""
+    return f"{name or 'default'}#{ordinal}" if ordinal else name or "default"
 
 
 def _problem(

@@ -172,22 +172,29 @@ def run_rollouts(
     if job.kept_base(num_inference_steps) is None:
         collect(job, num_inference_steps)
     base = job.kept_base(num_inference_steps)
-    assert base is not None and base.final is not None  # collected
+    assert base is not None  # collected
     for group in _groups(job, rollouts, len(rows)):
         some = [rollouts[i] for i in group]
-        for rollout in some:
-            rollout.begin()
-        step = LockStep(job, some, prior, statistics, rows, base)
-        with job.controlled(step):
-            final = job.run(rows * len(some), num_inference_steps)
-        found = [rollout.result for rollout in some]
-        kept = [part for r in found for part in (*r.coefficients.values(), *r.shared.values())]
-        job.ranks.same([final, *kept])
-        ends = final.cpu().double().reshape(len(some), len(rows) * job.pictures, -1)
-        target = base.final[job.pictures_of(rows)]
-        for rollout, end in zip(some, ends, strict=True):
-            rollout.state = RolloutState()
-            rollout.result.error = (end - target) / target.square().mean(1, keepdim=True).sqrt()
+        _run_together(job, some, LockStep(job, some, prior, statistics, rows, base), rows)
+
+
+def _run_together(
+    job: Job, rollouts: Sequence[Rollout], step: LockStep, prompts: Sequence[int]
+) -> None:
+    """One call of the pipeline for all of these; fills their results."""
+    for rollout in rollouts:
+        rollout.begin()
+    with job.controlled(step):
+        final = job.run([*prompts] * len(rollouts), step.base.steps)
+    found = [rollout.result for rollout in rollouts]
+    kept = [part for r in found for part in (*r.coefficients.values(), *r.shared.values())]
+    job.ranks.same([final, *kept])
+    ends = final.cpu().double().reshape(len(rollouts), len(prompts) * job.pictures, -1)
+    assert step.base.final is not None  # collected
+    target = step.base.final[job.pictures_of(prompts)]
+    for rollout, end in zip(rollouts, ends, strict=True):
+        rollout.state = RolloutState()
+        rollout.result.error = (end - target) / target.square().mean(1, keepdim=True).sqrt()
 
 
 def _groups(job: Job, rollouts: Sequence[Rollout], prompts: int) -> list[range]:

@@ -25,7 +25,7 @@ from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
 from lesa.hooks.scheduler_advice import advice
 from lesa.hooks.step_clock import Step
 from lesa.hooks.text_encoders import encode_once
-from lesa.hooks.timed_run import loop_bar
+from lesa.hooks.timed_run import generators, loop_bar
 from lesa.hooks.weights_hash import weights_hash
 from lesa.training.base_run import BaseRun
 from lesa.training.work import Work
@@ -84,10 +84,9 @@ class Job:
         arguments = prompt_arguments(self.prompts, self.call, rows)
         arguments |= fixed | {"num_inference_steps": num_inference_steps}
         seeds = [self.seed + i * self.pictures + n for i in rows for n in range(self.pictures)]
-        noise = [torch.Generator().manual_seed(seed) for seed in seeds]
         # without the pipeline's own bar
         with torch.no_grad(), loop_bar(self.pipe), encode_once(self.pipe, self.batch_size):
-            return self.pipe(generator=noise, **arguments)[0]
+            return self.pipe(generator=generators(seeds), **arguments)[0]
 
     def kept_base(self, num_inference_steps: int) -> BaseRun | None:
         """The plain run at this number of steps, where all of it has been kept."""

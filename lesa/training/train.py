@@ -122,21 +122,27 @@ def train(
     _check_tap(job)
     collected = collect_all(job, aim, estimate=form in numbers.BUDGETED)
     forecaster = _untrained(job, collected[0], form, fields)
-    stopped = False
     _keep_moments(forecaster, max(collected, key=lambda statistics: statistics.num_steps))
-    if form == "paper":
-        _train_paper(job, forecaster, collected[0], schedule, wanted)
-    elif form == "disca":
-        train_disca(job, forecaster, collected[0], schedule, wanted[0])
-    elif form == "continuous":
-        try:
-            fit_continuous(forecaster, collected, seed=seed, progress=job.progress)
-        except KeyboardInterrupt:  # the plain runs are worth something without it
-            stopped = True
-    if form in ("continuous", "table"):
-        calibrate(job, forecaster, collected, aim, stopped)
+    _fit(job, forecaster, collected, aim)
     _tell_cost(job)
     return forecaster
+
+
+def _fit(job: Job, forecaster: LesaForecaster, collected: Sequence[Statistics], aim: Aim) -> None:
+    """What each form is fitted by."""
+    if forecaster.form == "paper":
+        _train_paper(job, forecaster, collected[0], aim.schedule, aim.full_steps[0])
+        return
+    if forecaster.form == "disca":
+        train_disca(job, forecaster, collected[0], aim.schedule, aim.full_steps[0])
+        return
+    stopped = False
+    if forecaster.form == "continuous":
+        try:
+            fit_continuous(forecaster, collected, seed=job.seed, progress=job.progress)
+        except KeyboardInterrupt:  # the plain runs are worth something without it
+            stopped = True
+    calibrate(job, forecaster, collected, aim, stopped)
 
 
 def _keep_moments(forecaster: LesaForecaster, statistics: Statistics) -> None:
@@ -176,10 +182,10 @@ def _train_paper(
     forecaster: LesaForecaster,
     statistics: Statistics,
     schedule: Schedule | None,
-    wanted: list[int],
+    full_steps: int,
 ) -> None:
     """The paper's own form: tied to one step list, in the paper's two phases."""
-    plan = search_schedule(statistics, wanted[0]) if schedule is None else schedule
+    plan = search_schedule(statistics, full_steps) if schedule is None else schedule
     plan = plan.bind(statistics.num_steps)
 
     def visits(net: PaperForm) -> dict[str, Tensor]:
