@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import sys
+import warnings
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,13 @@ import lesa
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers import learned
-from lesa.evaluation.peers.learned import L2P, LEARNED, fit_l2p, l2p_schedule
+from lesa.evaluation.peers.learned import (
+    L2P,
+    LEARNED,
+    _hidden_statistics,
+    fit_l2p,
+    l2p_schedule,
+)
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.forecasters import Forecaster, Reuse
 from lesa.training.fit import fit_paper
@@ -176,3 +185,15 @@ def test_the_statistics_folder_goes_with_the_bench():
     del own
     gc.collect()
     assert not os.path.exists(folder)
+
+
+def test_statistics_of_a_bench_are_closed_with_it(bench):
+    """Nothing is left to be cleaned up by chance, which Python warns of."""
+    own = replace(bench)
+    folder = Path(_hidden_statistics(own))
+    assert folder.is_dir() and _hidden_statistics(own) == str(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        del own
+        gc.collect()
+    assert not folder.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
@@ -17,7 +18,7 @@ from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
 from lesa.forecasters.calibration import thinned
-from lesa.forecasters.published import LESA_PAPER
+from lesa.forecasters.published import LESA_PAPER, FullStepRule
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 from lesa.training.statistics import Statistics
@@ -26,11 +27,11 @@ from lesa.util.numerics import gradients
 
 EPOCHS, RATE = 201, 0.01  # L2P's release
 _L2P_STEPS = 50
-_L2P_LISTS = (  # N = 5, 7, 10
-    (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
-    (0, 1, 2, 4, 9, 17, 26, 35, 43),
-    (0, 1, 2, 4, 12, 24, 38),
-)
+_L2P_LISTS = {  # by N
+    5: (0, 1, 2, 4, 6, 9, 14, 23, 30, 37, 44),
+    7: (0, 1, 2, 4, 9, 17, 26, 35, 43),
+    10: (0, 1, 2, 4, 12, 24, 38),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +105,21 @@ def _fit_map(statistics: Statistics, branch: str) -> Tensor:
     return weights.detach() * past
 
 
+def _l2p_list(interval: int) -> Schedule:
+    """The published list of an N, or of the next larger one that has a list."""
+    listed = next((n for n in _L2P_LISTS if interval <= n), max(_L2P_LISTS))
+    return Schedule.explicit(_L2P_LISTS[listed], _L2P_STEPS)
+
+
 def l2p_schedule(wanted: int, num_steps: int) -> Schedule:
     """The published list of 50 steps with the fewest full steps that are not below `wanted`.
 
     For more than 11 of them, or for another step count, the list of N = 5 is spread anew with the
     same density.
     """
-    enough = [steps for steps in _L2P_LISTS if len(steps) >= wanted]
-    if enough and num_steps == _L2P_STEPS:
-        return Schedule.explicit(enough[-1], num_steps)
-    densest = Schedule.explicit(_L2P_LISTS[0], _L2P_STEPS)
+    densest = _l2p_list(1)
+    if wanted <= len(densest.full_steps) and num_steps == _L2P_STEPS:
+        return FullStepRule(_l2p_list, tuple(_L2P_LISTS)).nearest(wanted, num_steps)
     if wanted <= _L2P_STEPS:
         return thinned(densest, wanted).resampled(num_steps)
     return thinned(densest.resampled(num_steps), wanted)
@@ -128,9 +134,12 @@ def _l2p(bench: Bench) -> L2P:
 
 
 @once_per_bench
-def _hidden_statistics(bench: Bench) -> TemporaryDirectory[str]:
-    """Where `train` keeps the statistics of the hidden feature: the first peer collects them."""
-    return TemporaryDirectory(prefix="lesa-paper-")
+def _hidden_statistics(bench: Bench) -> str:
+    """The folder where `train` keeps the statistics of the hidden feature, gone with the bench: the
+    first peer collects them."""
+    folder = TemporaryDirectory(prefix="lesa-paper-")
+    weakref.finalize(bench, folder.cleanup)
+    return folder.name
 
 
 class _Learned:
@@ -178,7 +187,7 @@ class PaperLesa(_Learned):
             schedule=schedule,
             seed=bench.seed,
             call=bench.settings,
-            folder=_hidden_statistics(bench).name,
+            folder=_hidden_statistics(bench),
             progress=False,
             spline=self.spline,
             gate=self.gate,

@@ -14,6 +14,7 @@ from lesa.evaluation.peers.controller import controlled
 from lesa.evaluation.peers.layouts import unfit_layout
 from lesa.evaluation.peers.residual import Residual, ResidualCache
 from lesa.evaluation.peers.thresholds import Applied
+from lesa.forecasters.published import FullStepRule
 from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.step_clock import Step
 
@@ -135,10 +136,13 @@ def nearest(wanted: int, num_steps: int) -> Schedule:
     """The rule's list with the fewest full steps that are not below `wanted`; among several the
     released interval, then the smallest."""
     lead = min(LEAD, max(1, wanted // 2))
-    lists = {n: full_steps(n, lead, num_steps) for n in range(1, num_steps + 1)}
-    enough = [n for n in lists if len(lists[n]) >= wanted]
-    best = min(enough, key=lambda n: (len(lists[n]), n != INTERVAL, n))
-    return Schedule.explicit(lists[best] if wanted > 1 else [0], num_steps)
+    if wanted == 1:
+        return Schedule.explicit([0], num_steps)
+
+    def listed(interval: int) -> Schedule:
+        return Schedule.explicit(full_steps(interval, lead, num_steps), num_steps)
+
+    return FullStepRule(listed, (INTERVAL,)).nearest(wanted, num_steps)
 
 
 RATIONAL: dict[str, Peer] = {"tc-pade": TCPadePeer()}
