@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -19,11 +20,16 @@ from lesa.errors import LesaError
 from lesa.hooks.denoiser import Call, Denoiser
 from lesa.hooks.step_clock import Step
 from lesa.hooks.wrappers import core_of
+from lesa.util.forks import renew_in_children
 
 __all__ = ["ModulatedTail", "PreparedTail"]
 
 _MAX_SCHEDULES = 16
 _SCALED = ("joint_attention_kwargs", "attention_kwargs")  # where a call puts its LoRA scale
+
+
+class _Times(dict[int, Tensor]):
+    """The times of a schedule's steps, as far as they have been seen."""
 
 
 class ModulatedTail:
@@ -46,7 +52,15 @@ class ModulatedTail:
         # Looked up at each use: an adapter replaces modules. Weak: a cache keeps no model alive.
         self._core, self._tail, self._embedding = weakref.ref(core), tail, embedding
         self.eps = float(self.norm.norm.eps)
-        self._times: OrderedDict[tuple[Any, ...], dict[int, Tensor]] = OrderedDict()
+        # By schedule: those that a trajectory has, and the newest ones, which the next may ask for.
+        self._live: weakref.WeakValueDictionary[Any, _Times] = weakref.WeakValueDictionary()
+        self._recent: OrderedDict[Any, _Times] = OrderedDict()
+        self.renew()
+        renew_in_children(self)
+
+    def renew(self) -> None:
+        """In a forked process: nobody else is in it."""
+        self._lock = threading.Lock()
 
     @classmethod
     def of(
@@ -95,13 +109,22 @@ class ModulatedTail:
         """Note the time that the embedding got at a step, which any step of its schedule tells."""
         if not embedded or not isinstance(embedded[0], Tensor):
             return
-        key = _key(step, embedded[0])
-        times = self._times.setdefault(key, {})
-        self._times.move_to_end(key)
-        if len(self._times) > _MAX_SCHEDULES:
-            self._times.popitem(last=False)
+        times = self._times_of(step, embedded[0])
         if step.index not in times:
             times[step.index] = embedded[0].detach().clone()
+
+    def _times_of(self, step: Step, time: Tensor) -> _Times:
+        """Those of the schedule that a step with this time belongs to."""
+        key = step.generation.times, len(time), time.dtype, time.device
+        with self._lock:
+            times = self._live.get(key)
+            if times is None:
+                times = self._live[key] = _Times()
+            self._recent[key] = times
+            self._recent.move_to_end(key)
+            if len(self._recent) > _MAX_SCHEDULES:
+                self._recent.popitem(last=False)
+        return times
 
     def prepare(
         self, call: Call, embedded: tuple[Any, ...] | None, feature: Tensor
@@ -110,7 +133,7 @@ class ModulatedTail:
         batch = feature.shape[0]
         if not embedded or not isinstance(embedded[0], Tensor) or embedded[0].shape != (batch,):
             return None
-        prepared = PreparedTail(self, call, embedded, self._times[_key(call.step, embedded[0])])
+        prepared = PreparedTail(self, call, embedded, self._times_of(call.step, embedded[0]))
         width = prepared.modulation(feature).scale.shape[-1]
         return prepared if width == feature.shape[-1] else None
 
@@ -119,7 +142,7 @@ class PreparedTail:
     """A `ModulatedTail` for one trajectory: its steps, its prompts, its guidance."""
 
     def __init__(
-        self, tail: ModulatedTail, call: Call, embedded: tuple[Any, ...], times: dict[int, Tensor]
+        self, tail: ModulatedTail, call: Call, embedded: tuple[Any, ...], times: _Times
     ) -> None:
         self.tail = tail
         self._times, self._known = times, 0
@@ -173,10 +196,6 @@ class PreparedTail:
             both = rows.view(len(self._steps), len(self._like), -1)
             self._modulation = Modulation.of(both)
         return self._modulation
-
-
-def _key(step: Step, time: Tensor) -> tuple[Any, ...]:
-    return step.generation.times, len(time), time.dtype, time.device
 
 
 def _repeated(value: Any, steps: int, batch: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import threading
 import time
 
@@ -15,7 +16,8 @@ from torch import nn
 
 import lesa
 from lesa import LesaConfig, LesaError, Schedule, Taylor
-from lesa.engine import pool
+from lesa.engine import pool, tail
+from lesa.hooks.attach import attached
 
 TAPS = ["output", "hidden"]
 
@@ -117,6 +119,27 @@ def test_interleaved_steps_are_those_of_requests_alone(model, inputs, tap):
     after = lesa.stats(model)
     assert (after.full - before.full, after.fallbacks) == (3 + 5 + 2 + 2, {})
     assert lesa.stats(model).pool["used"] == 0
+
+
+def test_more_schedules_at_once_than_are_remembered(model, inputs, monkeypatch):
+    """The times of a run in progress stay, whatever other requests bring."""
+    monkeypatch.setattr(tail, "_MAX_SCHEDULES", 2)
+    rows = [(seed, 5 + seed, 4, {}) for seed in range(4)]
+    enable(model, tap="hidden")
+    expected = [alone(model, inputs, row) for row in rows]
+    enable(model, tap="hidden")
+    loops = [made(model, inputs, *row[:3]) for row in rows]
+    while not all(loop.over for loop in loops):
+        for loop in loops:
+            if not loop.over:
+                with loop.slot:
+                    loop.step()
+    for loop, picture in zip(loops, expected, strict=True):
+        assert torch.equal(loop.latent, picture)
+    controller = attached(model).controller
+    del loops, loop  # whose slots hold the last trajectories
+    gc.collect()
+    assert len(controller.tap._tail._live) == len(controller.tap._tail._recent) == 2
 
 
 def test_a_slot_is_the_state_that_a_thread_has_without_one(model, inputs):
