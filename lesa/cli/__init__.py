@@ -11,7 +11,7 @@ import typer
 
 from lesa import __version__, testbed
 from lesa.cli import completion
-from lesa.cli.checks import DRAWING, check_at_least, require_packages
+from lesa.cli.checks import DRAWING, check_at_least, check_at_most, require_packages
 from lesa.cli.exchange import add_exchange
 from lesa.cli.inputs import NOT_EMBEDDED, TESTBED, embedded_name
 from lesa.cli.names import choose
@@ -92,6 +92,7 @@ def demo(
     name = one_pipeline(pipeline, pipeline_option) or TESTBED
     embedded = embedded_name(name) or choose(name, testbed.PIPELINES, "pipeline", what=NOT_EMBEDDED)
     check_at_least(1, prompts_count=prompts_count)
+    check_at_most(10_000, prompts_count=prompts_count)
     require_packages(f"out={str(out)!r}", "torchmetrics", *DRAWING)
     check_json(json)
     require_writable(out)

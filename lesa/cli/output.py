@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperCommand
 
+from lesa.cli.checks import check_given
 from lesa.cli.launch import leads, refuse_ranks, speaks
 from lesa.errors import LesaError, is_out_of_memory
 from lesa.util.files import require_writable_file, write_atomically
@@ -34,8 +35,8 @@ class JsonCommand(TyperCommand):
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the missing "-" after a lone `--json`; LesaError for a value that is empty."""
-        refuse_empty(args)
+        """Put the missing "-" after a lone `--json`; LesaError for a value that is empty, and for
+        an option that is given twice."""
         named = any(arg.partition("=")[0] == "--pipeline" for arg in args)
         positional = any(p.param_type_name == "argument" for p in self.params) and not named
         completed = []
@@ -46,6 +47,8 @@ class JsonCommand(TyperCommand):
             if arg == "--json" and not named and args[at + 1 : at + 2] != ["-"]:
                 completed.append("-")
         try:
+            if not ctx.resilient_parsing:  # of a shell that completes
+                check_given(*self.make_parser(ctx).parse_args(args=[*completed]))
             return super().parse_args(ctx, completed)
         except Exception as error:  # of typer's own copy of click
             for option, name in pairwise(args):
@@ -54,17 +57,6 @@ class JsonCommand(TyperCommand):
                         f"json={name!r}: no name of a JSON file; give one that ends in .json"
                     ) from None
             raise
-
-
-def refuse_empty(args: Sequence[str]) -> None:
-    """LesaError for an argument that is an empty text, which only a negative prompt may be."""
-    for before, arg in zip(["", *args], args, strict=False):
-        option, equals, value = arg.partition("=")
-        empty = not arg.strip() or (option.startswith("--") and equals and not value.strip())
-        field = (before if not arg.strip() else option).removeprefix("--")
-        if empty and field != "negative-prompt":
-            shown = field if before.startswith("--") or equals else "pipeline"
-            raise LesaError(f"{shown}='': it is empty; give a value or leave it out")
 
 
 def guarded(command: Function) -> Function:
@@ -173,8 +165,13 @@ def shown(text: str) -> str:
 
 
 def check_json(target: Path | None) -> None:
-    """Raises LesaError if a JSON file cannot be written, before any work is done."""
+    """Raises LesaError if a JSON file cannot be written, before any work is done, and for another
+    name: a slip would write over what it names."""
     if target is not None and target != STDOUT:
+        if target.suffix != ".json" and not os.path.isdir(target):
+            raise LesaError(
+                f"json={str(target)!r}: no name of a JSON file; give one that ends in .json"
+            )
         require_writable_file(target, "json")
 
 

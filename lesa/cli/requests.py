@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lesa.cli import completion
-from lesa.cli.checks import check_at_least, check_finite, check_step_seconds
+from lesa.cli.checks import check_at_least, check_at_most, check_finite, check_step_seconds
 from lesa.cli.names import choose
 from lesa.cli.options import FORECASTER, OUTPUT, PIPELINE, PROMPTS, Counts, Prompts, Steps
 from lesa.cli.run_request import RunRequest
@@ -17,6 +17,8 @@ from lesa.errors import LesaError
 from lesa.util.prompts import check_text, read_other_prompts, read_prompts
 
 FORMS, TAPS = ("continuous", "disca", "paper", "table"), ("hidden", "output")
+MOST_ROUNDS, MOST_FPS = 100, 1000
+COUNTED = {"model", "flops_only", "full_steps", "num_inference_steps", "height", "width", "frames"}
 QUALITIES = ("best", "balanced", "fast")
 
 
@@ -96,10 +98,13 @@ class TrainRequest(RunRequest):
         if self.tap is not None:
             choose(self.tap, TAPS, "tap")
         check_at_least(0, polish=self.polish)
+        check_at_most(MOST_ROUNDS, polish=self.polish)
         check_finite(target_psnr=self.target_psnr)
         check_step_seconds(self.step_seconds, self.dry_run)
+        from lesa.training.arguments import checked_settings
         from lesa.training.numbers import checked_budget, checked_target
 
+        checked_settings(self.form, self.tap or "output", {})
         checked_budget(self.budget, self.form)
         try:
             checked_target(self.target_psnr, self.form, None, ())
@@ -183,6 +188,7 @@ class GenerateRequest(RunRequest):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(1, fps=self.fps, num_inference_steps=self.num_inference_steps)
+        check_at_most(MOST_FPS, fps=self.fps)
         check_finite(target_speedup=self.target_speedup, target_psnr=self.target_psnr)
         if self.quality is not None:
             choose(self.quality, QUALITIES, "quality")
@@ -292,13 +298,21 @@ class CompareRequest(RunRequest):
                     f"model={self.model!r}: --flops-only and --model go together; give both,"
                     " without a pipeline"
                 )
-            if self.submit is not None:
-                raise LesaError(
-                    f"submit={str(self.submit)!r}: --flops-only measures nothing; leave it out"
-                )
+            self._check_counted()
         elif self.pipeline is None or self.prompts is None:
             missing = "pipeline" if self.pipeline is None else "prompts"
             raise LesaError(
                 f"{missing}=None: nothing to compare on; give a pipeline and --prompts, or"
                 " --flops-only and --model"
             )
+
+    def _check_counted(self) -> None:
+        """LesaError for an option that has no effect where operations are counted."""
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if option.name not in COUNTED | {"json"} and value != option.default:
+                shown = value if isinstance(value, (int, float)) else repr(str(value))
+                raise LesaError(
+                    f"{option.name.replace('_', '-')}={shown}: --flops-only measures nothing; leave"
+                    " it out"
+                )

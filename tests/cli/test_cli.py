@@ -281,7 +281,8 @@ def test_compare_refuses_before_a_pipeline_is_loaded(options, words, prompts, mo
         "lesa.cli.inputs.load_pipeline", lambda *_, **__: pytest.fail("work was begun")
     )
     options = [prompts if option == "SAME" else option for option in options]
-    line = refused("compare", "--pipeline", "testbed", "--prompts", prompts, *options)
+    named = () if "--pipeline" in options else ("--pipeline", "testbed")
+    line = refused("compare", *named, "--prompts", prompts, *options)
     assert words in line
 
 
