@@ -73,11 +73,12 @@ def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
         own = to_json({**config, "tensors_sha256": _digest(tensors)})
     except (TypeError, ValueError, RecursionError) as error:
         raise LesaError(
-            f"metadata cannot be written as JSON ({one_line(error)}); use plain values"
+            f"metadata: they cannot be written as JSON ({one_line(error)}); use plain values"
         ) from None
     weights = tensors_to_bytes(tensors, metadata={"lesa": json.dumps(json.loads(own))})
     text = to_json({**config, "weights_sha256": hashlib.sha256(weights).hexdigest()})
-    lists = re.compile(r"\[[\s\d.,e+-]+\]")  # a list of numbers goes on one line
+    # A list of numbers goes on one line; no text of the metadata has a line break in it.
+    lists = re.compile(r"\[\n[\s\d.,e+-]+\]")
     text = lists.sub(lambda found: " ".join(found[0].split()), text)
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -85,7 +86,7 @@ def save(forecaster: Storable, folder: str | os.PathLike[str]) -> None:
         write_atomically(target / CONFIG, text)
     except OSError as error:
         raise LesaError(
-            f"folder {str(target)!r} cannot be written ({error.strerror}); choose another one"
+            f"folder={str(target)!r}: it cannot be written ({error.strerror}); give another folder"
         ) from None
 
 

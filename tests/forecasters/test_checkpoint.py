@@ -166,11 +166,19 @@ def test_config_that_is_no_json(saved, text):
         LesaForecaster.from_pretrained(folder)
 
 
+def test_a_text_of_the_metadata_stays_as_it_is(tmp_path):
+    """Lists of numbers go on one line; what looks like one inside a text does not."""
+    told = {"call": {"negative_prompt": "[1,   2]"}}
+    LesaForecaster(metadata=told).save_pretrained(tmp_path)
+    assert LesaForecaster.from_pretrained(tmp_path).metadata == told
+    assert '"stages": [ 0.9, 0.5 ]' in (tmp_path / "config.json").read_text()
+
+
 def test_unwritable_folder_and_metadata(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(LesaError, match="folder '.*file.*cannot be written"):
+    with pytest.raises(LesaError, match="folder='.*file.*': it cannot be written"):
         LesaForecaster().save_pretrained(tmp_path / "file" / "inner")
-    with pytest.raises(LesaError, match="metadata cannot be written as JSON"):
+    with pytest.raises(LesaError, match="metadata: they cannot be written as JSON"):
         LesaForecaster(metadata={"model": object()}).save_pretrained(tmp_path / "folder")
     assert not (tmp_path / "folder").exists()
 
