@@ -66,7 +66,10 @@ def _writer(table: StepTable, ring: Ring) -> _Writer:
     """The writer of the active backend for this table and this ring."""
     feature = ring.features[0]
     if len(feature) % table.parts:
-        raise LesaError(f"a batch of {len(feature)} does not hold {table.parts} guidance parts")
+        raise LesaError(
+            f"batch={len(feature)}: it does not hold {table.parts} guidance parts; run it without "
+            "coefficients of their own"
+        )
     band = _band(table, feature)
     options = {} if band is None else {"band_size": band}
     mix = ops.implementation("mix", feature, ring.history, options)

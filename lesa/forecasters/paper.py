@@ -73,7 +73,7 @@ class PaperForm(FullPrecision):
         """
         if schedule.steps != self.settings.num_steps:
             raise LesaError(
-                f"num_steps={schedule.steps}, but this paper-form forecaster is tied to "
+                f"num_steps={schedule.steps}: this forecaster of form='paper' is tied to "
                 f"{self.settings.num_steps} steps; use that count or train form='continuous'"
             )
         stages = [self.stage_of(sigma) for sigma in sigmas[:-1]]

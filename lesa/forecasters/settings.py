@@ -74,17 +74,22 @@ class Settings:
         self._check_latent()
         if not all(map(_BRANCH.fullmatch, self.branches)):
             raise LesaError(
-                f"branches={self.branches!r} must be names such as 'cond', 'uncond' or 'default#1'"
+                f"branches={self.branches!r}: not names of guidance branches; give such as 'cond', "
+                "'uncond' or 'default#1'"
             )
 
     def _check_stages(self) -> None:
         bounds = (1.0, *self.stages, 0.0)
         if not all(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
-            raise LesaError(f"stages={self.stages} do not decrease within (0, 1); try (0.9, 0.5)")
+            raise LesaError(
+                f"stages={self.stages}: they do not decrease within (0, 1); try (0.9, 0.5)"
+            )
         if self.windows is None:
             object.__setattr__(self, "windows", (4, *(8 for _ in self.stages)))
         if len(self.windows or ()) != len(self.stages) + 1:
-            raise LesaError(f"windows={self.windows} must hold one width for each stage")
+            raise LesaError(
+                f"windows={self.windows}: not a width for each stage; give {len(self.stages) + 1}"
+            )
 
     def _check_latent(self) -> None:
         if self.form == "disca" and self.tap != "output":

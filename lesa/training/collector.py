@@ -78,8 +78,8 @@ class Collector:
         for name, features in branches.items():
             if len(features) != steps or any(len(part) != rows[name] for part in features):
                 raise LesaError(
-                    f"guidance branch {name!r} is not the same at all steps of this pipeline: "
-                    "train with a call that guides every step alike"
+                    f"call: guidance branch {name!r} is not the same at all steps of this "
+                    "pipeline; train with one that guides every step alike"
                 )
         parts = [
             feature[row]
@@ -98,8 +98,8 @@ class Collector:
         joint = torch.stack(grams)
         if not bool(joint.isfinite().all()):
             raise LesaError(
-                "the plain run gives values that are not finite: nothing can be learned from it; "
-                "run the pipeline in another dtype, or repair it"
+                "pipe: the plain run gives values that are not finite, of which nothing can be "
+                "learned; run the pipeline in another dtype, or repair it"
             )
         self._forget()
         return Trajectories(rows, len(parts) - steps * sum(rows.values()), joint)

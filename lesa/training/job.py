@@ -243,7 +243,7 @@ def parts_of(rows: int, pictures: int) -> int:
     parts, left = divmod(rows, pictures)
     if left or not parts:
         raise LesaError(
-            f"the denoiser got {rows} rows for {pictures} pictures: train with a call in which "
+            f"call: the denoiser got {rows} rows for {pictures} pictures; train with one in which "
             "every picture has the same number of rows"
         )
     return parts

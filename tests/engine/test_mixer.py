@@ -110,7 +110,7 @@ def test_guidance_parts_have_rows_of_their_own(dtype):
     torch.testing.assert_close(found.double(), exact, rtol=max(eps, 1e-6), atol=max(eps, 1e-6))
     one = Mixer(StepTable(made), ring)(5, torch.empty_like(feature), latent)  # parts not known
     assert torch.equal(one, Mixer(StepTable(shared), ring)(5, torch.empty_like(feature), latent))
-    with pytest.raises(LesaError, match="a batch of 4 does not hold 3"):
+    with pytest.raises(LesaError, match="batch=4: it does not hold 3"):
         three = replace(shared, split=shared.coefficients[..., None].repeat(1, 1, 3))
         Mixer(StepTable(three, 3), ring)
 

@@ -194,5 +194,5 @@ def test_a_plain_run_that_is_not_finite_is_told():
     values = [torch.ones(1, 1, 8) for _ in range(STEPS)]
     values[3][0, 0, 2] = float("nan")
     collector.features = {"cond": values}
-    with pytest.raises(LesaError, match="the plain run gives values that are not finite"):
+    with pytest.raises(LesaError, match="pipe: the plain run gives values that are not finite"):
         collector.reduce(torch.ones(1, 8))
