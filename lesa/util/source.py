@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import hashlib
 import json
 import subprocess
@@ -114,14 +115,14 @@ def _stamp(package: Distribution, root: Path) -> str:
 def _altered(package: Distribution, root: Path) -> Iterator[str]:
     """Files of an installation that are not as they were installed, and new ones."""
     listed = set()
-    for file in package.files or ():
-        if file.parts[0] in PACKAGES:
-            listed.add(file.as_posix())
-            path = root / file
-            if file.hash is not None and (
-                not path.is_file() or file.hash.value != _digest(path, file.hash.mode)
-            ):
-                yield file.as_posix()
+    # not package.files, which leaves out what is missing from Python 3.12 on
+    for name, digest, _ in csv.reader((package.read_text("RECORD") or "").splitlines()):
+        if name.split("/")[0] in PACKAGES:
+            listed.add(name)
+            mode, _, value = digest.partition("=")
+            path = root / name
+            if mode and (not path.is_file() or value != _digest(path, mode)):
+                yield name
     for name in PACKAGES:
         found = (path.relative_to(root).as_posix() for path in (root / name).rglob("*.py"))
         yield from (path for path in sorted(found) if path not in listed)

@@ -83,7 +83,7 @@ WRONG = [
     (GENERATE + " --forecaster taylr-1 --full-steps 9", "'taylr-1': neither a folder", "fora, tay"),
     (GENERATE + " --forecaster {folder} --full-steps 9", "config.json cannot be read (", "; give"),
     (GENERATE + " --forecaster {p}", "forecaster='", ".txt' is a file; give the folder that it is"),
-    ("generate flux --prompts {p} --out a\0b", "out='a\\x00b': embedded null byte; see"),
+    ("generate flux --prompts {p} --out a\0b", "out='a\\x00b': ", "embedded null ", "; see"),
     (GENERATE + " --set num_images_per_prompt=2", "set='num_images_per_prompt=2': generate makes"),
     (COMPARE + " --set num_images_per_prompt=2", "set='num_images_per_prompt=2': compare makes o"),
     (GENERATE + " --full-steps 9", "full-steps=9: it needs a forecaster; give --forecaster too"),
