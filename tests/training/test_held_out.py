@@ -214,15 +214,6 @@ def test_a_target_out_of_reach_leaves_the_nearest(monkeypatch):
     assert max(len(plan.full_steps) for plan in trained.calibrated) == STEPS - 1
 
 
-def test_where_every_step_is_full_the_pictures_are_the_plain_ones_and_nothing_is_skipped():
-    pipe, call = make("flux", prompts=2)
-    plan = lesa.Schedule.explicit(range(STEPS), STEPS)
-    options = dict(call=call, form="table", validation=0, progress=False, schedule=plan)
-    (entry,) = lesa.train(pipe, None, STEPS, 1, **options).calibrations
-    assert entry.schedule.full_steps == tuple(range(STEPS))
-    assert entry.worth.share is None and entry.worth.minimum > 80  # float32 of another batch size
-
-
 def test_a_quarter_of_some_prompts_is_held_out_as_of_all():
     job = replace(make_job("flux", prompts=8), held_out=frozenset([3, 7]))
     some = {count: job.mixed(count) for count in (1, 4, 7, 8, 20)}
