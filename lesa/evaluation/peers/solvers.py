@@ -15,6 +15,7 @@ import torch
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Use
+from lesa.hooks.noise_levels import says_flow
 
 # log(1 - sigma) must be finite: UniPC solves a linear system in it.
 _LARGEST_FLOW_TIME = 1 - 1e-6
@@ -94,7 +95,7 @@ def sampler(
         swapped.timesteps = levels.timesteps[rows[:-1].to(levels.timesteps.device)]
         kept_sigmas = levels.sigmas[rows.to(levels.sigmas.device)]
         swapped.sigmas = kept_sigmas.to(swapped.sigmas.device)  # multistep solvers read the host's
-        if solver is not None and _is_flow(own):
+        if solver is not None and says_flow(own):
             swapped.sigmas = swapped.sigmas.clamp(max=_LARGEST_FLOW_TIME)
         swapped.num_inference_steps = len(kept)
 
@@ -114,7 +115,7 @@ def _multistep(solver: str, own: Any, options: dict[str, Any]) -> Any:
     """
     import diffusers
 
-    kind, flow = getattr(diffusers, solver), _is_flow(own)
+    kind, flow = getattr(diffusers, solver), says_flow(own)
     known = set(inspect.signature(kind).parameters) - {"shift_terminal"}
     config = {name: value for name, value in own.config.items() if name in known}
     spacings = ("dynamic_shifting", "flow_sigmas", "karras_sigmas", "exponential_sigmas")
@@ -133,12 +134,3 @@ def _unsuited(scheduler: Any) -> str | None:
         kind = type(scheduler).__name__
         return f"needs a scheduler with sigmas and one call per step, not {kind}; leave it out"
     return None
-
-
-def _is_flow(scheduler: Any) -> bool:
-    config = scheduler.config
-    return (
-        "FlowMatch" in type(scheduler).__name__
-        or config.get("prediction_type") == "flow_prediction"
-        or config.get("use_flow_sigmas", False)
-    )
