@@ -122,3 +122,40 @@ def test_the_search_finds_a_message(address, browser):
     assert "Troubleshooting" in first.inner_text()
     assert "named.py" in first.inner_text()
     page.close()
+
+
+PASTED = {  # a message as it is printed, and where it is raised
+    "lesa: height=1000: FluxPipeline takes multiples of 16; give 992 or 1008": "cli/calls.py",
+    "lesa: forecaster='taylr': neither a folder nor a known method; give the folder or Hub id"
+    " ('owner/name') of a trained forecaster, or one of fora, taylor-0": "forecasters/named.py",
+    "lesa: full-steps='10,,8': not a list of whole numbers; write 10 or 13,10,8": "cli/inputs.py",
+    "lesa: out='a/b.yaml': cannot write into the folder (File exists); give another folder": (
+        "util/files.py"
+    ),
+    "lesa.errors.LesaError: tap='hidden' does not go with form='disca', which forecasts what the"
+    " model returns; use tap='output'": "forecasters/settings.py",
+    "lesa: pipeline='nowhere': no such folder, nor embedded; give a folder saved with"
+    " save_pretrained, a hub id, or testbed": "cli/saved.py",
+    "lesa: full-steps=60: 60 of 50 steps is not possible; choose from 1 to num_inference_steps ="
+    " 50": "core/schedule.py",
+    "lesa: polish=-1: below 0; give at least 0": "cli/checks.py",
+    "lesa: device='cuda': not usable here (no CUDA); give one of: cpu": "cli/inputs.py",
+    "budget='soon': neither a number of plain generations nor a time; give 40 or \"90s\"": (
+        "training/budget.py"
+    ),
+}
+
+
+def test_the_search_finds_messages_that_are_pasted(address, browser):
+    """The file that raises it is the first section of the first page."""
+    page = browser.new_page()
+    for message, file in PASTED.items():
+        page.goto(f"{address}/index.html")
+        page.click("input[name=query]")
+        page.fill("input[name=query]", message)
+        page.keyboard.press("End")  # the search listens to keys
+        first = page.locator(".md-search-result__item").first
+        first.wait_for(timeout=60_000)
+        sections = first.locator("h1, h2").all_inner_texts()
+        assert sections[0] == "Troubleshooting" and file in sections[1], (message, sections)
+    page.close()

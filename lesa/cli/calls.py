@@ -155,8 +155,8 @@ def check_multiple(name: str, value: Any, divisor: int, kind: str, more: int = 0
         return
     below = (value - more) // divisor * divisor + more
     near = " or ".join(str(size) for size in (below, below + divisor) if size > 0)
-    what = f"multiples of {divisor}{f' plus {more}' if more else ''}"
-    raise LesaError(f"{NAMES.get(name, name)}={value}: {kind} takes {what}; give {near}")
+    field, plus = NAMES.get(name, name), f" plus {more}" if more else ""
+    raise LesaError(f"{field}={value}: {kind} takes multiples of {divisor}{plus}; give {near}")
 
 
 def _literal(text: str) -> Any:
