@@ -11,6 +11,7 @@ from lesa.core.checks import MOST_SEED
 from lesa.errors import LesaError
 
 MOST_SIDE, MOST_PIXELS = 2**16, 2**30  # of a picture or video; more would fill memory
+MOST_STEP_SECONDS = 86_400
 DRAWING = ("matplotlib", "jinja2")
 
 
@@ -78,6 +79,9 @@ def check_finite(**numbers: float | None) -> None:
 def check_step_seconds(seconds: float | None, dry_run: bool) -> None:
     """LesaError for no time, or one that nothing is planned with."""
     check_finite(step_seconds=seconds)
+    if seconds is not None and seconds > MOST_STEP_SECONDS:
+        most = MOST_STEP_SECONDS
+        raise LesaError(f"step-seconds={seconds:g}: above {most}; give at most {most}, a day")
     if seconds is not None and (seconds <= 0 or not dry_run):
         wrong = "it is for a plan; give --dry-run too" if seconds > 0 else "not above 0; give more"
         raise LesaError(f"step-seconds={seconds:g}: {wrong}")

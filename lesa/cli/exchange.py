@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from lesa.cli import completion
 from lesa.cli.options import FORECASTER, OUTPUT, Json
 from lesa.cli.output import JsonCommand, check_json, console, emit, guarded, say
+from lesa.errors import LesaError
 from lesa.util.files import require_writable
 
 __all__ = ["add_exchange"]
@@ -150,6 +152,8 @@ def push(
     from lesa.cli.run_push import run_push
 
     check_json(json)
+    if revision is not None and not re.fullmatch(r"[\w-][\w./-]*", revision):
+        raise LesaError(f"revision={revision!r}: not the name of a branch; give one such as v2")
     at = run_push(
         folder,
         repo,

@@ -105,7 +105,8 @@ class TrainRequest(RunRequest):
         from lesa.training.numbers import checked_budget, checked_target
 
         checked_settings(self.form, self.tap or "output", {})
-        checked_budget(self.budget, self.form)
+        budget = checked_budget(self.budget, self.form)
+        check_finite(budget=budget.seconds or budget.generations)
         try:
             checked_target(self.target_psnr, self.form, None, ())
         except LesaError as error:

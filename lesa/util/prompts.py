@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from lesa.errors import LesaError
 __all__ = ["OWN", "check_text", "own_prompts", "read_other_prompts", "read_prompts"]
 
 OWN = "lesa"  # the name, in place of a file's, of the prompts that come with lesa
+MOST_BYTES = 1 << 30  # of a file of prompts
 
 _FIELDS = ("prompt", "prompts", "text", "caption")  # the first of them that a record has
 _FILES = (
@@ -40,6 +43,7 @@ def read_prompts(path: str | Path, field: str = "prompts") -> list[str]:
     if re.fullmatch(rf"{OWN}(:.*)?", str(path)) and not path.is_file():
         return own_prompts(str(path), field)
     try:
+        _check_kind(path, field)
         found = _records(path, field)
     except FileNotFoundError:
         raise LesaError(f"{field}={str(path)!r}: the file does not exist; {_FILES}") from None
@@ -108,6 +112,17 @@ def check_text(text: str, field: str) -> str:
             f"{field}={shown}: it is no valid Unicode (a lone surrogate); save or type it in UTF-8"
         )
     return text
+
+
+def _check_kind(path: Path, field: str) -> None:
+    """LesaError for what would fill the memory: a device, or a file larger than any of prompts."""
+    told = os.stat(path)
+    if stat.S_ISCHR(told.st_mode) or stat.S_ISBLK(told.st_mode):
+        raise LesaError(f"{field}={str(path)!r}: it is a device; {_FILES}")
+    if told.st_size > MOST_BYTES:
+        raise LesaError(
+            f"{field}={str(path)!r}: its {told.st_size} bytes are more than {MOST_BYTES}; {_FILES}"
+        )
 
 
 def _records(path: Path, field: str) -> list[str]:
