@@ -14,6 +14,7 @@ from lesa.util.files import one_line
 __all__ = ["parse_json", "to_json"]
 
 DEPTH = 64  # containers in each other
+MOST_DIGITS = 4300  # of a whole number: what Python reads where nobody sets another limit
 
 
 def to_json(value: Any) -> str:
@@ -31,12 +32,14 @@ def parse_json(data: bytes, what: str, remedy: str) -> Any:
         that is there twice, and more than DEPTH containers in each other too.
     """
     try:
-        value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_number)
+        value = json.loads(
+            data, object_pairs_hook=_unique, parse_constant=_no_number, parse_int=_whole
+        )
         if _depth(value) > DEPTH:
             raise ValueError(f"more than {DEPTH} brackets in each other")
     except RecursionError:
         raise LesaError(f"{what} (too many brackets in each other); {remedy}") from None
-    except ValueError as error:  # a number of more digits than Python reads is one too
+    except ValueError as error:
         raise LesaError(f"{what} ({one_line(error)}); {remedy}") from None
     return value
 
@@ -56,6 +59,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, count in Counter(k for k, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {ascii(twice[:60])} is there twice")
     return found
+
+
+def _whole(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:  # which Python itself refuses only since 3.10.7
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
 
 
 def _no_number(text: str) -> Any:

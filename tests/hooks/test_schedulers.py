@@ -117,7 +117,7 @@ def advance(scheduler, index, time, sample):
 
 
 def test_all_schedulers_are_here():
-    assert len(ALL) >= 45 and set(WITHOUT_LEVELS) <= set(ALL) | {"DPMSolverSDEScheduler"}
+    assert len(ALL) >= 44 and set(WITHOUT_LEVELS) <= set(ALL) | {"DPMSolverSDEScheduler"}
 
 
 @pytest.mark.parametrize("name", CASES)
