@@ -79,10 +79,6 @@ def idle():
         (dict(output_type="pil"), "^output_type='pil': training needs 'latent'; leave it out"),
         (dict(return_dict=True), "^return_dict=True: training needs False; leave it out"),
         (dict(schedule=5), "^schedule=5: not a Schedule; give one such as"),
-        (
-            dict(schedule=lesa.Schedule.every(1), full_steps=10),
-            r"^schedule=every\(1\): all of num_inference_steps=6 are full, so that nothing",
-        ),
         *(
             (dict(full_steps=wrong), "^full_steps=.*: (not a whole number|no number)")
             for wrong in (None, True, 2.0, "3", [], [3, None], torch.ones(2), {"a": 3})

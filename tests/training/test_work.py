@@ -42,7 +42,7 @@ def test_every_phase_ends_at_its_total_and_the_cost_is_what_ran(name, more):
     model = job.models[0]  # a skipped step at the hidden tap runs its forward, but no block
     watched = model.transformer_blocks[0] if name == "flux" else model
     hook = watched.register_forward_pre_hook(
-        lambda _, args, kwargs: rows.append(len(kwargs.get("hidden_states", (*args, None)[0]))),
+        lambda _, args, kwargs: rows.append(len(next(iter([*args, *kwargs.values()])))),
         with_kwargs=True,
     )
     lesa.train(
