@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,31 +42,66 @@ def joint_fit(
     final latents of a few prompts would make of them fails the odd one. The ``budget``, in full
     steps of a prompt, says on how many prompts all this runs, and on how many gaps.
     """
-    places = _places(rollout.fixed(), sigmas)
-    for turn in range(rounds if places else 0):
-        rollout = _round(job, rollout, places, len(sigmas) - 1, turn, budget / rounds)
+    here, steps = rollout.fixed(), len(sigmas) - 1
+    places = _places(here, sigmas)
+    plans = _paid(job, here, places, rounds, budget) if places else []
+    if places and len(plans) < rounds:
+        told = f"{len(plans) or 'no'} round{'s' * (len(plans) != 1)}"
+        count = len(here.spec.schedule.full_steps)
+        job.progress.line(
+            f"polish={rounds}: the budget pays for {told} of the joint fit at {count} of {steps} "
+            "steps in full"
+        )
+    for turn, plan in enumerate(plans):
+        rollout = _round(job, rollout, steps, turn, plan)
     return rollout
 
 
-def _round(
-    job: Job,
-    rollout: Rollout,
-    places: Sequence[Place],
-    num_steps: int,
-    turn: int,
-    budget: float,
-) -> Rollout:
-    """One step of Gauss-Newton, of as many gaps and on as many prompts as the budget pays for."""
-    here = rollout.fixed()
+class _Plan(NamedTuple):
+    """What a round moves, on how many prompts it takes derivatives, and the prompts that judge."""
+
+    places: Sequence[Place]
+    prompts: int
+    judges: Sequence[int]
+
+
+def _paid(
+    job: Job, here: Rollout, places: Sequence[Place], rounds: int, budget: float
+) -> list[_Plan]:
+    """Equal plans of as many rounds as the budget pays for."""
+    most = int(budget / (_fewest(job) * _last(here)))
+    for count in range(min(rounds, most), 0, -1):
+        plan = _plan(job, here, places, budget / count)
+        if plan is not None:
+            return [plan] * count
+    return []
+
+
+def _plan(job: Job, here: Rollout, places: Sequence[Place], budget: float) -> _Plan | None:
+    """As many gaps and prompts as the budget of a round pays for; None where that is no round."""
     places = _affordable(here, places, DERIVATIVES * budget)
     if not places:
-        return rollout
+        return None
     each = _slope_steps(here, places)
-    some = _some(job.fitted, min(MOST, int(DERIVATIVES * budget / each)), turn)
-    last = (len(RACE) + 1) * len(here.spec.schedule.full_steps)  # at most, of a prompt that judges
-    judges = job.mixed(int((budget - each * len(some)) / last))
-    if len(judges) < min(FEWEST, len(job.prompts)):
-        return rollout
+    prompts = min(MOST, int(DERIVATIVES * budget / each), len(job.fitted))
+    judges = job.mixed(int((budget - each * prompts) / _last(here)))
+    return _Plan(places, prompts, judges) if len(judges) >= _fewest(job) else None
+
+
+def _last(here: Rollout) -> int:
+    """Full steps, at most, of each prompt that judges a round."""
+    return (len(RACE) + 1) * len(here.spec.schedule.full_steps)
+
+
+def _fewest(job: Job) -> int:
+    """How many prompts must judge a round."""
+    return min(FEWEST, len(job.prompts))
+
+
+def _round(job: Job, rollout: Rollout, num_steps: int, turn: int, plan: _Plan) -> Rollout:
+    """One step of Gauss-Newton."""
+    here, (places, prompts, judges) = rollout.fixed(), plan
+    some, each = _some(job.fitted, prompts, turn), _slope_steps(here, places)
     with job.phase("derivatives of the final latents", job.rows(each, len(some))) as bar:
         bar.detail = f"{len(places)} coefficients, {len(some)} prompts, {num_steps} steps"
         error, slopes = _slopes(job, here, places, num_steps, some)
@@ -80,7 +116,6 @@ def _round(
 
 def _some(fitted: Sequence[int], count: int, turn: int) -> list[int]:
     """The prompts that a round takes its derivatives on: so many after those of the last one."""
-    count = min(count, len(fitted))
     return [fitted[(turn * count + i) % len(fitted)] for i in range(count)]
 
 

@@ -15,6 +15,7 @@ from lesa.training.closed_loop import run_rollouts
 from lesa.training.joint_fit import joint_fit
 from lesa.training.objective import quality
 from lesa.training.rollout import Rollout, RolloutSpec
+from lesa.util.progress import Progress
 
 UNLIMITED = 1e9
 LATE = tuple(0.8 * (1 - step / STEPS) for step in range(STEPS + 1))  # no step at high noise
@@ -91,6 +92,37 @@ def test_derivatives_are_taken_on_the_fitted_prompts_in_turn_as_the_budget_pays(
     seen.clear()
     assert joint_fit(job, rollout, LATE, 1, 0.1 * each) is rollout and not seen
     assert joint_fit(job, rollout, LATE, 1, 2 * each + 1) is rollout and not seen  # nobody judges
+
+
+def test_as_many_rounds_run_as_are_paid_for_and_fewer_are_told(monkeypatch):
+    turns, some = [], fitting._some
+
+    def watched(fitted, count, turn):
+        turns.append(turn)
+        return some(fitted, count, turn)
+
+    monkeypatch.setattr(fitting, "_some", watched)
+    job = replace(make_job("qwen", prompts=4), progress=Progress(quiet=True))
+    rollout = Rollout(RolloutSpec(Schedule.explicit((0, 2, 4), STEPS), 3, uses_latent=True))
+    run_rollouts(job, [rollout], reuse(4), STEPS)
+    here = rollout.fixed()
+    places = fitting._places(here, LATE)
+    least = next(n for n in range(1, 1000) if fitting._plan(job, here, places, n))
+    for rounds, paid, told in ((3, 2, "2 rounds"), (2, 1, "1 round"), (10**9, 2, "2 rounds")):
+        job.progress.lines.clear()
+        turns.clear()
+        assert joint_fit(job, rollout, LATE, rounds, paid * least) is not rollout
+        assert turns == [*range(paid)]
+        assert job.progress.lines[0] == (
+            f"polish={rounds}: the budget pays for {told} of the joint fit at 3 of 6 steps in full"
+        )
+    job.progress.lines.clear()
+    joint_fit(job, rollout, LATE, 2, 2 * least)
+    assert not any("polish" in line for line in job.progress.lines)
+    assert joint_fit(job, rollout, LATE, 1, least - 1) is rollout
+    assert "polish=1: the budget pays for no rounds" in job.progress.lines[-1]
+    joint_fit(job, rollout, LATE, 0, least)
+    assert sum("polish" in line for line in job.progress.lines) == 1
 
 
 def test_a_small_budget_pays_for_the_longest_gaps():
