@@ -133,7 +133,7 @@ def test_costs_of_a_velocity_that_is_a_line():
 
 def test_meancache_needs_the_latents_to_the_end():
     outputs = {"cond": draw(STEPS, 2)}
-    with pytest.raises(lesa.LesaError, match="another size than the denoiser's, .* leave meancach"):
+    with pytest.raises(lesa.LesaError, match="does not move one latent .* leave meancache"):
         edge_costs(Trajectory((1.0, 0.0), outputs, torch.empty(0)))
 
 
@@ -146,6 +146,29 @@ def test_the_path_is_the_shortest_of_all(wanted, exponent):
     lists = [(0, *some, STEPS - 1) for some in inner] if wanted > 1 else [(0,)]
     best = min(lists, key=lambda full: sum(float(costs[e]) ** exponent for e in pairwise(full)))
     assert shortest_path(costs, wanted, exponent) == best
+
+
+def test_batched_guidance_leaves_one_latent_of_a_picture():
+    """The denoiser gets it twice; the sampler moves it by the guided velocity."""
+    tools = bench("sd3")
+    tools.settings["guidance_scale"] = 4.0
+    (run,) = trajectories(tools, 1)
+    (outputs,) = run.outputs.values()
+    without, given = outputs.unflatten(1, (2, -1)).unbind(1)
+    guided = without + 4.0 * (given - without)
+    levels = torch.tensor(run.sigmas, dtype=torch.float64)
+    expected = euler(levels, guided, run.latents[0])
+    torch.testing.assert_close(run.latents, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["kontext", "flux2", "z-image"])
+def test_the_latents_are_the_samplers_whatever_the_denoiser_gets(name):
+    """A picture in its sequence (Kontext), a final latent in another form (FLUX.2), a list."""
+    tools = bench(name)
+    (run,) = trajectories(tools, 1)
+    assert len(run.latents) == STEPS + 1 and run.latents.diff(dim=0).abs().amax(1).gt(0).all()
+    assert edge_costs(run)[0].triu(1).isfinite().all()
+    assert "step" not in vars(tools.pipe.scheduler)
 
 
 def test_trajectories_hold_what_the_sampler_did():

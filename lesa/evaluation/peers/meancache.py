@@ -95,12 +95,12 @@ def edge_costs(run: Trajectory) -> Tensor:
     J_K that is known after step a and v_a the velocity of the guided run; 0 from a step to the
     next, infinite for b <= a.
 
-    Raises: LesaError where the run's latents are not known to its end.
+    Raises: LesaError where the run's latents are not known.
     """
     if not len(run.latents):
         raise LesaError(
-            "latents=[]: the final ones have another size than the denoiser's, so that no average "
-            "velocity can be told; leave meancache out"
+            "latents=[]: the pipeline does not move one latent by its scheduler once a step, so no "
+            "average velocity can be told; leave meancache out"
         )
     levels = torch.tensor(run.sigmas, dtype=torch.float64)
     gaps = levels[None] - levels[:-1, None]  # [S, S + 1]

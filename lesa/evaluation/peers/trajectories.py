@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from types import MethodType
 from typing import Any
 
 import torch
@@ -23,7 +26,9 @@ __all__ = ["Trajectory", "Trial", "job_of", "trajectories"]
 class Trajectory:
     """One plain run: noise levels (S + 1), outputs per guidance branch [S, N], latents [S + 1, M].
 
-    Latents are empty where the pipeline's final ones have another size than the denoiser's.
+    Outputs are the denoiser's, with batched guidance all parts of it. Latents are the sampler's,
+    one per picture whatever the denoiser is given of it; empty where its step is not taken once
+    for each of the denoiser's.
     """
 
     sigmas: tuple[float, ...]
@@ -32,36 +37,65 @@ class Trajectory:
 
 
 class _Recorder:
-    """Controller that runs every call in full and keeps what goes in and what comes out."""
+    """Controller that runs every call in full and keeps what comes out; `moved` is told what the
+    sampler makes of it."""
 
     def __init__(self) -> None:
         self.sigmas: tuple[float, ...] = ()
         self.outputs: dict[str, list[Tensor]] = {}
-        self.latents: list[Tensor] = []
+        self.moves: list[tuple[Tensor | None, Tensor | None]] = []
 
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = followed(denoiser, kwargs)
         self.sigmas = step.sigmas
-        output, latent = denoiser.run(args, kwargs).output, denoiser.latent(args, kwargs)
+        output = denoiser.run(args, kwargs).output
         sample = read_sample(output)
-        if sample is None or not isinstance(latent, Tensor):
+        if sample is None:
             raise LesaError(
-                f"pipe: {denoiser.original_class.__name__} takes or returns no single tensor, so "
-                "its runs cannot be compared step by step; leave this method out"
+                f"pipe: {denoiser.original_class.__name__} returns no single tensor, so its runs "
+                "cannot be compared step by step; leave this method out"
             )
-        known = self.outputs.setdefault(step.branch, [])
-        known.append(sample.detach().flatten().double())
-        if len(self.latents) < len(known):
-            self.latents.append(latent.detach().flatten().double())
+        self.outputs.setdefault(step.branch, []).append(sample.detach().flatten().double())
         return output
 
-    def trajectory(self, final: Tensor) -> Trajectory:
-        """What was kept, with the latents that the run ended in."""
-        ends = final.detach().flatten().to(self.latents[0])
-        fits = ends.numel() == self.latents[0].numel()
-        latents = torch.stack([*self.latents, ends]) if fits else torch.empty(0)
+    def moved(self, before: Any, after: Any) -> None:
+        """A step of the sampler: the latent that it got, and the one that it made."""
+        self.moves.append((_flat(before), _flat(after)))
+
+    def trajectory(self) -> Trajectory:
+        """What was kept."""
         outputs = {branch: torch.stack(known) for branch, known in self.outputs.items()}
-        return Trajectory(self.sigmas, outputs, latents)
+        latents = [before for before, _ in self.moves] + [after for _, after in self.moves[-1:]]
+        known = [latent for latent in latents if latent is not None]
+        alike = len({latent.shape for latent in known}) == 1
+        fits = alike and len(known) == len(latents) == len(self.sigmas)
+        return Trajectory(self.sigmas, outputs, torch.stack(known) if fits else torch.empty(0))
+
+
+def _flat(latent: Any) -> Tensor | None:
+    return latent.detach().flatten().double() if isinstance(latent, Tensor) else None
+
+
+@contextmanager
+def _watched(scheduler: Any, moved: Callable[[Any, Any], None]) -> Iterator[None]:
+    """Tell of every step of a scheduler for a while: the latent before and after it."""
+    own, step = vars(scheduler).get("step"), scheduler.step
+
+    @wraps(type(scheduler).step)  # pipelines read its signature
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self is not scheduler:  # a copy that the pipeline made
+            return type(self).step(self, *args, **kwargs)
+        made = step(*args, **kwargs)
+        moved(inspect.signature(step).bind(*args, **kwargs).arguments.get("sample"), made[0])
+        return made
+
+    scheduler.step = MethodType(watched, scheduler)
+    try:
+        yield
+    finally:
+        del scheduler.step
+        if own is not None:
+            scheduler.step = own
 
 
 def job_of(bench: Bench) -> Job:
@@ -76,9 +110,9 @@ def trajectories(bench: Bench, prompts: int) -> Iterator[Trajectory]:
     job = job_of(bench)
     for row in range(min(prompts, len(bench.calibration))):
         recorder = _Recorder()
-        with job.controlled(recorder):
-            final = job.run([row], bench.num_steps)
-        yield recorder.trajectory(final)
+        with job.controlled(recorder), _watched(bench.pipe.scheduler, recorder.moved):
+            job.run([row], bench.num_steps)
+        yield recorder.trajectory()
 
 
 class Trial:
