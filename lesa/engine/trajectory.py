@@ -21,7 +21,7 @@ from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Call, Run
-from lesa.hooks.outputs import as_batch, kind_of, make_output, read_sample
+from lesa.hooks.outputs import as_batch, has_variance, kind_of, make_output, read_sample
 from lesa.hooks.step_clock import Step
 
 __all__ = [
@@ -130,8 +130,11 @@ def _written_cache(call: Call) -> str | None:
 
 
 def weighed_latent(call: Call, like: Tensor) -> Tensor:
-    """The current latent, to be mixed with features; Refusal where it has another shape."""
+    """The current latent, to be mixed with features, with zeros where these have a variance behind;
+    Refusal where it has another shape."""
     latent = as_batch(call.argument(call.denoiser.spec.latent))
+    if latent is not None and has_variance(like, latent):
+        latent = torch.cat([latent, torch.zeros_like(latent)], dim=1)
     if latent is None or latent.shape != like.shape:
         raise Refusal("latent and output differ in shape")
     return latent.to(like.dtype)  # under autocast the first ones may be wider

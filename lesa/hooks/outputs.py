@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["ListOf", "as_batch", "kind_of", "make_output", "read_sample"]
+__all__ = [
+    "ListOf",
+    "WithVariance",
+    "as_batch",
+    "has_variance",
+    "kind_of",
+    "make_output",
+    "read_sample",
+]
 
 
 def read_sample(output: Any) -> torch.Tensor | None:
@@ -39,6 +47,21 @@ class ListOf(NamedTuple):
     kind: Any
 
 
+class WithVariance(NamedTuple):
+    """The kind of an output whose sample is followed by a variance that its loop drops."""
+
+    kind: Any
+
+
+def has_variance(sample: torch.Tensor, latent: Any) -> bool:
+    """Whether a sample ``[rows, 2 C, ...]`` of a latent ``[rows, C, ...]`` holds a learned variance
+    in its second half (PixArt, DiT)."""
+    if not isinstance(latent, torch.Tensor) or sample.ndim < 4 or sample.ndim != latent.ndim:
+        return False
+    rows, channels, *others = latent.shape
+    return sample.shape == (rows, 2 * channels, *others)
+
+
 def kind_of(output: Any) -> type | ListOf:
     """What `make_output` has to know of an output."""
     return ListOf(type(output)) if isinstance(_inside(output), list) else type(output)
@@ -46,6 +69,8 @@ def kind_of(output: Any) -> type | ListOf:
 
 def make_output(kind: Any, sample: torch.Tensor) -> Any:
     """An output of a kind (see `kind_of`) around `sample`: the inverse of `read_sample`."""
+    if isinstance(kind, WithVariance):
+        return make_output(kind.kind, torch.cat([sample, torch.zeros_like(sample)], dim=1))
     if isinstance(kind, ListOf):
         parts: Any = list(sample.unbind(0))
         return (parts,) if issubclass(kind.kind, tuple) else kind.kind(sample=parts)

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from lesa.hooks.batch_rows import pick_arguments
 from lesa.hooks.denoiser import Denoiser
-from lesa.hooks.outputs import ListOf, kind_of, read_sample
-from lesa.training.job import Job, in_batches
+from lesa.hooks.outputs import ListOf, WithVariance, kind_of, read_sample
+from lesa.training.job import Job, in_batches, sample_of
 from lesa.training.row_fit import Tail
 
 __all__ = ["Batch", "Computed"]
 
-Computed = tuple[type | ListOf, Tensor, Tensor]  # class of an output, sample, feature
+Computed = tuple[
+    type | ListOf | WithVariance, Tensor, Tensor
+]  # class of an output, sample, feature
 
 
 @dataclass
@@ -39,7 +41,7 @@ class Batch:
 
         def sample(feature: Tensor) -> Tensor:
             behind = self.denoiser.run_tail(feature.flatten(0, 1), (), given)
-            found = read_sample(behind.output)
+            found = sample_of(self.denoiser, behind.output, self.denoiser.latent((), given))
             assert found is not None
             return found.unflatten(0, feature.shape[:2])
 
@@ -70,8 +72,9 @@ class Batch:
         output = feature = None
         started = time.perf_counter()
         for part in batches:
-            result, tapped, _ = self.denoiser.run((), self.rows(part), tap=job.tap == "hidden")
-            sample = read_sample(result)
+            given = self.rows(part)
+            result, tapped, _ = self.denoiser.run((), given, tap=job.tap == "hidden")
+            sample = sample_of(self.denoiser, result, self.denoiser.latent((), given))
             tapped = sample if job.tap == "output" else tapped
             assert sample is not None and tapped is not None  # collect has refused such models
             if output is None or feature is None:
@@ -85,4 +88,11 @@ class Batch:
         assert output is not None and feature is not None
         output.flatten()[:1].cpu()  # waits for a device
         job.work.took(sum(map(len, batches)), time.perf_counter() - started)
-        return kind_of(result), output, feature
+        whole = read_sample(result)
+        assert whole is not None
+        kind = kind_of(result)
+        return (
+            (kind if whole.shape[1:] == output.shape[1:] else WithVariance(kind)),
+            output,
+            feature,
+        )

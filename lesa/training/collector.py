@@ -10,9 +10,8 @@ from torch.utils._pytree import tree_leaves
 
 from lesa.errors import LesaError
 from lesa.hooks.denoiser import Denoiser
-from lesa.hooks.outputs import read_sample
 from lesa.training.base_run import BaseRun
-from lesa.training.job import followed, parts_of
+from lesa.training.job import followed, parts_of, sample_of
 from lesa.training.statistics import inner_products
 from lesa.training.work import Work
 
@@ -41,9 +40,11 @@ class Collector:
         step = followed(denoiser, kwargs)
         self.sigmas = step.sigmas
         output, feature, _ = denoiser.run(args, kwargs, tap=self.tap == "hidden")
+        latent = denoiser.latent(args, kwargs)
+        sample = sample_of(denoiser, output, latent)
         if self.tap == "output":
-            feature = read_sample(output)
-        if feature is None or read_sample(output) is None:
+            feature = sample
+        if feature is None or sample is None:
             raise LesaError(
                 f"tap={self.tap!r}: {denoiser.original_class.__name__} returns no single tensor to "
                 "train on; accelerate it without training, by lesa.enable(pipe)"
@@ -55,10 +56,7 @@ class Collector:
         self.work.argument_bytes = _row_bytes((args, kwargs), len(feature))
         begins = step.branch == next(iter(self.features))
         self.work.computed(len(feature), done=self.pictures * begins)
-        latent = denoiser.latent(args, kwargs)
         if self.base is not None and isinstance(latent, Tensor):
-            sample = read_sample(output)
-            assert sample is not None  # refused above
             at = range(self.first, self.first + self.pictures)
             parts = sample.unflatten(0, (rows, self.pictures))
             self.base.put(step.index, step.branch, at, latent[: self.pictures], parts)

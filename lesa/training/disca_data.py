@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lesa.hooks.denoiser import Denoiser
-from lesa.hooks.outputs import read_sample
 from lesa.hooks.plain_copy import ordinary
-from lesa.training.job import Job, followed, in_batches
+from lesa.training.job import Job, followed, in_batches, sample_of
 
 __all__ = ["Batch", "Data", "record"]
 
@@ -43,7 +42,7 @@ class Recorder:
     def __call__(self, denoiser: Denoiser, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step, batch = followed(denoiser, kwargs), self.batch
         latent, output = denoiser.latent(args, kwargs), denoiser.run(args, kwargs).output
-        sample = read_sample(output)
+        sample = sample_of(denoiser, output, latent)
         assert sample is not None  # the collection has refused other models
         if len(batch.latents) == step.index:
             batch.latents.append(_kept(latent[: self.pictures]))
