@@ -194,6 +194,18 @@ def test_a_mask_runs_the_listed_steps(name):
 
 
 @packaged
+def test_a_last_block_without_text_has_no_series_of_it():
+    """That of Stable Diffusion 3 returns the picture alone."""
+    tools, _, plain = bench("sd3")
+    found = method("dbcache-scm-taylor", 3, tools, searched=Schedule.explicit((0, 1, 4)))
+    result, use = with_cache("sd3", found.applied)
+    reuse = method("dbcache-scm", 3, tools, searched=Schedule.explicit((0, 1, 4)))
+    reused, _ = with_cache("sd3", reuse.applied)
+    assert use.full_steps() == 3
+    assert not torch.equal(result, plain) and not torch.equal(result, reused)
+
+
+@packaged
 @pytest.mark.parametrize("name", PIPELINES)
 @pytest.mark.parametrize("order", [0, 1])
 def test_dbcache_begins_every_generation_anew(name, order):

@@ -122,7 +122,11 @@ def dbcache(
         steps_computation_policy="static",
         enable_separate_cfg=two_calls,
     )
-    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=order) if order else None
+    calibrator = None
+    if order:
+        calibrator = cache_dit.TaylorSeerCalibratorConfig(
+            taylorseer_order=order, enable_encoder_calibrator=_returns_text(model)
+        )
     with enabled(pipe, num_steps, cache_config=config, calibrator_config=calibrator) as use:
         yield use
 
@@ -148,6 +152,13 @@ def _has_adapter(pipe: Any) -> bool:
     from cache_dit import BlockAdapterRegister  # takes seconds, so not without a transformer
 
     return BlockAdapterRegister.is_supported(pipe)
+
+
+def _returns_text(model: Any) -> bool:
+    """Whether the last block returns the text too: where it drops it, as that of
+    Stable Diffusion 3, the package's calibrator of the text would be asked for what it never got.
+    """
+    return not getattr(blocks_of(model)[-1], "context_pre_only", False)
 
 
 def _held(model: Any) -> list[Any]:
