@@ -30,6 +30,7 @@ import lesa
 from lesa.cli.run_compare import left_out, prepare
 from lesa.cli.run_demo import FULL_STEPS, UNET_FULL_STEPS
 from lesa.evaluation.compare import PLAIN, Comparison, compare
+from lesa.evaluation.failures import Failures
 from lesa.evaluation.judges import attributes
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.methods import parse
@@ -75,13 +76,15 @@ def measure(
         facts["training"] = {"prompts": CALIBRATION, "seconds": seconds, "log": log.lines}
         print(f"{name}: trained in {seconds:.0f} s", flush=True)
     bench = Bench(steps, pipe, call, seen, forecaster)
-    contenders = prepare(methods, counts, bench, searched=True)
+    failures = Failures()
+    contenders = prepare(methods, counts, bench, searched=True, failures=failures)
     if forecaster is not None and hasattr(pipe, "unet"):
         contenders.append(hidden(pipe, seen, counts[-1], call))
     print(f"{name}: {len(contenders)} rows prepared", flush=True)
     texts = prompts(name, unseen, seed=1, split="test")
     options = dict(seed=1000, batch_size=batch_size)
     result = compare(pipe, texts, contenders, call, progress=Progress(), **options)
+    result.notes += failures.notes()
     mine = [method for method in contenders if method.name == OURS]
     if not mine:
         return result, facts

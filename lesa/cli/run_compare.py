@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from lesa.util.prompts import read_other_prompts, read_prompts
 
 if TYPE_CHECKING:
     from lesa.evaluation.comparison import Comparison
+    from lesa.evaluation.failures import Failures
     from lesa.evaluation.judges import Judge
     from lesa.evaluation.method import Bench, Method
     from lesa.evaluation.submission import Subject
@@ -108,9 +110,11 @@ def _full_steps(request: CompareRequest, forecaster: Any, steps: int) -> str:
 def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparison:
     """Prepare the contenders and run them, and where it is asked for the bound of lesa's rows."""
     from lesa.evaluation import compare
+    from lesa.evaluation.failures import Failures
     from lesa.evaluation.limit import add_limits
 
-    contenders = prepare(request.methods, inputs.counts, bench, request.searched)
+    failures = Failures()
+    contenders = prepare(request.methods, inputs.counts, bench, request.searched, failures)
     result = compare(
         bench.pipe,
         inputs.prompts,
@@ -121,6 +125,7 @@ def _measure(request: CompareRequest, inputs: _Inputs, bench: Bench) -> Comparis
         judges=inputs.judges,
         progress=Progress(),
     )
+    result.notes += failures.notes()
     if request.limit:
         add_limits(bench.pipe, result, contenders, Progress())
     return result
@@ -173,17 +178,27 @@ def calibration_prompts(
     return read_other_prompts(file, "calibration", measured, "measured too")
 
 
-def prepare(methods: str, counts: Sequence[int], bench: Bench, searched: bool) -> list[Method]:
-    """The contenders, calibrated where they need it, under a progress bar."""
+def prepare(
+    methods: str, counts: Sequence[int], bench: Bench, searched: bool, failures: Failures
+) -> list[Method]:
+    """The contenders, calibrated where they need it, under a progress bar; `failures` gets those
+    that fail.
+
+    Raises: LesaError if all of them do.
+    """
     from lesa.evaluation.methods import build_all, parse
 
     names = parse(methods, bench)
     found: dict[str, Method] = {}
     with Progress().bar("prepare", len(counts) * len(names)) as bar:
         for count, name in product(counts, names):
-            built = build_all([name], [count], bench, searched=searched)
+            label = f"{name} @{count}"
+            make = partial(build_all, [name], [count], bench, searched=searched)
+            built = failures.attempt(label, "in its preparation", make) or []
             found |= {method.label: method for method in built}
-            bar.advance(1, f"{name} @{count}")
+            bar.advance(1, label)
+    if not found:
+        raise failures.nothing_left()
     return list(found.values())
 
 

@@ -33,7 +33,8 @@ def compare(
     """Compare methods with the plain pipeline on the same prompts, seeds and settings.
 
     The plain run is made once per batch, each method right after it, in rotating order, so that a
-    slow moment of the machine falls on all alike. Prompt i is drawn with seed + i (its picture n
+    slow moment of the machine falls on all alike. A method that fails is dropped, and a note of the
+    comparison says why. Prompt i is drawn with seed + i (its picture n
     of N with seed + i N + n).
 
     Args:
@@ -43,7 +44,8 @@ def compare(
             them where its package and weights are at hand.
         progress: where bars are shown; none by default.
 
-    Raises: LesaError if there is no prompt or method, or batch_size is below 1.
+    Raises: LesaError if there is no prompt or method, if every method failed, or batch_size is
+        below 1.
     """
     _check(prompts, methods, settings, batch_size)
     contest = Contest.of(pipe, prompts, methods, settings, seed, judges)
@@ -57,8 +59,9 @@ def compare(
             chunk = Chunk.of(prompts, settings, rows, seed, contest.each)
             kept = max(0, min(keep_pictures - contest.each * rows.start, len(chunk.titles)))
             plain = contest.reference_pass(chunk, kept)
-            for method in _rotated(methods, batch):
-                contest.method_pass(method, chunk, plain, kept)
+            for method in _rotated(contest.contenders, batch):
+                work_of = partial(contest.method_pass, method, chunk, plain, kept)
+                contest.attempt(method, "while it was measured", work_of)
     result = contest.finish()
     own = ours(result.rows)
     with progress.bar("worst prompts", contest.worst_work(own)) as contest.bar:

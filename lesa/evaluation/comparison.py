@@ -52,7 +52,8 @@ class Comparison:
             scheduler has none.
         worst: The prompts on which each of lesa's rows is worst.
         lpips_missing: Why no row has LPIPS, None where it was measured.
-        notes: Steps that a cache had to run in full, by reason, and what could not be measured.
+        notes: Steps that a cache had to run in full, by reason, and what could not be measured,
+            methods that failed among it.
     """
 
     prompts: list[str]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lesa.evaluation.comparison import PLAIN, Comparison, Worst
+from lesa.evaluation.failures import Failures
 from lesa.evaluation.intervals import bootstrap, mean
 from lesa.evaluation.judges import LPIPS, Judge, perceptual_distance
 from lesa.evaluation.method import Method
@@ -34,6 +36,7 @@ class Contest:
         methods: By label, the plain run under `PLAIN`.
         measured: What was measured of each so far, by label.
         each: Pictures per prompt.
+        failures: Why methods were dropped on the way.
         bar: Of what goes on.
     """
 
@@ -42,6 +45,7 @@ class Contest:
     methods: dict[str, Method]
     judges: Sequence[Judge]
     each: int
+    failures: Failures = field(default_factory=Failures)
     measured: dict[str, MetricsRow] = field(init=False)
     bar: Bar = field(init=False)
 
@@ -72,6 +76,17 @@ class Contest:
         """All methods but the plain run."""
         return [method for label, method in self.methods.items() if label != PLAIN]
 
+    def attempt(self, method: Method, where: str, act: Callable[[], object]) -> None:
+        """Do a part of a method's work; where it fails, the contest goes on without the method.
+
+        Raises: LesaError if it was the last one.
+        """
+        self.failures.attempt(method.label, where, act)
+        if method.label in self.failures.reasons:
+            del self.methods[method.label]
+            if not self.contenders:
+                raise self.failures.nothing_left()
+
     def run(self, label: str, chunk: Chunk, measured: MetricsRow) -> Run:
         """One batch of a method; the bar moves by its full steps, as if they were spread evenly."""
         method, bar = self.methods[label], self.bar
@@ -87,9 +102,15 @@ class Contest:
         result.plain_tflops = full * result.settings["num_inference_steps"] / 1e12
         for method in self.contenders:
             self.bar.advance(1, method.label)
-            self.measured[method.label].tflops = run_tflops(
-                self.pipe, result.prompts[0], method, first, full
+            self.attempt(
+                method,
+                "while its operations were counted",
+                partial(self._count, method, first, full),
             )
+
+    def _count(self, method: Method, first: Mapping[str, Any], full: int) -> None:
+        prompt, measured = self.result.prompts[0], self.measured[method.label]
+        measured.tflops = run_tflops(self.pipe, prompt, method, first, full)
 
     def reference_pass(self, chunk: Chunk, kept: int) -> Run:
         """The plain run of a batch, which every method is compared with."""
@@ -141,6 +162,7 @@ class Contest:
                 result.curves[method.label] = torch.cat(measured.errors).mean(0).tolist()
             for reason, count in measured.fallbacks.items():
                 result.notes.append(f"{method.label}: {count} more steps ran in full ({reason})")
+        result.notes += self.failures.notes()
         return result
 
     def _beside(self, row: Row) -> list[Row]:

@@ -39,7 +39,7 @@ def add_limits(
         progress: where a bar is shown; none by default.
     """
     rows = {row["label"]: row for row in result.rows}
-    own = [method for method in methods if method.name == "lesa"]
+    own = [method for method in methods if method.name == "lesa" and method.label in rows]
     progress = progress or Progress(quiet=True)
     with progress.bar("limit", len(own) * len(result.prompts)) as bar:
         for method in own:

@@ -159,6 +159,8 @@ def test_batched_guidance_leaves_one_latent_of_a_picture():
     levels = torch.tensor(run.sigmas, dtype=torch.float64)
     expected = euler(levels, guided, run.latents[0])
     torch.testing.assert_close(run.latents, expected, rtol=1e-4, atol=1e-4)
+    found = AVERAGED["meancache"].build("meancache", 5, tools, None)
+    assert found.full_steps == 5
 
 
 @pytest.mark.parametrize("name", ["kontext", "flux2", "z-image"])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.peers.thresholds import needs_calibration
+from lesa.evaluation.peers.trained import trained
 from lesa.evaluation.ranking import OTHER_FORM
 from lesa.hooks.alone import unfit_class
 from lesa.hooks.pipeline import find_denoiser
-from lesa.training.train import train
 
 MOST_STEPS = 16  # two blocks pay where a step is a good part of the run
 
@@ -34,17 +34,9 @@ class OwnDisca:
 
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
         """On the list that its training chooses, or on a given one."""
-        forecaster = train(
-            bench.pipe,
-            bench.calibration,
-            bench.num_steps,
-            wanted if searched is None else len(searched.bind(bench.num_steps).full_steps),
-            form="disca",
-            schedule=searched,
-            seed=bench.seed,
-            call=bench.settings,
-            progress=False,
-        )
+        listed = None if searched is None else searched.bind(bench.num_steps)
+        count = wanted if listed is None else len(listed.full_steps)
+        forecaster = trained(bench, count, form="disca", schedule=searched)
         share = forecaster.metadata["network_share"]
         return Method(
             name,

@@ -17,12 +17,12 @@ from lesa.errors import LesaError
 from lesa.evaluation.method import Bench, Method, Peer
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.peers.thresholds import needs_calibration
+from lesa.evaluation.peers.trained import trained
 from lesa.forecasters.calibration import thinned
 from lesa.forecasters.published import LESA_PAPER, FullStepRule
 from lesa.training.collect import collect
 from lesa.training.job import Job, call_arguments
 from lesa.training.statistics import Statistics
-from lesa.training.train import train
 from lesa.util.numerics import gradients
 
 EPOCHS, RATE = 201, 0.01  # L2P's release
@@ -177,18 +177,13 @@ class PaperLesa(_Learned):
         """Trained anew for its list, on statistics that are collected once."""
         steps = bench.num_steps
         schedule = searched.bind(steps) if searched else LESA_PAPER.nearest(wanted, steps)
-        forecaster = train(
-            bench.pipe,
-            bench.calibration,
-            steps,
+        forecaster = trained(
+            bench,
             len(schedule.full_steps),
             form="paper",
             tap="hidden",
             schedule=schedule,
-            seed=bench.seed,
-            call=bench.settings,
             folder=_hidden_statistics(bench),
-            progress=False,
             spline=self.spline,
             gate=self.gate,
         )

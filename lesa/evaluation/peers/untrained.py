@@ -7,6 +7,7 @@ from lesa.evaluation.method import Bench, Method
 from lesa.evaluation.peers.per_run_cache import once_per_bench
 from lesa.evaluation.runs import levels_of, step_flops
 from lesa.forecasters.prior import Prior, prior_schedule
+from lesa.hooks.prompt_inputs import settings_of
 
 __all__ = ["UNTRAINED"]
 
@@ -31,9 +32,11 @@ def _levels(bench: Bench) -> list[float]:
     """The noise levels of the bench's run, from its first step; none without a pipeline."""
     if bench.pipe is None:
         return []
-    prompt, *_ = [*bench.calibration, "a picture"]
-    settings = {**bench.settings, "num_inference_steps": bench.num_steps}
-    step_flops(bench.pipe, prompt, settings, 1)
+    prompts = [*bench.calibration] or ["a picture"]
+    embedded = bench.settings.get("prompt_embeds")
+    count = len(prompts) if embedded is None else len(embedded)
+    settings = settings_of(bench.settings, [0], count) | {"num_inference_steps": bench.num_steps}
+    step_flops(bench.pipe, prompts[0], settings, 1)
     return levels_of(bench.pipe, bench.num_steps)
 
 
