@@ -20,6 +20,7 @@ UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 # budget is given: as much as so many accelerated runs, but at least and at most so many, and less
 # where there are several numbers.
 RUNS, LEAST, MOST, MOST_EACH = 5, 1.5, 3.0, 2.25
+FEW = 10  # prompts that cost the most; more prompts cost as much in all, until each has the least
 FIT, RACES = 0.13, 0.57  # shares of the fit on all prompts, and of races in what is left
 
 
@@ -72,10 +73,11 @@ class Budget:
 
     def per_prompt(self, full_steps: int, counts: int, num_steps: int, prompts: int) -> float:
         """Plain generations per prompt for the calibration of one of so many numbers of full
-        steps; a time must be `known` first."""
+        steps, beside the one of the plain run; a time must be `known` first."""
         if self.generations is None:
             most = MOST if counts == 1 else MOST_EACH
-            return min(most, max(LEAST, RUNS * full_steps / num_steps))
+            shared = ((1 + counts * most) * FEW / prompts - 1) / counts
+            return min(most, max(LEAST, RUNS * full_steps / num_steps, shared))
         return max(full_steps / num_steps, (self.generations / prompts - 1) / counts)
 
     def known(

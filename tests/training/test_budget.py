@@ -45,14 +45,19 @@ def test_what_is_no_budget_is_told(given, sentence):
         Budget.parse(given)
 
 
-def test_by_default_a_prompt_costs_at_most_four_generations_for_one_count_and_ten_for_four():
+@pytest.mark.parametrize("prompts", [1, 4, 8, 10, 11, 12, 16, 50])
+def test_by_default_a_prompt_costs_at_most_four_generations_for_one_count_and_ten_for_four(prompts):
     for steps in range(2, 60):
         for full in range(1, steps):
-            one = 1 + Budget().per_prompt(full, 1, steps, 16)
+            one = 1 + Budget().per_prompt(full, 1, steps, prompts)
+            four = 1 + 4 * Budget().per_prompt(full, 4, steps, prompts)
             assert one <= 4
-            assert 1 + 4 * Budget().per_prompt(full, 4, steps, 16) <= 10
-            if full <= 0.3 * steps:
-                assert 16 * one <= 40
+            assert four <= 10
+            if prompts <= 10:
+                assert (one, four) == (4, 10)
+            elif full <= 0.3 * steps:
+                assert prompts * one == pytest.approx(max(40, 2.5 * prompts))
+                assert prompts * four == pytest.approx(max(100, 7 * prompts))
 
 
 def test_a_budget_that_pays_for_less_than_one_fit_says_what_is_possible():
