@@ -19,6 +19,7 @@ __all__ = [
     "Prior",
     "Shape",
     "default_count",
+    "own_shift",
     "prior_schedule",
     "quality_count",
     "times",
@@ -26,6 +27,8 @@ __all__ = [
 ]
 
 _CELLS = 4096  # of the integral over the density of full steps
+OWN, LEAST_SHIFT = 1.6, 2.5  # see `Shape.shift_on`
+EVEN = 0.01  # of a run, by which the steps of a flow schedule may be off
 MULTISTEP = 1 / 3  # of a line for samplers that extrapolate over their steps
 SHARE = 5  # full steps are one in so many by default,
 LEAST = 10  # but not fewer than these, or two fifths of a shorter run
@@ -36,7 +39,7 @@ class Shape:
     """The numbers of the prior; the default is what benchmarks/fit_prior.py found.
 
     Attributes:
-        shift: of the flow schedule whose even steps are the unit of time.
+        shift: of the flow schedule whose even steps are the unit of time, at most: see `shift_on`.
         early, late: how much denser full steps lie at either end: their gap at the share y of them
             is in proportion to y^early (1 - y)^late.
         first, last: factors of a line's slope at the beginning and at the end of a run, where gaps
@@ -50,6 +53,14 @@ class Shape:
     first: float = 1.0
     last: float = 1.5
     width: float = 0.15
+
+    def shift_on(self, sigmas: Sequence[float]) -> float:
+        """`shift`; on a flow schedule of a smaller shift 1.6 times that one, but 2.5 at least.
+
+        Small and smooth pictures have schedules of a small shift, and their outputs turn later.
+        """
+        own = own_shift(sigmas)
+        return self.shift if own is None else min(self.shift, max(OWN * own, LEAST_SHIFT))
 
 
 FITTED = Shape()
@@ -92,7 +103,7 @@ class Prior:
         """
         trust = 0.0 if noise else MULTISTEP if multistep else 1.0
         levels = check_sigmas(schedule, sigmas) if sigmas else ()
-        at = times(schedule.steps, levels, self.shape.shift)
+        at = times(schedule.steps, levels, self.shape.shift_on(levels))
         gaps = widest_gaps(schedule, at)
 
         def row(step: int, cached: tuple[int, ...]) -> list[float]:
@@ -125,7 +136,7 @@ def prior_schedule(
     full_steps = whole("full_steps", full_steps, 1)
     check_count(full_steps, num_steps)
     levels = check_sigmas(Schedule.explicit([0], num_steps), sigmas) if sigmas else ()
-    at = times(num_steps, levels, shape.shift)
+    at = times(num_steps, levels, shape.shift_on(levels))
     wanted = (_quantile(i / full_steps, shape.early, shape.late) for i in range(full_steps))
     return Schedule.explicit(spread([_place(time, at) for time in wanted], num_steps), num_steps)
 
@@ -152,6 +163,23 @@ def times(num_steps: int, sigmas: Sequence[float], shift: float) -> list[float]:
         return [step / num_steps for step in range(num_steps + 1)]
     left = [sigma / (shift - (shift - 1) * sigma) for sigma in sigmas]
     return [(left[0] - u) / (left[0] - left[-1]) for u in left]
+
+
+def own_shift(sigmas: Sequence[float]) -> float | None:
+    """The shift with which S + 1 levels are those of a flow schedule, or of the end of one; None
+    where they are not."""
+    steps = len(sigmas) - 1
+    if steps < 2:
+        return None
+    first, middle, left = sigmas[0], sigmas[steps // 2], 1 - (steps // 2) / steps
+    bent = (1 - left) * first * middle
+    straight = bent + left * first - middle
+    if straight <= 0:
+        return None
+    own = bent / straight  # half-way, the time of `times` is then half as well
+    at = times(steps, sigmas, own)
+    even = all(abs(time - step / steps) < EVEN for step, time in enumerate(at))
+    return own if even else None
 
 
 def widest_gaps(schedule: Schedule, at: Sequence[float]) -> dict[int, float]:

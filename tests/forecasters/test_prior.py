@@ -14,7 +14,14 @@ import torch
 import lesa
 from lesa import LesaConfig, LesaError, Prior, Schedule
 from lesa.cli.run_generate import checked_schedule
-from lesa.forecasters.prior import Shape, default_count, prior_schedule, quality_count, times
+from lesa.forecasters.prior import (
+    Shape,
+    default_count,
+    own_shift,
+    prior_schedule,
+    quality_count,
+    times,
+)
 from lesa.forecasters.reuse import Reuse
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "prior.json"
@@ -58,6 +65,21 @@ def test_the_list_goes_by_noise_level():
     for one, other in zip(*reached, strict=True):
         assert abs(one - other) < 0.1  # a step of the second one at low noise
     assert prior_schedule(10, 50, levels[0]) != prior_schedule(10, 50, levels[1])
+
+
+@pytest.mark.parametrize(("shift", "taken"), [(1.0, 2.5), (1.6, 2.56), (2.5, 4.0), (7.0, 5.0)])
+def test_a_small_shift_is_found_and_nearly_kept(shift, taken):
+    for levels in (flow(shift, 50), flow(shift, 51), flow(shift, 50)[15:]):  # img2img begins late
+        assert own_shift(levels) == pytest.approx(shift)
+        assert Shape().shift_on(levels) == pytest.approx(taken)
+    early, late = (prior_schedule(10, 50, flow(known, 50)).full_steps for known in (1.6, 3.1))
+    assert max(abs(a - b) for a, b in zip(early, late, strict=True)) <= 1  # the same share of a run
+
+
+def test_levels_of_other_schedules_have_no_shift():
+    karras = [((1 - i / 50) + 0.02 ** (1 / 7) * i / 50) ** 7 for i in range(50)]
+    for levels in ([], [1.0, 0.0], [*karras, 0.0], [1 - (i / 50) ** 3 for i in range(51)]):
+        assert own_shift(levels) is None and Shape().shift_on(levels) == Shape().shift
 
 
 def test_even_steps_of_its_own_shift_are_even_in_time():
