@@ -152,6 +152,8 @@ def test_what_cannot_run_says_why():
     bare = Bench(STEPS, bare.pipe, bare.settings)
     for peer in ("fbcache", "pab", "taylorseer-diffusers", "magcache", "seacache"):
         assert "enable_cache, StableDiffusionXLPipeline has none" in unfit(peer, unet)
+    for peer in ("fbcache", "taylorseer-diffusers"):
+        assert "enters cache_context, Flux2Pipeline does" in unfit(peer, bench("flux2")[0])
     for peer in ("fbcache", "pab", "fastercache", "magcache"):
         assert "give --calibration FILE" in unfit(peer, bare)
     blocks = torch.nn.ModuleList([torch.nn.Linear(1, 1), torch.nn.Linear(1, 1)])

@@ -13,7 +13,12 @@ from typing import Any
 
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench, Method, Peer, Use
-from lesa.evaluation.peers.diffusers_support import silent_pipeline, uncacheable, unknown_blocks
+from lesa.evaluation.peers.diffusers_support import (
+    nameless_calls,
+    silent_pipeline,
+    uncacheable,
+    unknown_blocks,
+)
 from lesa.evaluation.peers.metering import metered, restored
 from lesa.evaluation.peers.thresholds import (
     Applied,
@@ -67,11 +72,11 @@ class TaylorLite:
     takes_lists = False
 
     def unfit(self, bench: Bench) -> str | None:
-        """It needs a cacheable transformer whose last module is `proj_out`."""
+        """It needs a cacheable transformer whose last module is `proj_out`, and named calls."""
         if (reason := uncacheable(bench)) is not None:
             return reason
         if hasattr(bench.pipe.transformer, "proj_out"):
-            return None
+            return nameless_calls(bench)
         return "needs a transformer that ends in proj_out; leave it out"
 
     def build(self, name: str, wanted: int, bench: Bench, searched: Schedule | None) -> Method:
@@ -235,7 +240,11 @@ def _flops(bench: Bench, steps: int) -> int:
 # latent, filtered to what is signal at its noise level. FasterCache (arXiv 2410.19355): attention
 # extrapolated with diffusers' weight. PAB (arXiv 2408.12588): attention as it was.
 CACHES: dict[str, Peer] = {
-    "fbcache": Adaptive("FirstBlockCacheConfig", lambda *_: {}, unknown_blocks),
+    "fbcache": Adaptive(
+        "FirstBlockCacheConfig",
+        lambda *_: {},
+        lambda bench: unknown_blocks(bench) or nameless_calls(bench),
+    ),
     "magcache": Adaptive("MagCacheConfig", _magnitude, unknown_blocks),
     "taylorseer-diffusers": TaylorLite(),
     "fastercache": Broadcast(

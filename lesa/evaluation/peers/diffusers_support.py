@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.metering import blocks_of
 
@@ -28,6 +30,19 @@ def unknown_blocks(bench: Bench) -> str | None:
         except ValueError:
             return f"needs blocks that diffusers' caches know, not {kind.__name__}; leave it out"
     return None
+
+
+def nameless_calls(bench: Bench) -> str | None:
+    """Why states by guidance branch cannot be kept, or None: the pipeline's loop has to name the
+    branch of each call."""
+    for kind in type(bench.pipe).__mro__:
+        call = inspect.unwrap(vars(kind).get("__call__"))
+        if "cache_context" in getattr(getattr(call, "__code__", None), "co_names", ()):
+            return None
+    return (
+        f"needs a pipeline that enters cache_context, {type(bench.pipe).__name__} does not; "
+        "leave it out"
+    )
 
 
 def silent_pipeline(bench: Bench) -> str | None:
