@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from lesa.evaluation.method import Bench
 from lesa.evaluation.peers.metering import blocks_of
@@ -36,7 +37,7 @@ def nameless_calls(bench: Bench) -> str | None:
     """Why states by guidance branch cannot be kept, or None: the pipeline's loop has to name the
     branch of each call."""
     for kind in type(bench.pipe).__mro__:
-        call = inspect.unwrap(vars(kind).get("__call__"))
+        call: Any = inspect.unwrap(vars(kind).get("__call__", kind))
         if "cache_context" in getattr(getattr(call, "__code__", None), "co_names", ()):
             return None
     return (
