@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import sys
 import warnings
 from dataclasses import replace
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 import lesa
 from lesa.core.schedule import Schedule
 from lesa.evaluation.method import Bench
-from lesa.evaluation.peers import learned
 from lesa.evaluation.peers.learned import (
     L2P,
     LEARNED,
@@ -176,15 +174,6 @@ def test_a_value_lives_as_long_as_its_bench():
     gc.collect()
     third = Bench(50, seed=3)
     assert remembered(third) == [3]
-
-
-def test_the_statistics_folder_goes_with_the_bench():
-    own = Bench(50, seed=5)
-    folder = learned._hidden_statistics(own).name
-    assert os.path.isdir(folder)
-    del own
-    gc.collect()
-    assert not os.path.exists(folder)
 
 
 def test_statistics_of_a_bench_are_closed_with_it(bench):
