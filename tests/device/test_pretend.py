@@ -102,7 +102,10 @@ def test_a_read_tells_whose_code_it_was(gpu):
 
     with gpu.watched("lesa") as reads:
         own_noise_levels(None, torch.tensor([1.0, 0.5, 0.0], device="cuda"))
-    assert reads and all(read.place.startswith("hooks/noise_levels.py:") for read in reads)
+    assert reads and {read.owner for read in reads} == {"lesa"}
+    assert all(
+        read.place.startswith(("hooks/noise_levels.py:", "core/checks.py:")) for read in reads
+    )
     with gpu.watched("lesa") as reads:
         torch.ones(1, device="cuda").item()
     assert not reads
