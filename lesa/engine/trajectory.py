@@ -133,10 +133,10 @@ def weighed_latent(call: Call, like: Tensor) -> Tensor:
     """The current latent, to be mixed with features, with zeros where these have a variance behind;
     Refusal where it has another shape."""
     latent = as_batch(call.argument(call.denoiser.spec.latent))
-    if latent is not None and has_variance(like, latent):
-        latent = torch.cat([latent, torch.zeros_like(latent)], dim=1)
-    if latent is None or latent.shape != like.shape:
+    if latent is None or not (latent.shape == like.shape or has_variance(like, latent)):
         raise Refusal("latent and output differ in shape")
+    if latent.shape != like.shape:
+        latent = torch.cat([latent, torch.zeros_like(latent)], dim=1)
     return latent.to(like.dtype)  # under autocast the first ones may be wider
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "kind_of",
     "make_output",
     "read_sample",
+    "without_variance",
 ]
 
 
@@ -60,6 +61,11 @@ def has_variance(sample: torch.Tensor, latent: Any) -> bool:
         return False
     rows, channels, *others = latent.shape
     return sample.shape == (rows, 2 * channels, *others)
+
+
+def without_variance(sample: torch.Tensor, latent: Any) -> torch.Tensor:
+    """The sample without the variance behind it; itself where there is none."""
+    return sample[:, : latent.shape[1]] if has_variance(sample, latent) else sample
 
 
 def kind_of(output: Any) -> type | ListOf:

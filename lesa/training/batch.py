@@ -13,14 +13,13 @@ from torch import Tensor
 from lesa.hooks.batch_rows import pick_arguments
 from lesa.hooks.denoiser import Denoiser
 from lesa.hooks.outputs import ListOf, WithVariance, kind_of, read_sample
-from lesa.training.job import Job, in_batches, sample_of
+from lesa.training.job import Job, in_batches, sample_of, sampled
 from lesa.training.row_fit import Tail
 
 __all__ = ["Batch", "Computed"]
 
-Computed = tuple[
-    type | ListOf | WithVariance, Tensor, Tensor
-]  # class of an output, sample, feature
+# Kind of an output, sample, feature.
+Computed = tuple[type | ListOf | WithVariance, Tensor, Tensor]
 
 
 @dataclass
@@ -74,9 +73,11 @@ class Batch:
         for part in batches:
             given = self.rows(part)
             result, tapped, _ = self.denoiser.run((), given, tap=job.tap == "hidden")
-            sample = sample_of(self.denoiser, result, self.denoiser.latent((), given))
+            whole = read_sample(result)
+            assert whole is not None  # collect has refused such models
+            sample = sampled(self.denoiser, whole, self.denoiser.latent((), given))
             tapped = sample if job.tap == "output" else tapped
-            assert sample is not None and tapped is not None  # collect has refused such models
+            assert tapped is not None  # as well
             if output is None or feature is None:
                 feature = output = sample.new_zeros(self.total, *sample.shape[1:])
                 if tapped is not sample:
@@ -88,11 +89,5 @@ class Batch:
         assert output is not None and feature is not None
         output.flatten()[:1].cpu()  # waits for a device
         job.work.took(sum(map(len, batches)), time.perf_counter() - started)
-        whole = read_sample(result)
-        assert whole is not None
         kind = kind_of(result)
-        return (
-            (kind if whole.shape[1:] == output.shape[1:] else WithVariance(kind)),
-            output,
-            feature,
-        )
+        return kind if sample is whole else WithVariance(kind), output, feature

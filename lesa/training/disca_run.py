@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.hooks.added_noise import adds_noise, is_multistep
-from lesa.hooks.outputs import has_variance, read_sample
+from lesa.hooks.outputs import read_sample, without_variance
 from lesa.hooks.two_blocks import Bridge, Noted, TwoBlocks
 from lesa.training.disca_data import Batch
 from lesa.training.row_fit import ridge_fit
@@ -133,7 +133,7 @@ class Accelerated(nn.Module):
         given[self._latent] = latent.repeat(rows, *[1] * (latent.ndim - 1))
         sample = read_sample(self.model(**given))
         assert sample is not None
-        return sample[:, : latent.shape[1]] if has_variance(sample, given[self._latent]) else sample
+        return without_variance(sample, given[self._latent])
 
     def _moved(self, part: Any) -> Any:
         return part.to(self._device) if isinstance(part, Tensor) else part

@@ -19,7 +19,7 @@ from lesa.forecasters.source import is_hub_id
 from lesa.hooks.added_noise import adds_noise
 from lesa.hooks.attach import controlled
 from lesa.hooks.denoiser import Controller, Denoiser
-from lesa.hooks.outputs import has_variance, read_sample
+from lesa.hooks.outputs import read_sample, without_variance
 from lesa.hooks.pipeline import find_denoisers
 from lesa.hooks.pipeline_state import guidance_scales
 from lesa.hooks.prompt_inputs import pictures_per_prompt, prompt_arguments
@@ -237,18 +237,18 @@ def followed(denoiser: Denoiser, kwargs: dict[str, Any]) -> Step:
 
 
 def sample_of(denoiser: Denoiser, output: Any, latent: Any) -> torch.Tensor | None:
-    """What a call returns for the sampler; None where that is no single tensor.
-
-    A learned variance is no part of it, unless the scheduler is one that uses it.
-    """
+    """What a call returns for the sampler; None where that is no single tensor."""
     sample = read_sample(output)
-    if sample is None or not has_variance(sample, latent):
-        return sample
+    return None if sample is None else sampled(denoiser, sample, latent)
+
+
+def sampled(denoiser: Denoiser, sample: torch.Tensor, latent: Any) -> torch.Tensor:
+    """The part of a sample that the sampler uses: without a learned variance, unless the scheduler
+    is one that uses it too; itself where that is all of it."""
     pipe = next(iter(denoiser.clock.pipes), None)
     config = getattr(getattr(pipe, "scheduler", None), "config", {})
-    if str(config.get("variance_type")).startswith("learned"):
-        return sample
-    return sample[:, : latent.shape[1]]
+    learned = str(config.get("variance_type")).startswith("learned")
+    return sample if learned else without_variance(sample, latent)
 
 
 def parts_of(rows: int, pictures: int) -> int:
