@@ -32,6 +32,12 @@ def make_job(name, prompts=2, **more):
     return Job(pipe, [f"prompt {i}" for i in range(prompts)], call)
 
 
+def decibels(plain, fast):
+    """dB of each picture: the mean square of the plain one over that of the difference."""
+    plain, fast = plain.double().flatten(1), fast.double().flatten(1)
+    return -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
+
+
 def reuse(width):
     def rows(schedule, sigmas, branch):
         table = torch.zeros(schedule.num_steps, width, dtype=torch.float64)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDPMScheduler
-from training_jobs import STEPS, make
+from training_jobs import STEPS, decibels, make
 
 import lesa
 from lesa.hooks.outputs import WithVariance, has_variance, make_output
@@ -27,11 +27,6 @@ def cut(pipe):
     pipe.transformer = type(whole).from_config(config).eval()
     pipe.transformer.load_state_dict(state)
     return pipe
-
-
-def decibels(plain, fast):
-    plain, fast = plain.double().flatten(1), fast.double().flatten(1)
-    return -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
 
 
 def trained(pipe, call, tap):

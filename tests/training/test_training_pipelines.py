@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from training_jobs import BATCHED, GUIDANCE, STEPS, TWO_CALLS, make, make_job, reuse
+from training_jobs import BATCHED, GUIDANCE, STEPS, TWO_CALLS, decibels, make, make_job, reuse
 
 import lesa
 from lesa.core.schedule import Schedule
@@ -19,11 +19,6 @@ from lesa.training.collect import collect
 from lesa.training.job import Job, parts_of
 from lesa.training.rollout import Rollout, RolloutSpec, Visit
 from lesa.training.statistics import Statistics
-
-
-def decibels(plain, fast):
-    plain, fast = plain.double().flatten(1), fast.double().flatten(1)
-    return -10 * torch.log10((plain - fast).square().mean(1) / plain.square().mean(1))
 
 
 def test_joint_gram_holds_the_products_of_a_picture_own_rows():
