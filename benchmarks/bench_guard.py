@@ -59,10 +59,10 @@ class Recorder(OutputTap):
         if past:
             newest, last = past[-1]
             self._note("change", step.index, now - last, now)
-            slope = 0.0
+            line = last
             if len(past) > 1:
-                slope = (level - newest) / (newest - past[-2][0])
-            line = last + slope * (last - past[-2][1]) if slope else last
+                before, earlier = past[-2]
+                line = last + (level - newest) / (newest - before) * (last - earlier)
             self._note("line", step.index, now - line, now)
         past.append((level, now))
         return feature
