@@ -20,6 +20,7 @@ from lesa.engine.fit_to_model import check_model, controller_of, left_out, with_
 from lesa.engine.predicted import PredictedController, form_of
 from lesa.engine.stats import Stats
 from lesa.errors import LesaError
+from lesa.forecasters.guard import Mode
 from lesa.forecasters.named import named
 from lesa.forecasters.target import Quality
 from lesa.hooks.attach import attach, attached, detach
@@ -50,6 +51,7 @@ def enable(
     target_speedup: float | None = None,
     target_psnr: float | None = None,
     quality: Quality | None = None,
+    guard: Mode | None = None,
     tap: Tap | None = None,
     graph: Literal["auto", "off"] = "auto",
     memory_limit: int | None = None,
@@ -79,6 +81,7 @@ def enable(
         target_speedup=target_speedup,
         target_psnr=target_psnr,
         quality=quality,
+        guard=guard,
         tap=tap,
         graph=graph,
         memory_limit=memory_limit,

@@ -133,7 +133,7 @@ class Plan:
 
 
 def cost_of(
-    budget: str | None,
+    given: Budget,
     step_seconds: float | None,
     steps: Sequence[int],
     full_steps: Sequence[int],
@@ -146,14 +146,14 @@ def cost_of(
 
     Raises: LesaError for time that does not pay for the least.
     """
-    given = Budget.parse(budget)
     each = None if step_seconds is None else step_seconds * sum(steps)
     if given.seconds is not None and each is None:
         return Cost(None, None, given.seconds)
     if each is not None:
         given = given.known(each, prompts, judging, full_steps, steps[0])
     shares = [given.per_prompt(n, len(full_steps), steps[0], prompts) for n in full_steps]
-    generations = prompts * (1 + sum(shares))
+    guards = [given.guarding(n, steps[0]) for n in full_steps]
+    generations = prompts * (1 + sum(shares) + sum(guards))
     seconds = None if each is None else each * generations
     return Cost(generations, generations * sum(steps), seconds)
 

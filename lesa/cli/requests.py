@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,10 +16,13 @@ from lesa.cli.run_request import RunRequest
 from lesa.errors import LesaError
 from lesa.util.prompts import check_text, read_other_prompts, read_prompts
 
+if TYPE_CHECKING:
+    from lesa.training.budget import Budget
+
 FORMS, TAPS = ("continuous", "disca", "paper", "table"), ("hidden", "output")
 MOST_ROUNDS, MOST_FPS = 100, 1000
 COUNTED = {"model", "flops_only", "full_steps", "num_inference_steps", "height", "width", "frames"}
-QUALITIES = ("best", "balanced", "fast")
+QUALITIES, MODES = ("best", "balanced", "fast"), ("off", "route", "spend")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,14 @@ class TrainRequest(RunRequest):
             rich_help_panel=FORECASTER,
         ),
     ] = None
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="Look for a rule for pictures at risk: route, or spend more full steps.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.among(MODES),
+        ),
+    ] = None
     num_inference_steps: Annotated[
         str | None,
         typer.Option(
@@ -100,6 +111,8 @@ class TrainRequest(RunRequest):
         check_at_least(0, polish=self.polish)
         check_at_most(MOST_ROUNDS, polish=self.polish)
         check_finite(target_psnr=self.target_psnr)
+        if self.guard is not None:
+            choose(self.guard, MODES, "guard")
         check_step_seconds(self.step_seconds, self.dry_run)
         from lesa.training.arguments import checked_settings
         from lesa.training.numbers import checked_budget, checked_target
@@ -111,6 +124,13 @@ class TrainRequest(RunRequest):
             checked_target(self.target_psnr, self.form, None, ())
         except LesaError as error:
             raise LesaError(str(error).replace("target_psnr", "target-psnr", 1)) from None
+
+    @property
+    def allowed(self) -> Budget:
+        """What training may cost."""
+        from lesa.training.budget import Budget
+
+        return Budget.parse(self.budget, self.guard not in (None, "off"))
 
     def texts(self) -> list[str]:
         """The calibration prompts; LesaError if there is none."""
@@ -184,10 +204,20 @@ class GenerateRequest(RunRequest):
             autocompletion=completion.among(QUALITIES),
         ),
     ] = None
+    guard: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a forecaster that was trained with one: route, spend or off.",
+            rich_help_panel=FORECASTER,
+            autocompletion=completion.among(MODES),
+        ),
+    ] = None
     num_inference_steps: Steps = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guard is not None:
+            choose(self.guard, MODES, "guard")
         check_at_least(1, fps=self.fps, num_inference_steps=self.num_inference_steps)
         check_at_most(MOST_FPS, fps=self.fps)
         check_finite(target_speedup=self.target_speedup, target_psnr=self.target_psnr)

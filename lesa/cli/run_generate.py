@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -56,7 +56,7 @@ def _checked(request: GenerateRequest) -> tuple[Any, dict[str, Any], dict[str, A
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
     check_one_each(settings, "generate makes")
     steps = settings["num_inference_steps"]
-    cache = checked_schedule(forecaster, request.full, steps)
+    cache = checked_schedule(forecaster, request.full, steps) | _guarded(forecaster, request)
     request.check_target()
     require_writable(request.out)
     check_json(request.json)
@@ -126,6 +126,19 @@ def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) 
     else:
         _check_reach(forecaster, asked, num_steps)
     return dict(asked)
+
+
+def _guarded(forecaster: Any, request: GenerateRequest) -> dict[str, str]:
+    """The argument of `lesa.enable` for a guard, if one was asked for; LesaError where there is
+    none."""
+    if request.guard is None:
+        return {}
+    from lesa.engine.config import LesaConfig
+
+    if forecaster is None:
+        raise LesaError(f"guard={request.guard!r}: it needs a forecaster; give --forecaster too")
+    LesaConfig(forecaster, guard=cast(Any, request.guard))  # which checks it
+    return {"guard": request.guard}
 
 
 def _check_reach(forecaster: Any, asked: Mapping[str, Any], num_steps: int) -> None:

@@ -12,7 +12,9 @@ from rich.table import Table
 from torch import Tensor
 
 from lesa.cli.output import say
+from lesa.core.schedule import Schedule
 from lesa.forecasters.calibration import Calibration
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth, speedup
 
 SHADES = " ░▒▓█"
@@ -31,6 +33,7 @@ def describe(forecaster: Any) -> dict[str, Any]:
                 "full_steps": list(entry.schedule.full_steps),
                 "sigmas": list(entry.sigmas),
                 "worth": None if entry.worth is None else entry.worth.to_dict(),
+                "guard": None if entry.guard is None else _guard(entry.guard, entry.schedule),
                 "speedup": _speedup(entry),
                 "made_from": _made_from(_table(forecaster, entry, forecaster.branches[0])),
                 "tables": {
@@ -51,9 +54,12 @@ def print_forecaster(forecaster: Any, console: Console) -> None:
         console.print(worth_table(forecaster.calibrations))
     for entry in forecaster.calibrations:
         schedule = entry.schedule
-        steps = "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
         say(console, f"\n{len(schedule.full_steps)} of {schedule.steps} steps in full")
-        say(console, f"  {'full':>8} {steps}")
+        say(console, f"  {'full':>8} {_full(schedule)}")
+        if entry.guard is not None:
+            guard = entry.guard
+            told = f"where the change at step {guard.step} is above {guard.limit:.3g}"
+            say(console, f"  {guard.kind:>8} {_full(guard.schedule)}  {told}")
         first = _table(forecaster, entry, forecaster.branches[0])
         say(console, f"  {'from':>8} {_sources(first)}")
         for whose, table in _tables(forecaster, entry):
@@ -108,9 +114,21 @@ def _three(value: float | None) -> str:
 
 
 def _speedup(entry: Calibration) -> float:
-    """Predicted, of the denoising."""
+    """Predicted, of the denoising, in the mean where a guard spends full steps."""
     share = None if entry.worth is None else entry.worth.share
-    return speedup(len(entry.schedule.full_steps), entry.schedule.steps, share)
+    return speedup(entry.mean_full_steps, entry.schedule.steps, share)
+
+
+def _guard(guard: Guard, schedule: Schedule) -> dict[str, Any]:
+    """What a guard does, as plain values."""
+    return {
+        "kind": guard.kind,
+        "step": guard.step,
+        "limit": guard.limit,
+        "full_steps": list(guard.schedule.full_steps),
+        "extra_steps": list(guard.extra_steps(schedule)),
+        "share": guard.share,
+    }
 
 
 def _in_words(value: Any) -> str:
@@ -157,6 +175,11 @@ def _worth_lines(calibrations: Sequence[Calibration]) -> dict[str, list[dict[str
             line = lines.setdefault(f"of {entry.schedule.steps} steps", [])
             line.append(point | entry.worth.to_dict())
     return lines
+
+
+def _full(schedule: Schedule) -> str:
+    """One character per step, dark for a full one."""
+    return "".join("█" if schedule.is_full(s) else "·" for s in range(schedule.steps))
 
 
 def _made_from(table: Any) -> list[str]:

@@ -47,7 +47,7 @@ def print_plan(
     if request.attention_backend is not None:
         check_name(request.attention_backend)
     recipe = request.recipe
-    cost = cost_of(request.budget, request.step_seconds, steps, full_steps, prompts, judging)
+    cost = cost_of(request.allowed, request.step_seconds, steps, full_steps, prompts, judging)
     measures = {
         name: value
         for name, value in asdict(recipe.preparation).items()

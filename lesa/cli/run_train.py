@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
@@ -15,7 +15,8 @@ from lesa.cli.requests import TrainRequest
 from lesa.cli.run_plan import check_memory, print_plan
 from lesa.cli.schedulers import check_steps
 from lesa.errors import LesaError
-from lesa.training.budget import Budget, default_judges
+from lesa.training.budget import default_judges
+from lesa.training.numbers import check_guard
 from lesa.util.files import require_writable
 from lesa.util.progress import Progress
 from lesa.util.ranks import Ranks, joined
@@ -78,6 +79,7 @@ def _train(
         validation=validation,
         budget=request.budget,
         target_psnr=request.target_psnr,
+        guard=cast(Any, request.guard),
         batch_size=request.batch_size,
         call=settings,
         seed=request.seed,
@@ -120,8 +122,10 @@ def _asked(
     check_steps(max(steps), saved.scheduler)
     settings["num_inference_steps"] = max(steps)
     counts = _full_steps(request, steps)
+    everyone = len(texts) + validation
+    check_guard(request.guard, request.form, everyone)
     judging = _judging(texts, validation)
-    Budget.parse(request.budget).check(len(texts) + validation, judging, counts, steps[0])
+    request.allowed.check(everyone, judging, counts, steps[0])
     return settings, steps, counts
 
 

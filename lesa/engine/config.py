@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from lesa.core.checks import MOST_STEPS, reals, shown, whole
 from lesa.core.forecaster import Forecaster, Tap
 from lesa.core.schedule import Schedule
 from lesa.engine.full_steps import Choice, by_count, by_default, by_target
 from lesa.errors import LesaError, RunError
+from lesa.forecasters.guard import Guard, Mode, check_mode
 from lesa.forecasters.named import named
 from lesa.forecasters.prior import Prior
 from lesa.forecasters.target import Quality, Target
@@ -47,6 +48,9 @@ class LesaConfig:
         scheduler: the diffusers scheduler of a custom loop, instead of the two above.
         target_speedup, target_psnr, quality: instead of a count, what it shall reach; see
             `lesa.forecasters.target.Target`. The count is chosen when a generation begins.
+        guard: what a picture at risk gets: "off" for nothing, "route" for another list of as many
+            full steps, "spend" for further ones; by default what training found to pay, if
+            anything. See `lesa.forecasters.guard.Guard`.
         memory_limit: bytes that the cached features of all requests may take together; steps of a
             request that finds no room are computed in full. No limit if None. CUDA graphs, which
             have features in buffers of their own, are not counted.
@@ -66,6 +70,7 @@ class LesaConfig:
     target_speedup: float | None = None
     target_psnr: float | None = None
     quality: Quality | None = None
+    guard: Mode | None = None
     memory_limit: int | None = None
 
     def __post_init__(self) -> None:
@@ -82,6 +87,7 @@ class LesaConfig:
         if not isinstance(self.graph, str) or self.graph not in ("auto", "off"):
             raise LesaError(f"graph={shown(self.graph)}: unknown; give 'auto' or 'off'")
         self._check_loop()
+        self._check_guard()
         if self.memory_limit is not None:
             limit = whole("memory_limit", self.memory_limit, 1)
             object.__setattr__(self, "memory_limit", limit)
@@ -112,6 +118,14 @@ class LesaConfig:
         if self.target is not None:
             return by_target(self.forecaster, self.target, num_steps, sigmas)
         return by_default(self.forecaster, num_steps, sigmas)
+
+    def guard_of(self, schedule: Schedule, sigmas: Sequence[float]) -> Guard | None:
+        """What guards a run that follows a schedule at these noise levels, if anything does."""
+        known = [] if self.guard == "off" else getattr(self.forecaster, "calibrations", [])
+        entry = next((c for c in known if c.guard and c.matches(schedule, sigmas)), None)
+        if entry is None or self.guard not in (None, entry.guard.kind):
+            return None
+        return cast(Guard, entry.guard)
 
     def check_run(
         self,
@@ -161,6 +175,17 @@ class LesaConfig:
                 f"full_steps={shown(self.full_steps)}: not a count; give a whole number >= 1, "
                 "or a list of steps as schedule=Schedule.explicit(steps)"
             ) from None
+
+    def _check_guard(self) -> None:
+        check_mode(self.guard)
+        known = [c.guard.kind for c in getattr(self.forecaster, "calibrations", []) if c.guard]
+        if self.guard in (None, "off", *known):
+            return
+        has = f"has guard={known[0]!r}" if known else "has none"
+        raise LesaError(
+            f"guard={self.guard!r}: the forecaster {self.forecaster.name} {has}; leave guard out, "
+            f"or train with guard={self.guard!r}"
+        )
 
     def _check_loop(self) -> None:
         """The steps and the noise levels of a custom loop, as far as they are given."""

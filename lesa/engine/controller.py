@@ -19,6 +19,7 @@ from lesa.engine.options import current_options
 from lesa.engine.plans import Plans
 from lesa.engine.pool import Pool
 from lesa.engine.stats import Counters, Stats
+from lesa.engine.step_table import Guarded
 from lesa.engine.trajectory import FeatureTap, OutputTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.attach import refuse_other_cache
@@ -207,8 +208,27 @@ class CacheController:
                 self.counters.watch(feature)
             if feature is not None and trajectory.ring and trajectory.ring.pushed == 1:
                 self.counters.set_ring_bytes(call.request.kept.nbytes)
+            if trajectory.guarded is not None:
+                self._guard(call, trajectory, run, trajectory.guarded)
         except Exception as error:
             self.recover(call, error, computed=True)
+
+    def _guard(self, call: Call, trajectory: Trajectory, run: Run, guarded: Guarded) -> None:
+        """Look whether a picture is at risk, where this is the step for it; the first branch that
+        is called decides for all."""
+        guard, kept = guarded.guard, call.request.kept
+        if call.step.index != guard.step:
+            return
+        if kept.at_risk is None:
+            risk = trajectory.risk(call)
+            if risk is None:
+                return
+            kept.at_risk = risk > guard.limit
+            self.counters.set_risk(risk)
+            if kept.at_risk:
+                self.counters.add_guarded(guard.schedule.full_steps, guarded.extra)
+        if kept.at_risk:
+            trajectory.act(call, run)
 
     def _begin(self, call: Call) -> None:
         """A generation begins: its budget, its schedule, and nothing of the one before."""

@@ -51,7 +51,7 @@ class HiddenTap:
         has a ring of its own, since that lies in its buffers."""
         tail, prepared, data = self._tail_of(call.denoiser), None, None
         if tail is not None and read_sample(run.output) is not None:
-            prepared = tail.prepare(call, run.embedded, feature)
+            prepared = tail.prepare(call, run.embedded, feature, len(table.rows))
         if prepared is not None:
             data = prepared.claim(call, table, feature)
         if data is None:

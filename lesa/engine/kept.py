@@ -26,10 +26,12 @@ class Decision(NamedTuple):
 @dataclass(slots=True)
 class Kept:
     """What the engine keeps of a request: its trajectories by guidance branch, and its budget;
-    where the model cannot be run with that, `problem` says why."""
+    where the model cannot be run with that, `problem` says why. `at_risk` tells whether a guard has
+    something to do, once it has looked."""
 
     plan: Plan
     problem: str | None = None
+    at_risk: bool | None = None
     trajectories: dict[str, Trajectory] = field(default_factory=dict)
 
     @property

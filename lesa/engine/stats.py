@@ -30,8 +30,10 @@ class Stats:
     all branches together. `seconds_*` are the host's: on an accelerator work may still be queued.
     `graphs` counts what happened to CUDA graphs of skipped steps (captured, invalidated, failed,
     and refused with the reason). `left_out` names denoisers of the pipeline that run as before.
-    `not_finite` counts full steps that left NaN or inf in the cache. `chosen` says for which
-    target the full steps of the newest generation were chosen, and from what. `off` counts calls
+    `not_finite` counts full steps that left NaN or inf in the cache. `chosen` says for which target
+    the full steps of the newest generation were chosen, and from what. `risk` is what a guard saw
+    in it, None where none looked, and `extra_steps` are the full steps that it added; `guarded`
+    counts the generations in which it acted (`lesa.forecasters.guard.Guard`). `off` counts calls
     inside of `lesa.options(off=True)`. `pool` holds bytes and counts of the memory that rings share
     (see `lesa.engine.pool.PoolState`).
     """
@@ -52,11 +54,17 @@ class Stats:
     not_finite: int = 0
     chosen: str = ""
     off: int = 0
+    guarded: int = 0
+    risk: float | None = None
+    extra_steps: tuple[int, ...] = ()
     pool: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self) | {"full_steps": list(self.full_steps)}
+        return asdict(self) | {
+            "full_steps": list(self.full_steps),
+            "extra_steps": list(self.extra_steps),
+        }
 
     def as_dict(self) -> dict[str, float]:
         """All numbers under the names that Prometheus scrapes: `lesa_calls_total{kind="full"}`."""
@@ -67,6 +75,7 @@ class Stats:
             'lesa_call_seconds_total{kind="full"}': self.seconds_full,
             'lesa_call_seconds_total{kind="skipped"}': self.seconds_skipped,
             "lesa_generations_total": self.generations,
+            "lesa_guarded_total": self.guarded,
             "lesa_not_finite_total": self.not_finite,
             "lesa_ring_bytes": self.ring_bytes,
         }
@@ -85,9 +94,12 @@ class Stats:
     def joined(cls, parts: Sequence[Stats]) -> Stats:
         """Of the denoisers of one pipeline: the first one's, with calls, bytes and seconds added.
 
-        All take part in one generation, so their number is the largest.
+        All take part in one generation, so the numbers of these are the largest.
         """
-        total = replace(parts[0], generations=max(part.generations for part in parts))
+        most = {
+            name: max(getattr(part, name) for part in parts) for name in ("generations", "guarded")
+        }
+        total = replace(parts[0], **most)
         sums = "full", "skipped", "off", "ring_bytes", "seconds_full", "seconds_skipped"
         for name in (*sums, "not_finite"):
             setattr(total, name, sum(getattr(part, name) for part in parts))
@@ -110,6 +122,9 @@ class Stats:
         ]
         if self.chosen:
             lines.append(f"  chosen   for {self.chosen}")
+        if self.risk is not None:
+            extra = f", more full steps: {self.extra_steps}" if self.extra_steps else ""
+            lines.append(f"  guarded  {self.guarded:6d}  newest risk {self.risk:.3g}{extra}")
         if self.off:
             lines.append(f"  off      {self.off:6d}")
         lines += [f"  fallback {count:6d}  {why}" for why, count in self.fallbacks.items()]
@@ -189,7 +204,19 @@ class Counters:
         """The schedule of the newest generation, and for which target it was chosen."""
         with self._lock:
             self._stats.chosen = chosen
+            self._stats.risk, self._stats.extra_steps = None, ()
             self._stats.full_steps, self._stats.num_steps = full_steps, num_steps
+
+    def set_risk(self, risk: float) -> None:
+        """What a guard saw in the newest generation."""
+        with self._lock:
+            self._stats.risk = risk
+
+    def add_guarded(self, full_steps: tuple[int, ...], extra: tuple[int, ...]) -> None:
+        """A guard acts in the newest generation, whose full steps are these now."""
+        with self._lock:
+            self._stats.guarded += 1
+            self._stats.full_steps, self._stats.extra_steps = full_steps, extra
 
     def set_ring_bytes(self, ring_bytes: int) -> None:
         """The cache of the newest generation."""

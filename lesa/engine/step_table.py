@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lesa.core.table import GatedRows, Table
+from lesa.forecasters.guard import Guard
 
-__all__ = ["DeviceTable", "Row", "StepTable", "gates_by_step"]
+__all__ = ["DeviceTable", "Guarded", "Row", "StepTable", "gates_by_step"]
 
 
 class Row(NamedTuple):
@@ -35,6 +36,15 @@ class DeviceTable(NamedTuple):
     gated: GatedRows | None = None
 
 
+class Guarded(NamedTuple):
+    """What becomes of the rest of a run if a picture of it is at risk: another table, or steps of
+    this one that are computed in full all the same."""
+
+    guard: Guard
+    other: StepTable | None = None
+    extra: tuple[int, ...] = ()
+
+
 class StepTable:
     """A table, unpacked for the step path.
 
@@ -43,10 +53,11 @@ class StepTable:
     `pushes[s]` says whether step s's feature enters the ring and `expected[s]` how many have
     entered before it. Features that no later step needs do not enter, and `history` is no more
     than any row reaches back. `last` is the last skipped step (0 where there is none), after
-    which no ring is needed.
+    which no ring is needed. `guarded` says what a picture at risk gets, if anything.
     """
 
-    def __init__(self, table: Table, parts: int = 1) -> None:
+    def __init__(self, table: Table, parts: int = 1, guarded: Guarded | None = None) -> None:
+        self.guarded = guarded
         self.parts = parts if parts == table.parts else 1
         table = (table if self.parts > 1 else replace(table, split=None)).trimmed()
         schedule, width = table.schedule, table.history

@@ -8,7 +8,7 @@ from lesa.core.forecaster import Forecaster
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.engine.config import LesaConfig
-from lesa.engine.step_table import StepTable
+from lesa.engine.step_table import Guarded, StepTable
 from lesa.errors import LesaError
 from lesa.forecasters.config_check import LARGEST_SUM, largest_sum
 from lesa.forecasters.lesa import LesaForecaster
@@ -73,7 +73,7 @@ class StepTables:
     def _make(self, step: Step, parts: int, over: Excess | None) -> StepTable | str:
         start = step.index
         try:
-            schedule = self.schedule(step)
+            whole = schedule = self.schedule(step)
             if start:
                 later = [s - start for s in schedule.full_steps if s > start]
                 schedule = Schedule.explicit([0, *later], step.num_steps - start)
@@ -91,7 +91,13 @@ class StepTables:
                 return f"no table: {error}"
             raise
         self._warn_of_large(table)
-        return StepTable(table, parts)
+        guard = None if start else self._config.guard_of(whole, step.sigmas)
+        if guard is None:
+            return StepTable(table, parts)
+        if guard.kind == "spend":
+            return StepTable(table, parts, Guarded(guard, extra=guard.extra_steps(whole)))
+        other = forecaster.table(guard.schedule, step.sigmas, step.branch, **options)
+        return StepTable(table, parts, Guarded(guard, other=StepTable(other, parts)))
 
     def _warn_of_count(self, told: str) -> None:
         """Tell, once, of a run that is shorter than the full steps that were asked for."""

@@ -127,13 +127,15 @@ class ModulatedTail:
         return times
 
     def prepare(
-        self, call: Call, embedded: tuple[Any, ...] | None, feature: Tensor
+        self, call: Call, embedded: tuple[Any, ...] | None, feature: Tensor, steps: int
     ) -> PreparedTail | None:
-        """The tail for the conditioning of this call, or None where it is not understood."""
+        """The tail for the last so many steps with the conditioning of this call, or None where it
+        is not understood."""
         batch = feature.shape[0]
         if not embedded or not isinstance(embedded[0], Tensor) or embedded[0].shape != (batch,):
             return None
-        prepared = PreparedTail(self, call, embedded, self._times_of(call.step, embedded[0]))
+        known = self._times_of(call.step, embedded[0])
+        prepared = PreparedTail(self, call, embedded, known, steps)
         width = prepared.modulation(feature).scale.shape[-1]
         return prepared if width == feature.shape[-1] else None
 
@@ -142,11 +144,17 @@ class PreparedTail:
     """A `ModulatedTail` for one trajectory: its steps, its prompts, its guidance."""
 
     def __init__(
-        self, tail: ModulatedTail, call: Call, embedded: tuple[Any, ...], times: _Times
+        self,
+        tail: ModulatedTail,
+        call: Call,
+        embedded: tuple[Any, ...],
+        times: _Times,
+        steps: int,
     ) -> None:
         self.tail = tail
         self._times, self._known = times, 0
-        self._steps, self._like = range(call.step.index, call.step.num_steps), embedded[0]
+        total, self._like = call.step.num_steps, embedded[0]
+        self._steps = range(total - steps, total)
         self._rest = [_repeated(value, len(self._steps), len(self._like)) for value in embedded[1:]]
         self._guidance, self._turn = call.argument("guidance"), call.denoiser.turn
         self._graph: TailGraph | None = None

@@ -18,10 +18,18 @@ from lesa.engine.mixer import Mixer
 from lesa.engine.packed_output import PackedOutput
 from lesa.engine.pool import Lease, Pool
 from lesa.engine.ring import Ring
-from lesa.engine.step_table import StepTable
+from lesa.engine.step_table import Guarded, StepTable
 from lesa.errors import LesaError
+from lesa.forecasters.guard import relative_change
 from lesa.hooks.denoiser import Call, Run
-from lesa.hooks.outputs import as_batch, has_variance, kind_of, make_output, read_sample
+from lesa.hooks.outputs import (
+    as_batch,
+    has_variance,
+    kind_of,
+    make_output,
+    read_sample,
+    without_variance,
+)
 from lesa.hooks.step_clock import Step
 
 __all__ = [
@@ -182,6 +190,7 @@ class Trajectory:
     ) -> None:
         self.origin = call.step.index
         self._table, self._tap = table, tap
+        self._extra: frozenset[int] = frozenset()
         self._forecast: Forecast | None = None
         num_steps = self.origin + len(table.rows)
         places = set() if remade is None else remade
@@ -197,7 +206,8 @@ class Trajectory:
 
     def skips(self, step: Step) -> bool:
         """Whether the table forecasts this step."""
-        return self._table.rows[step.index - self.origin] is not None
+        index = step.index - self.origin
+        return self._table.rows[index] is not None and index not in self._extra
 
     def enters(self, step: Step) -> bool:
         """Whether a later step needs the feature of this one."""
@@ -244,6 +254,8 @@ class Trajectory:
         self._lease.touch()
         feature, forecast = self._tap.take(call, run), self._forecast
         if not self.enters(call.step):
+            if call.step.index - self.origin == self._table.last:  # computed in full after all
+                self.release(again=True)
             return None
         if feature is None:
             raise Refusal(f"no single tensor at the {self._tap.name} tap")
@@ -255,6 +267,43 @@ class Trajectory:
             raise Refusal("feature changed in shape, dtype or device")
         forecast.ring.push(feature)
         return feature
+
+    @property
+    def guarded(self) -> Guarded | None:
+        """What becomes of the rest of it if a picture is at risk, as long as that is open."""
+        return self._table.guarded
+
+    def risk(self, call: Call) -> float | None:
+        """The largest relative change of a row from the feature before to the newest one, without a
+        learned variance; None where the ring does not hold both. Waits for the device."""
+        ring = self.ring
+        if ring is None or ring.count < 2:
+            return None
+        latent = as_batch(call.argument(call.denoiser.spec.latent))
+        newest, before = (without_variance(ring.features[slot], latent) for slot in ring.order[:2])
+        return float(relative_change(newest, before).max())
+
+    def act(self, call: Call, run: Run) -> None:
+        """Go on, after this full step, as a picture at risk does.
+
+        Raises:
+            Refusal: there is no memory for it.
+        """
+        guarded, forecast = self._table.guarded, self._forecast
+        assert guarded is not None and forecast is not None  # its risk was read
+        if guarded.other is None:
+            self._extra = frozenset(guarded.extra)
+            return
+        self._table, old = guarded.other, forecast.ring
+        kept = [old.features[slot].clone() for slot in reversed(old.order[: old.count])]
+        pushed, self._forecast = old.pushed, None
+        del forecast, old  # a graph has a ring of its own
+        self._lease.end()
+        forecast = self._tap.forecast(call, run, kept[-1], self._table, self._memory)
+        for feature in kept:
+            forecast.ring.push(feature)
+        forecast.ring.pushed = pushed
+        self._forecast = forecast
 
     def _memory(self, history: int, like: Tensor) -> Tensor:
         """See `Memory`."""

@@ -35,7 +35,8 @@ class Method:
     wanted: the number of full steps that it was built for, where no schedule tells: of an adaptive
         method the nominal one, whose measured mean the row reports.
     overrides: arguments of `pipe(...)` that differ from the plain run's, e.g. `sigmas`.
-    one_by_one: an adaptive method decides for a whole batch; it is run prompt by prompt.
+    one_by_one: an adaptive method, or a guard, decides for a whole batch; it is run prompt by
+        prompt.
     note: what it does, in a few words, where the number of full steps does not say it all.
     """
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import product
+from typing import Any
 
 from lesa.core.schedule import Schedule, check_count
 from lesa.errors import LesaError
@@ -115,11 +116,20 @@ def build(name: str, full_steps: int, bench: Bench, *, searched: Schedule | None
         return PEERS[name].build(name, full_steps, bench, searched)
     schedule = searched or bench.forecaster.schedule_for(full_steps, bench.num_steps)
     schedule = schedule.bind(bench.num_steps)
-    made = (
-        None if searched else untrained(getattr(bench.forecaster, "calibrations", ()), full_steps)
+    calibrations = getattr(bench.forecaster, "calibrations", ())
+    made = None if searched else untrained(calibrations, full_steps)
+    notes = [f"not trained: {made}"] if made else []
+    guards = {c.guard.kind for c in calibrations if c.guard and c.schedule == schedule}
+    notes += [f"guard: {kind}" for kind in sorted(guards)]
+    return Method(
+        name,
+        bench.num_steps,
+        bench.forecaster,
+        schedule,
+        "searched",
+        one_by_one=bool(guards),
+        note="; ".join(notes),
     )
-    note = f"not trained: {made}" if made else ""
-    return Method(name, bench.num_steps, bench.forecaster, schedule, "searched", note=note)
 
 
 def build_all(
@@ -130,10 +140,25 @@ def build_all(
     With `searched` every peer that can also runs on the list that lesa's forecaster recommends.
     """
     found: dict[str, Method] = {}
-    for count, name in product(counts, tuple(map(canonical, names))):
+    names, counts = tuple(map(canonical, names)), tuple(counts)
+    more = [] if bench.forecaster is None else _spent(bench.forecaster, counts, bench.num_steps)
+    for count, name in product((*counts, *more), names):
+        if name == "lesa" and count in more:
+            continue
         methods = [build(name, count, bench)]
         if searched and bench.forecaster is not None and name != "lesa" and PEERS[name].takes_lists:
             shared = bench.forecaster.schedule_for(count, bench.num_steps)
             methods.append(build(name, count, bench, searched=shared))
         found |= {method.label: method for method in methods}
     return list(found.values())
+
+
+def _spent(forecaster: Any, counts: Sequence[int], num_steps: int) -> list[int]:
+    """Numbers of full steps between what was wanted and the most that a guard makes of it, which
+    peers get too, so that they can be compared at an equal mean."""
+    found: set[int] = set()
+    for entry in getattr(forecaster, "calibrations", ()):
+        count, guard = len(entry.schedule.full_steps), entry.guard
+        if guard is not None and count in counts and entry.schedule.steps == num_steps:
+            found |= {*range(count + 1, count + 1 + len(guard.extra_steps(entry.schedule)))}
+    return sorted(found - {*counts}, reverse=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ _MORE = 1.15  # times lesa's full steps: what a peer may have and still do compa
 
 
 def wanted(row: Row) -> int:
-    """The number of full steps that a row was built for; of an adaptive method the nominal one."""
+    """The number of full steps that a row was built for: of an adaptive method the nominal one, of
+    lesa with a guard that spends some no fewer than the mean."""
+    if row.get("method") == OURS:
+        return ceil(row["full_steps"] - 1e-9)
     return int(row["label"].rsplit("@", 1)[1]) if "label" in row else round(row["full_steps"])
 
 

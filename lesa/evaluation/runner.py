@@ -64,6 +64,8 @@ def _enabled(pipe: Any, method: Method, measured: MetricsRow | None = None) -> I
             measured.cache_bytes = max(measured.cache_bytes, counters.ring_bytes)
             for reason, count in counters.fallbacks.items():
                 measured.fallbacks[reason] = measured.fallbacks.get(reason, 0) + count
+            if counters.risk is not None:
+                measured.full_steps.append(len(counters.full_steps))
 
 
 def run_method(

@@ -10,7 +10,12 @@ from lesa.core.forecaster import check_sigmas
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
-from lesa.forecasters.calibration import Calibration, extended, schedule_for
+from lesa.forecasters.calibration import (
+    SIGMA_TOLERANCE,
+    Calibration,
+    extended,
+    schedule_for,
+)
 from lesa.forecasters.continuous import TableForm
 from lesa.forecasters.damping import Rows
 from lesa.forecasters.disca import DiscaForm
@@ -85,7 +90,7 @@ class Calibrated(FullPrecision):
             )
         entry = self.recommend(schedule, sigmas)
         entry.rows[branch] = table.coefficients
-        entry.worth = None  # was measured with other rows, if at all
+        entry.worth = entry.guard = None  # were measured with other rows, if at all
         entry.split.pop(branch, None)
         if table.split is not None:
             entry.split[branch] = table.split
@@ -117,9 +122,15 @@ class Calibrated(FullPrecision):
         return schedule_for(self.calibrations, full_steps, num_steps, sigmas)
 
     def _fitted(self, schedule: Schedule, levels: tuple[float, ...], branch: str) -> Rows | None:
-        """Rows that were fitted to this run, full steps added or not."""
+        """Rows that were fitted to this run, full steps added or not, or to what a guard runs."""
         entry = self.calibration(schedule, levels)
         if entry is not None and branch in entry.rows:
             return Rows(entry.rows[branch], entry.split.get(branch))
+        for entry in self.calibrations:
+            guard = entry.guard
+            if guard is None or branch not in guard.rows or guard.schedule != schedule:
+                continue
+            if entry.distance(levels) <= SIGMA_TOLERANCE:
+                return Rows(guard.rows[branch], guard.split.get(branch))
         added = extended(self.calibrations, schedule, levels, branch, self.net.history)
         return None if added is None else Rows(*added)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule, check_count, spread
 from lesa.errors import LesaError
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth
 
 SIGMA_TOLERANCE = 1e-4
@@ -29,7 +30,8 @@ class Calibration:
 
     `rows[branch]` is float64 [S, K + uses_latent]: the form's coefficients plus the correction.
     `split[branch]` [S, K + uses_latent, P] are separate coefficients of batched guidance parts.
-    `worth` is what training measured of it, if it did.
+    `worth` is what training measured of it, if it did; `guard` is what a picture at risk runs
+    instead, if that pays.
     """
 
     schedule: Schedule
@@ -37,6 +39,13 @@ class Calibration:
     rows: dict[str, Tensor] = field(default_factory=dict)
     split: dict[str, Tensor] = field(default_factory=dict)
     worth: Worth | None = None
+    guard: Guard | None = None
+
+    @property
+    def mean_full_steps(self) -> float:
+        """How many full steps a picture takes, in the mean where a guard spends some."""
+        count = len(self.schedule.full_steps)
+        return count if self.guard is None else self.guard.mean_full_steps(self.schedule)
 
     def matches(self, schedule: Schedule, sigmas: Sequence[float]) -> bool:
         """The very same full steps, and every noise level within 1e-4."""

@@ -28,6 +28,7 @@ from lesa.forecasters.config_check import (
     check_tensors,
 )
 from lesa.forecasters.disca import MOST_BYTES, DiscaForm
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.source import locate
 from lesa.forecasters.worth import Worth
 from lesa.util.files import as_path, named_path, one_line, read_file, write_atomically
@@ -137,6 +138,13 @@ def _tensors(forecaster: Storable) -> dict[str, Tensor]:
     for i, entry in enumerate(forecaster.calibrations):
         tensors |= {f"rows.{i}.{name}": rows.contiguous() for name, rows in entry.rows.items()}
         tensors |= {f"split.{i}.{name}": rows.contiguous() for name, rows in entry.split.items()}
+        if (guard := entry.guard) is not None:
+            own = {"rows": guard.rows, "split": guard.split}
+            tensors |= {
+                f"guard.{what}.{i}.{name}": rows.contiguous()
+                for what, kept in own.items()
+                for name, rows in kept.items()
+            }
     return tensors | (forecaster.net.stored() if isinstance(forecaster.net, DiscaForm) else {})
 
 
@@ -156,6 +164,7 @@ def _config(forecaster: Storable) -> dict[str, Any]:
                 "branches": list(entry.rows),
                 "split": list(entry.split),
                 "worth": None if entry.worth is None else entry.worth.to_dict(),
+                **({} if entry.guard is None else {"guard": entry.guard.to_dict()}),
             }
             for entry in forecaster.calibrations
         ],
@@ -231,4 +240,12 @@ def _calibration(index: int, listed: dict[str, Any], tensors: dict[str, Tensor])
     schedule = Schedule.from_dict(listed["schedule"])
     stored = listed.get("worth")
     worth = None if stored is None else Worth(**stored)
-    return Calibration(schedule, check_sigmas(schedule, listed["sigmas"]), rows, split, worth)
+    sigmas, guard = check_sigmas(schedule, listed["sigmas"]), None
+    if (kept := listed.get("guard")) is not None:
+        guard = Guard.from_dict(
+            kept,
+            {name: tensors.pop(f"guard.rows.{index}.{name}") for name in kept.get("branches", [])},
+            {name: tensors.pop(f"guard.split.{index}.{name}") for name in kept.get("split", [])},
+        )
+        guard.check(schedule, rows)
+    return Calibration(schedule, sigmas, rows, split, worth, guard)

@@ -13,6 +13,7 @@ from lesa.core.checks import MOST_STEPS
 from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
+from lesa.forecasters import guard
 from lesa.forecasters.calibration import Calibration
 from lesa.forecasters.moments import Moments
 from lesa.forecasters.settings import FIELDS, Settings
@@ -61,7 +62,12 @@ _CONFIG = schema.fields(
         "calibrated": schema.items(
             schema.fields(
                 _ENTRY,
-                {"split": _LIST, "full_steps": schema.anything, "worth": schema.maybe(STORED)},
+                {
+                    "split": _LIST,
+                    "full_steps": schema.anything,
+                    "worth": schema.maybe(STORED),
+                    "guard": schema.maybe(guard.STORED),
+                },
             ),
             0,
             1000,
@@ -104,6 +110,8 @@ def check_tables(forecaster: Tabled) -> None:
     """LesaError unless each calibrated list makes a table for each branch, of finite coefficients
     with a sum of magnitudes up to `LARGEST_SUM`; without a calibration, every fifth step does."""
     known = [(entry.schedule, entry.sigmas) for entry in forecaster.calibrations]
+    guards = [(entry.sigmas, entry.guard) for entry in forecaster.calibrations]
+    known += [(g.schedule, sigmas) for sigmas, g in guards if g and g.kind == "route"]
     for schedule, sigmas in known or [_even(forecaster.settings)]:
         for branch in forecaster.settings.branches:
             table = forecaster.table(schedule, sigmas, branch)

@@ -120,7 +120,9 @@ class Target:
         for entry in known:
             count = max(1, len(entry.schedule.full_steps) * num_steps // entry.schedule.steps)
             share = None if entry.worth is None else entry.worth.share
-            offers.append((count, speedup(count, num_steps, share)))
+            same = num_steps == entry.schedule.steps
+            mean = entry.mean_full_steps if same else count  # no guard holds elsewhere
+            offers.append((count, speedup(mean, num_steps, share)))
         for count, times in offers:
             if times >= wanted - ROUNDED:
                 return Chosen(

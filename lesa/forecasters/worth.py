@@ -95,7 +95,7 @@ class Worth:
         return asdict(self)
 
 
-def speedup(full_steps: int, num_steps: int, share: float | None = None) -> float:
+def speedup(full_steps: float, num_steps: int, share: float | None = None) -> float:
     """Denoising times faster than the plain run, S / (A + share (S - A)) of a run with A full
     steps; `share`, of a skipped step, is 0 where it is not known."""
     return num_steps / (full_steps + (share or 0.0) * (num_steps - full_steps))

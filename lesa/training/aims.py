@@ -8,10 +8,12 @@ from math import inf
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
+from lesa.forecasters.guard import Mode
 from lesa.forecasters.worth import Worth
 from lesa.training.budget import Budget, Shares
 from lesa.training.calibrate import Calibrator
 from lesa.training.collect import collect
+from lesa.training.guard import Guarded, guarded
 from lesa.training.job import Job
 from lesa.training.search import Steps, shaped
 from lesa.training.statistics import Statistics
@@ -33,6 +35,7 @@ class Aim:
         race: whether step lists race each other as accelerated runs.
         polish: rounds of the fit of all gaps together.
         budget: what all of it may cost.
+        guard: what a picture at risk shall get, if that pays.
         target_psnr: dB that the 10th percentile of the pictures is to hold.
     """
 
@@ -43,6 +46,7 @@ class Aim:
     polish: int = 1
     budget: Budget = field(default_factory=Budget)
     target_psnr: float | None = None
+    guard: Mode = "off"
 
 
 def collect_all(job: Job, aim: Aim, *, estimate: bool = True) -> list[Statistics]:
@@ -118,13 +122,17 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     counts = TRIES if aim.target_psnr is not None else len(aim.full_steps)
     share = aim.budget.per_prompt(len(lists[0]), counts, steps, prompts)
     if aim.target_psnr is not None:
-        share = min(share, _left(job, aim) / prompts)
+        guarding = aim.budget.guarding(len(lists[0]), steps)
+        share = min(share, _left(job, aim) / prompts - guarding)
     work = Shares.of(share * steps * prompts, prompts, len(judges(job)), len(lists[0]))
     rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
     calibrator.store(rollout)
-    rollout = calibrator.joint_fit(rollout, aim.polish, work.joint)
-    worth = job.ranks.told(measure(job, rollout))
-    calibrator.store(rollout, worth)
+    rollout, found = calibrator.joint_fit(rollout, aim.polish, work.joint), Guarded()
+    if aim.guard != "off":
+        calibrator.store(rollout)
+        found = guarded(calibrator, rollout, lists, aim.guard)
+    worth = job.ranks.told(measure(job, rollout, found.others))
+    calibrator.store(rollout, worth, found.guard)
     calibrator.tell(rollout, worth)
     return worth
 
@@ -134,7 +142,9 @@ def _reach(calibrator: Calibrator, aim: Aim, target: float) -> None:
     that do not hold it are forgotten, unless none does."""
     steps, found = calibrator.statistics.num_steps, dict[int, float]()
     for count in _guesses(calibrator, aim.full_steps[0], target, found):
-        runs = (len(calibrator.job.prompts) + len(judges(calibrator.job))) * count / steps
+        prompts = len(calibrator.job.prompts)
+        runs = (prompts + len(judges(calibrator.job))) * count / steps
+        runs += prompts * aim.budget.guarding(count, steps)
         if found and runs > _left(calibrator.job, aim):
             break
         lists = calibrator.job.ranks.told(calibrator.search([count]))[0]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.forecasters import LesaForecaster
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth
 from lesa.training.closed_loop import run_rollouts, steps_computed
 from lesa.training.job import Job
@@ -129,15 +130,18 @@ class Calibrator:
             or not entry.matches(entry.schedule, sigmas)
         ]
 
-    def store(self, rollout: Rollout, worth: Worth | None = None) -> None:
-        """Put a rollout's coefficients, and what they are worth, into the forecaster, in the place
-        of others of as many full steps."""
+    def store(
+        self, rollout: Rollout, worth: Worth | None = None, guard: Guard | None = None
+    ) -> None:
+        """Put a rollout's coefficients, with their guard and what they are worth, into the
+        forecaster, in the place of others of as many full steps."""
         spec, result = rollout.spec, rollout.result
         for branch, rows in result.coefficients.items():
             shared = result.shared.get(branch)
             known = (rows, None) if shared is None else (shared, rows)
             self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
-        self.forecaster.recommend(spec.schedule, self.statistics.sigmas).worth = worth
+        entry = self.forecaster.recommend(spec.schedule, self.statistics.sigmas)
+        entry.worth, entry.guard = worth, guard
         self.forget(len(spec.schedule.full_steps), but=spec.schedule)
 
     def tell(self, rollout: Rollout, worth: Worth | None) -> None:

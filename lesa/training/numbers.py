@@ -8,8 +8,9 @@ from typing import Any
 from lesa.core.checks import MOST_SEED, MOST_STEPS, shown, whole
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
+from lesa.forecasters.guard import check_mode
 from lesa.forecasters.target import Target
-from lesa.training.budget import Budget
+from lesa.training.budget import ENOUGH, Budget
 from lesa.util.ranks import Ranks
 
 BUDGETED = ("continuous", "table")  # forms whose training plans by a budget
@@ -54,15 +55,31 @@ def check_counts(
         )
 
 
-def checked_budget(budget: Any, form: str) -> Budget:
-    """What training may cost; LesaError for a value that is none, or a form that keeps to none."""
-    found = Budget.parse(budget)
+def checked_budget(budget: Any, form: str, guard: bool = False) -> Budget:
+    """What training may cost, perhaps with the search for a guard; LesaError for a value that is
+    none, or a form that keeps to none."""
+    found = Budget.parse(budget, guard)
     if budget is not None and form not in BUDGETED:
         raise LesaError(
             f"budget={shown(budget)}: the training of form={form!r} has a fixed length and keeps "
             "to no budget; leave it out, or train with form='continuous'"
         )
     return found
+
+
+def check_guard(guard: Any, form: str, prompts: int) -> None:
+    """LesaError for an unknown way to guard, a form that has none, or too few prompts to tell which
+    pictures are at risk."""
+    check_mode(guard)
+    if guard is None or guard == "off":
+        return
+    if form not in BUDGETED:
+        raise LesaError(f"guard={guard!r}: form={form!r} has none; leave one of the two out")
+    if prompts < ENOUGH:
+        raise LesaError(
+            f"guard={guard!r}: {prompts} prompts do not tell which pictures are at risk; give "
+            f"{ENOUGH} or more"
+        )
 
 
 def check_seed(seed: int) -> int:

@@ -14,8 +14,9 @@ __all__ = ["objective", "quality"]
 EXPONENT = 0.25
 
 
-def objective(scores: npt.NDArray[np.float64] | Tensor) -> float:
-    """The power mean of pictures' squared errors, in dB: -10/q log10 mean_p 10^(-q score_p / 10).
+def objective(scores: npt.NDArray[np.float64] | Tensor, weights: Tensor | None = None) -> float:
+    """The power mean of pictures' squared errors, in dB: -10/q log10 mean_p 10^(-q score_p / 10),
+    weighted if there are weights.
 
     q = 1 is the dB of the mean error, which one picture that is far off decides alone: right for
     hundreds of pictures, chance for the few of a calibration. q -> 0 is the mean of the dB, which
@@ -24,7 +25,8 @@ def objective(scores: npt.NDArray[np.float64] | Tensor) -> float:
     q = 1 at 36.3 / 31.4 / 16.6, with mean and p10 of the dB at 37.1 / 31.6 / 16.0.
     """
     values = np.asarray(scores, dtype=np.float64)
-    return float(-10 / EXPONENT * np.log10(np.mean(10 ** (-EXPONENT * values / 10))))
+    errors = 10 ** (-EXPONENT * values / 10)
+    return float(-10 / EXPONENT * np.log10(np.average(errors, weights=weights)))
 
 
 def quality(rollout: Rollout) -> float:

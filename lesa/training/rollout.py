@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lesa.core.schedule import Schedule
+from lesa.forecasters.guard import relative_change
 from lesa.forecasters.taylor import lagrange
 from lesa.training.row_fit import Tail, applied, fit_parts, fit_row, fit_row_behind, guided
 
@@ -87,12 +88,15 @@ class RolloutResult:
     Attributes:
         coefficients: branch -> ``[steps, K + uses_latent]``, with a third dimension for parts.
         shared: branch -> the rows for all parts, where parts have separate ones.
+        change: of each picture, from the first full step to the second, what a guard would read of
+            it (`lesa.forecasters.guard.relative_change`).
         error: of the final latents, ``[pictures, elements]``, relative to the base run's RMS; None
             where the rollout has not run to the end.
     """
 
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     shared: dict[str, Tensor] = field(default_factory=dict)
+    change: Tensor | None = None
     error: Tensor | None = None
 
     @property
@@ -138,6 +142,9 @@ class Rollout:
     def push(self, branch: str, feature: Tensor) -> None:
         """Keep the feature ``[rows, pictures, ...]`` of a full step, newest first."""
         ring = self.state.rings.setdefault(branch, [])
+        if ring and self.result.change is None:  # at the second full step
+            parts = zip(feature, ring[0], strict=True)
+            self.result.change = torch.stack([relative_change(*part) for part in parts]).amax(0)
         ring.insert(0, feature)
         del ring[self.spec.history :]
 

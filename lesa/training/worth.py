@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -28,25 +30,29 @@ def judges(job: Job) -> list[int]:
     return sorted(job.held_out) or [*range(len(job.prompts))]
 
 
-def measure(job: Job, rollout: Rollout) -> Worth | None:
+def measure(
+    job: Job, rollout: Rollout, others: Mapping[int, Rollout] = MappingProxyType({})
+) -> Worth | None:
     """PSNR in dB, and LPIPS where its weights are installed, of every picture of the prompts that
     judge; None, with a line that says so, where the pipeline decodes to no tensor of pictures.
+    `others` are the rollouts of prompts that a guard lets run something else.
 
     The plain run is replayed from what was kept of it, so that only the accelerated runs' full
     steps are computed. A prompt is decoded at a time, by one of the ranks that share the work.
     """
-    prompts, fixed, ranks = judges(job), rollout.fixed(), job.ranks
+    prompts, ranks = judges(job), job.ranks
+    run = {i: others.get(i, rollout).fixed() for i in prompts}
     alone, own, problem = replace(job, ranks=Ranks()), ranks.share(prompts), ""
     found: list[_Judged] = []
-    steps = len(rollout.spec.schedule.full_steps)
-    with job.phase("worth in pictures", job.rows(steps, len(prompts))) as bar:
+    steps = {i: len(run[i].spec.schedule.full_steps) for i in prompts}
+    with job.phase("worth in pictures", job.rows(sum(steps.values()), 1)) as bar:
         bar.detail = f"{len(prompts)} prompts"
         try:
-            found.extend(_judged(alone, fixed, prompt) for prompt in own)
+            found.extend(_judged(alone, run[prompt], prompt) for prompt in own)
         except LesaError as error:  # the rest of the training is well
             problem = str(error)
         told = ranks.everyone((found, problem))
-        job.work.computed(job.rows(steps, len(prompts) - len(own)))
+        job.work.computed(job.rows(sum(steps[i] for i in prompts if i not in own), 1))
         problem = next((text for _, text in told if text), "")
         if problem:
             bar.detail = f"not measured: {problem}"

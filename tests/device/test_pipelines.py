@@ -15,6 +15,7 @@ import lesa
 from lesa.cli.inputs import load_pipeline
 from lesa.engine import ring
 from lesa.evaluation import Method, compare
+from lesa.forecasters.guard import Guard
 from lesa.testbed import prompts, settings
 from lesa.util.progress import Progress
 
@@ -146,6 +147,41 @@ def test_a_trained_forecaster_is_run_without_a_wait(gpu, pipe, name, trained, ta
             fast = check_generations(gpu, pipe, name)
         error = float((fast - plain).norm() / plain.norm())
     assert 0 < error < 1  # it is another picture, and no noise
+
+
+@pytest.mark.parametrize("tap", TAPS)
+@pytest.mark.parametrize("kind", ["route", "spend"])
+def test_a_guard_waits_once_at_its_step(gpu, pipe, name, trained, tap, kind):
+    """And graphs of skipped steps behind it belong to what it runs then."""
+    known = trained[tap]
+    sigmas = known.calibrations[0].sigmas
+    plan, other = (
+        lesa.Schedule.explicit(steps, STEPS)
+        for steps in (((0, 1, 2), (0, 1, 3)) if kind == "route" else ((0, 1), (0, 1, 2)))
+    )
+    fields = {"history": 2, "tap": tap, "uses_latent": tap == "output", "num_steps": STEPS}
+    forecaster = lesa.LesaForecaster("table", branches=known.branches, **fields)
+
+    def rows(schedule: lesa.Schedule) -> torch.Tensor:
+        found = torch.zeros(STEPS, 2 + (tap == "output"), dtype=torch.float64, device="cpu")
+        found[list(schedule.skipped_steps), :2] = torch.tensor([1.5, -0.5]).double()
+        return found
+
+    for branch in known.branches:
+        forecaster.correct(plan, sigmas, branch, rows(plan))
+    routed = {branch: rows(other) for branch in known.branches} if kind == "route" else {}
+    forecaster.calibrations[0].guard = Guard(1, 0.0, other, routed)
+    with lesa.accelerate(pipe, forecaster, schedule=plan):
+        generate(pipe, name)
+        latents, _, waits = watched(gpu, pipe, name)
+        found = lesa.stats(pipe)
+    assert waits == {1: 1}
+    assert found.fallbacks == {} and found.guarded == 2 and found.full_steps == other.full_steps
+    captures = BRANCHES[name] if tap == "hidden" and name in ("flux", "qwen") else 0
+    assert found.graphs.get("captured", 0) == captures
+    with lesa.accelerate(pipe, forecaster, schedule=other):
+        expected = generate(pipe, name)
+    torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_what_is_trained_lies_on_the_host(trained):
