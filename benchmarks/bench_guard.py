@@ -11,6 +11,9 @@ pipeline of 50 steps, at 10 full steps and the list that training chooses:
 - the guard finds the right ones: the quarter at risk by the signal, and by an oracle who knows the
   final PSNR.
 
+And for both kinds of guard (`lesa.forecasters.guard`): what training on 64 prompts finds, kept here
+whatever it gains, then run on the unseen prompts one by one.
+
 Signals are relative to the largest of the calibration prompts, and a picture's is that of its worst
 branch or guidance part: `change` is |v_s - v_p| / |v_s| since the full step p before s, `line` the
 error of the line in noise level through the two before. benchmarks/results/guard.json.
@@ -20,7 +23,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +41,13 @@ from lesa.hooks.attach import attached
 from lesa.hooks.denoiser import Call, Run
 from lesa.hooks.pipeline import find_denoisers
 from lesa.testbed import load, prompts, settings
+from lesa.training import guard as guards
+from lesa.training.objective import objective
 from lesa.util.perceptual import psnr
 
 PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
 BATCH, EXTRA, SHARE = 8, 2, 4  # prompts at once; full steps given; one picture in so many
+SEEN = 64  # prompts that a guard is trained on
 
 
 class Recorder(OutputTap):
@@ -124,6 +132,67 @@ def spearman(signal: Tensor, decibels: Tensor) -> float:
     return float(torch.corrcoef(ranks)[0, 1])
 
 
+@contextmanager
+def kept_whatever_it_gains() -> Iterator[list[float]]:
+    """Lets training keep any guard; what it says that the signal gains, in dB of the objective."""
+    told, choose, least = [], guards.choose, guards.GAIN
+
+    def noted(*arguments: Any) -> tuple[float | None, float]:
+        limit, gain = choose(*arguments)
+        told.append(gain)
+        return limit, gain
+
+    guards.choose, guards.GAIN = noted, -inf
+    try:
+        yield told
+    finally:
+        guards.choose, guards.GAIN = choose, least
+
+
+def trained(
+    name: str, pipe: Any, call: dict[str, Any], texts: Sequence[str], plain: Tensor, kind: Any
+) -> dict[str, Any]:
+    """What training makes of a guard, and what that gives on unseen prompts."""
+    seen, own = prompts(name, SEEN, seed=0, split="train"), dict(call)
+    steps = own.pop("num_inference_steps")
+    with kept_whatever_it_gains() as told:
+        forecaster = lesa.train(pipe, seen, steps, 10, guard=kind, progress=False, call=own)
+    entry = forecaster.calibrations[0]
+    found: dict[str, Any] = {"kind": kind, "full_steps": entry.schedule.full_steps}
+    found["expected"] = told[0] if told else None
+    if entry.guard is None:
+        return found
+
+    def run(**options: Any) -> Tensor:
+        with lesa.accelerate(pipe, forecaster, **options):
+            return psnr(plain, generate(pipe, call, texts, 1000)[0])
+
+    off, other = run(guard="off"), run(schedule=entry.guard.schedule)
+    on, counts = [], []
+    with lesa.accelerate(pipe, forecaster):
+        for i, text in enumerate(texts):
+            noise = torch.Generator().manual_seed(1000 + i)
+            given = {"output_type": "pt", "return_dict": False, **call}
+            picture = pipe(prompt=[text], generator=[noise], **given)[0].float()
+            on.append(psnr(plain[i : i + 1], picture))
+            counts.append(len(lesa.stats(pipe).full_steps))
+        at_risk = lesa.stats(pipe).guarded
+    guarded, share = torch.cat(on), at_risk / len(texts)
+    weights = torch.tensor([1 - share, share]).repeat_interleave(len(texts))
+    chance = max(objective(torch.cat([off, other]), weights), objective(off))
+    return found | {
+        "step": entry.guard.step,
+        "instead": entry.guard.schedule.full_steps,
+        "at_risk": at_risk,
+        "mean_full_steps": sum(counts) / len(counts),
+        "gain": objective(guarded) - chance,
+        "off": summary(off),
+        "on": summary(guarded),
+        "everybody": summary(other),
+        "oracle": summary(torch.maximum(off, other)),
+    }
+
+
 def summary(decibels: Tensor) -> dict[str, float]:
     """Mean, 10th percentile and minimum."""
     found = decibels.mean(), decibels.quantile(0.1), decibels.min()
@@ -162,6 +231,9 @@ def measure(name: str, unseen: int) -> dict[str, Any]:
         },
         "rows": list(_policies(plan, sigmas, base, risk, lambda schedule: run(schedule)[0])),
     }
+    found["trained"] = [
+        trained(name, pipe, call, texts, plain, kind) for kind in ("route", "spend")
+    ]
     _tell(found)
     return found
 
@@ -202,7 +274,9 @@ def _tell(found: dict[str, Any]) -> None:
     for row in found["rows"]:
         policies = ("change", "line", "oracle", "everybody")
         told = ", ".join(f"{who} {shown(row[who])}" for who in policies)
-        print(f"  at {row['decided_at']}, {row['where']}: {told}", flush=True)
+        print(f"  at {row['decided_at']}, {row['where']}: {told}")
+    for row in found["trained"]:
+        print(f"  {row}", flush=True)
 
 
 def main() -> None:
