@@ -35,6 +35,7 @@ class Aim:
         race: whether step lists race each other as accelerated runs.
         polish: rounds of the fit of all gaps together.
         budget: what all of it may cost.
+        fill: whether fitted prompts, as many as the budget pays for, are judged beside few others.
         guard: what a picture at risk shall get, if that pays.
         target_psnr: dB that the 10th percentile of the pictures is to hold.
     """
@@ -47,6 +48,7 @@ class Aim:
     budget: Budget = field(default_factory=Budget)
     target_psnr: float | None = None
     guard: Mode = "off"
+    fill: bool = True
 
 
 def collect_all(job: Job, aim: Aim, *, estimate: bool = True) -> list[Statistics]:
@@ -118,11 +120,11 @@ def _lists(calibrator: Calibrator, aim: Aim) -> list[list[Steps]]:
 def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | None:
     """The best of some lists of one number of full steps, as accelerated runs show it."""
     job, steps = calibrator.job, calibrator.statistics.num_steps
-    prompts = len(job.prompts)
+    prompts, spent = len(job.prompts), job.spent
     counts = TRIES if aim.target_psnr is not None else len(aim.full_steps)
     share = aim.budget.per_prompt(len(lists[0]), counts, steps, prompts)
+    guarding = aim.budget.guarding(len(lists[0]), steps)
     if aim.target_psnr is not None:
-        guarding = aim.budget.guarding(len(lists[0]), steps)
         share = min(share, _left(job, aim) / prompts - guarding)
     work = Shares.of(share * steps * prompts, prompts, len(judges(job)), len(lists[0]))
     rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
@@ -131,7 +133,10 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     if aim.guard != "off":
         calibrator.store(rollout)
         found = guarded(calibrator, rollout, lists, aim.guard)
-    worth = job.ranks.told(measure(job, rollout, found.others))
+    left = (share + guarding) * prompts - (job.spent - spent)
+    each = max(len(r.spec.schedule.full_steps) for r in (rollout, *found.others.values()))
+    beside = int(left * steps / each) - len(judges(job)) if aim.fill else 0
+    worth = job.ranks.told(measure(job, rollout, found.others, job.ranks.told(beside)))
     calibrator.store(rollout, worth, found.guard)
     calibrator.tell(rollout, worth)
     return worth

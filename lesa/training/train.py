@@ -72,7 +72,8 @@ def train(
             on the statistics of the plain runs.
         polish: rounds of fitting all gaps together on the final latents, after all else.
         validation: prompts that nothing is fitted to, on which lists are chosen and judged, or how
-            many of ``prompts`` are held out for that; every fourth of 8 or more by default.
+            many of ``prompts`` are held out for that; every fourth of 8 or more by default, beside
+            which what the budget has left judges some that were fitted, up to 16 together.
         budget: what all may cost: a number of plain generations, or a time ("20min"). By default
             4 for each prompt (10 for four numbers of full steps), and from 10 prompts on 40 (100)
             in all, until that is 2.5 (7) for each.
@@ -124,7 +125,8 @@ def train(
     everyone, held = held_out(validation, texts, taken)
     numbers.check_guard(guard, form, len(everyone))
     numbers.check_ranks(ranks, len(everyone), batch_size, form)
-    aim = Aim(counts, wanted, schedule, bool(refine), polish, allowed, target, guard)
+    fill = validation is None
+    aim = Aim(counts, wanted, schedule, bool(refine), polish, allowed, target, guard, fill)
     aim.budget.check(len(everyone), len(held or everyone), wanted, counts[0])
     job = Job(pipe, everyone, taken, tap, seed, batch_size, where, report, Work(), held, ranks)
     _check_tap(job)

@@ -22,6 +22,7 @@ from lesa.util.ranks import Ranks
 
 __all__ = ["judges", "measure"]
 
+JUDGES = 16  # prompts: the 10th percentile of the four that are held out of 16 says little
 REPEATS = 5  # of the mix of cached features, of which the fastest counts
 
 
@@ -31,16 +32,26 @@ def judges(job: Job) -> list[int]:
 
 
 def measure(
-    job: Job, rollout: Rollout, others: Mapping[int, Rollout] = MappingProxyType({})
+    job: Job,
+    rollout: Rollout,
+    others: Mapping[int, Rollout] = MappingProxyType({}),
+    beside: int = 0,
 ) -> Worth | None:
     """PSNR in dB, and LPIPS where its weights are installed, of every picture of the prompts that
     judge; None, with a line that says so, where the pipeline decodes to no tensor of pictures.
     `others` are the rollouts of prompts that a guard lets run something else.
 
+    So many fitted prompts may be judged `beside` those that are held out, up to `JUDGES` together.
+    They fare no better: on embedded flux, qwen and sdxl with 13 to 6 of 50 steps in full, the p10
+    of all 16 prompts was on average 1.6 dB from that of 64 unseen ones, that of the four held out
+    4.2 dB.
+
     The plain run is replayed from what was kept of it, so that only the accelerated runs' full
     steps are computed. A prompt is decoded at a time, by one of the ranks that share the work.
     """
     prompts, ranks = judges(job), job.ranks
+    room = max(0, min(beside, JUDGES - len(prompts)))
+    prompts = sorted([*prompts, *[i for i in job.fitted if i not in prompts][:room]])
     run = {i: others.get(i, rollout).fixed() for i in prompts}
     alone, own, problem = replace(job, ranks=Ranks()), ranks.share(prompts), ""
     found: list[_Judged] = []
@@ -62,7 +73,7 @@ def measure(
     far = [each.lpips for each in inorder if each.lpips is not None]
     return Worth.of(
         torch.cat([each.psnr for each in inorder]).tolist(),
-        validated=bool(job.held_out),
+        validated=job.held_out.issuperset(prompts),
         lpips=torch.cat(far).tolist() if far else None,
         share=_share(job, rollout),
     )

@@ -89,6 +89,6 @@ def test_ctrl_c_after_the_first_fit_saves_what_was_found(tmp_path):
     kept = LesaForecaster.from_pretrained(out)
     assert sorted(len(plan.full_steps) for plan in kept.calibrated) == [2, 3, 4]
     worth = {len(entry.schedule.full_steps): entry.worth for entry in kept.calibrations}
-    assert worth[4].validated and worth[2] is None
+    assert worth[4].pictures >= 2 and worth[2] is None
     result = CliRunner().invoke(app, ["inspect", str(out), "--json"])
     assert json.loads(result.stdout)["metadata"]["interrupted"] is True

@@ -125,16 +125,20 @@ def test_rollouts_that_do_not_fit_into_memory_run_one_after_the_other(monkeypatc
     assert calls == [6, 4, 2]
 
 
-def test_a_list_is_worth_what_the_engine_makes_of_prompts_that_were_not_fitted():
+@pytest.mark.parametrize("validation", [2, None])
+def test_a_list_is_worth_what_the_engine_makes_of_prompts_that_judge(validation):
+    """Those held out where somebody says which, else also fitted ones that the budget pays for."""
     pipe, call = make("sdxl", prompts=8)
-    trained = lesa.train(pipe, None, STEPS, 3, call=call, form="table", progress=False)
+    more = dict(call=call, form="table", progress=False, validation=validation)
+    trained = lesa.train(pipe, None, STEPS, 3, **more)
     (entry,) = trained.calibrations
-    worth = entry.worth
-    assert worth.pictures == 2 and worth.validated and worth.share > 0
+    worth, judged = entry.worth, [3, 7] if validation else [*range(8)]
+    assert worth.pictures == len(judged) and worth.share > 0
+    assert worth.validated == bool(validation)
     job = Job(pipe, [f"prompt {i}" for i in range(8)], call)
-    plain = job.run([3, 7], STEPS, output_type="pt")
+    plain = job.run(judged, STEPS, output_type="pt")
     with lesa.accelerate(pipe, trained, full_steps=3):
-        fast = job.run([3, 7], STEPS, output_type="pt")
+        fast = job.run(judged, STEPS, output_type="pt")
     found = -10 * torch.log10((plain.double() - fast.double()).square().flatten(1).mean(1))
     assert worth.mean == pytest.approx(float(found.mean()), abs=0.2)
     assert worth.minimum == pytest.approx(float(found.min()), abs=0.2)
@@ -208,7 +212,7 @@ def test_a_target_out_of_reach_leaves_the_nearest(monkeypatch):
     pipe, call = make("sdxl", prompts=2)
     told = Progress(quiet=True)
     options = dict(call=call, form="table", validation=0, polish=0, progress=told)
-    monkeypatch.setattr(aims, "measure", lambda job, rollout: Worth.of([30.0], validated=False))
+    monkeypatch.setattr(aims, "measure", lambda *_: Worth.of([30.0], validated=False))
     trained = lesa.train(pipe, None, STEPS, 3, target_psnr=100, **options)
     assert any("is the nearest to 100 dB at p10 (30.0)" in line for line in told.lines)
     assert max(len(plan.full_steps) for plan in trained.calibrated) == STEPS - 1
