@@ -127,9 +127,13 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     if aim.target_psnr is not None:
         share = min(share, _left(job, aim) / prompts - guarding)
     work = Shares.of(share * steps * prompts, prompts, len(judges(job)), len(lists[0]))
-    rollout = calibrator.fit(calibrator.race(lists, work.race) if aim.race else lists, work.fit)
+    leaders = calibrator.race(lists, work.race) if aim.race else lists
+    rollout = calibrator.fit(leaders, work.fit)
     calibrator.store(rollout)
-    rollout, found = calibrator.joint_fit(rollout, aim.polish, work.joint), Guarded()
+    fitted = job.spent
+    rollout = calibrator.insured(rollout, [*leaders, *lists])
+    rest = work.joint - (job.spent - fitted) * steps
+    rollout, found = calibrator.joint_fit(rollout, aim.polish, rest), Guarded()
     if aim.guard != "off":
         calibrator.store(rollout)
         found = guarded(calibrator, rollout, lists, aim.guard)

@@ -12,7 +12,7 @@ from training_jobs import STEPS, make, make_job, reuse
 import lesa
 from lesa.core.schedule import Schedule
 from lesa.forecasters.worth import Worth
-from lesa.training import aims
+from lesa.training import aims, calibrate
 from lesa.training.calibrate import DECISIVE, FINALISTS, Calibrator
 from lesa.training.closed_loop import replay, run_rollouts
 from lesa.training.collect import collect
@@ -142,6 +142,32 @@ def test_a_list_is_worth_what_the_engine_makes_of_prompts_that_judge(validation)
     found = -10 * torch.log10((plain.double() - fast.double()).square().flatten(1).mean(1))
     assert worth.mean == pytest.approx(float(found.mean()), abs=0.2)
     assert worth.minimum == pytest.approx(float(found.min()), abs=0.2)
+
+
+def test_many_prompts_are_asked_before_a_late_second_step_is_taken(monkeypatch):
+    job = make_job("qwen", prompts=4)
+    statistics = collect(job, STEPS)
+    forecaster = lesa.LesaForecaster(
+        "table", branches=statistics.branches, num_steps=STEPS, uses_latent=True
+    )
+    calibrator = Calibrator(job, forecaster, statistics)
+    late, early = calibrator.fit([(0, 3, 5)], 0), calibrator.fit([(0, 1, 5)], 0)
+    lists = [(0, 3, 5), (0, 1, 5), (0, 1, 2)]
+    spent = job.spent
+    assert calibrator.insured(late, lists) is late  # there are four
+    monkeypatch.setattr(calibrate, "MANY", 4)
+    assert calibrator.insured(early, lists) is early
+    assert calibrator.insured(late, [(0, 3, 5)]) is late and job.spent == spent
+    for score, expected in ((50.0, (0, 1, 5)), (-50.0, (0, 3, 5))):
+        one = calibrator.fit([(0, 1, 5)], 0)
+        one.result.error = one.result.error * 0 + 10 ** (-score / 20)
+        with monkeypatch.context() as patch:
+            patch.setattr(calibrator, "fit", lambda lists, _, one=one: one)
+            assert calibrator.insured(late, lists).spec.schedule.full_steps == expected
+    late.result.error = late.result.error * 0 + 10 ** (-quality(early) / 20)
+    found = calibrator.insured(late, lists)  # as good, so that it is behind by the handicap
+    assert found.spec.schedule.full_steps == (0, 1, 5)
+    assert job.spent > spent
 
 
 def test_an_interrupt_leaves_the_best_so_far(monkeypatch):
