@@ -103,7 +103,7 @@ def _caption(worths: Sequence[Worth | None]) -> str | None:
     if not measured:
         told.append("not measured: train anew to have it")
     if any(not worth.validated for worth in measured):
-        told.append("own: prompts of the fit among them; others may come out worse")
+        told.append("own: prompts of the fit, so that others may come out worse")
     if any(worth is None or worth.share is None for worth in worths):
         told.append("faster: where a skipped step takes no time")
     return "; ".join(told) or None

@@ -197,8 +197,8 @@ def _unmeasured(calibrations: Sequence[Calibration], num_steps: int) -> str:
 
 def _of(worth: Worth) -> str:
     """Where a p10 comes from."""
-    whose = "unseen prompts" if worth.validated else "its own calibration prompts"
-    return f"p10 {worth.p10:.1f} dB on {worth.pictures} pictures of {whose}"
+    whose = ", unseen ones among them" if worth.validated else " of the prompts of its own fit"
+    return f"p10 {worth.p10:.1f} dB on {worth.pictures} pictures{whose}"
 
 
 def _listed(entries: Sequence[Calibration]) -> str:

@@ -37,7 +37,7 @@ class Worth:
         p10: its 10th percentile, which nine pictures of ten reach.
         minimum: that of the worst picture.
         pictures: how many were measured.
-        validated: whether the fit had not seen their prompts.
+        validated: whether prompts that the fit had not seen are among them.
         lpips_mean: mean LPIPS, None where no backbone was at hand.
         lpips_max: that of the worst picture.
         share: seconds of a skipped step over those of a full one; None if that was not measured.

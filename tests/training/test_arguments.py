@@ -135,7 +135,7 @@ def test_settings_and_more_train_the_same_forecaster():
     assert one.settings == other.settings and one.settings.history == 2
     assert first.schedule == second.schedule
     full = ", ".join(map(str, first.schedule.full_steps))
-    sentence = rf"fitted: 3 of {STEPS} steps in full \({full}\): 2 calibration pictures [\d.]+ dB"
+    sentence = rf"fitted: 3 of {STEPS} steps in full \({full}\): 2 pictures [\d.]+ dB"
     assert any(re.match(sentence + r" mean, [\d.]+ dB minimum", line) for line in told.lines)
     assert all(torch.equal(rows, second.rows[name]) for name, rows in first.rows.items())
 

@@ -134,7 +134,7 @@ def test_a_list_is_worth_what_the_engine_makes_of_prompts_that_judge(validation)
     (entry,) = trained.calibrations
     worth, judged = entry.worth, [3, 7] if validation else [*range(8)]
     assert worth.pictures == len(judged) and worth.share > 0
-    assert worth.validated == bool(validation)
+    assert worth.validated
     job = Job(pipe, [f"prompt {i}" for i in range(8)], call)
     plain = job.run(judged, STEPS, output_type="pt")
     with lesa.accelerate(pipe, trained, full_steps=3):
