@@ -1,0 +1,78 @@
+"""What training says of a list, and what it is on unseen prompts: `python benchmarks/bench_worth.py`.
+
+Each embedded pipeline is trained on 16 prompts for 13, 10, 8 and 6 of 50 steps in full, by default.
+Of every list: PSNR in dB, mean, p10 and minimum, as stored (of up to 16 prompts, fitted ones among
+them), of the four alone that were held out, and of 64 unseen prompts. benchmarks/results/worth.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from _environment import RESULTS, environment, write
+from bench_guard import generate, summary
+
+import lesa
+from lesa.testbed import load, prompts, settings
+from lesa.util.perceptual import psnr
+
+PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
+COUNTS, HELD_OUT = (13, 10, 8, 6), [3, 7, 11, 15]
+
+
+def measure(name: str, unseen: int) -> list[dict[str, Any]]:
+    """A row per list."""
+    pipe, call = load(name), settings(name)
+    pipe.set_progress_bar_config(disable=True)
+    seen, texts = prompts(name, 16, seed=0, split="train"), prompts(name, unseen, 1, split="test")
+    own = {key: value for key, value in call.items() if key != "num_inference_steps"}
+    forecaster = lesa.train(pipe, seen, 50, COUNTS, call=own, progress=False)
+    held = [seen[i] for i in HELD_OUT]
+    plain = {kind: _of(pipe, call, some) for kind, some in (("held", held), ("unseen", texts))}
+    rows = []
+    for entry in forecaster.calibrations:
+        with lesa.accelerate(pipe, forecaster, schedule=entry.schedule):
+            found = {
+                kind: summary(psnr(plain[kind], _of(pipe, call, some)))
+                for kind, some in (("held", held), ("unseen", texts))
+            }
+        stored = {key: getattr(entry.worth, key) for key in ("mean", "p10", "minimum", "pictures")}
+        rows.append({"pipeline": name, "full_steps": entry.schedule.full_steps, "stored": stored})
+        rows[-1] |= found
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _of(pipe: Any, call: dict[str, Any], texts: list[str]) -> torch.Tensor:
+    """Pictures: unseen prompts have seeds of their own, held-out ones those of the training."""
+    if len(texts) > len(HELD_OUT):
+        return generate(pipe, call, texts, 1000)[0]
+    pictures = [generate(pipe, call, [text], i)[0] for i, text in zip(HELD_OUT, texts, strict=True)]
+    return torch.cat(pictures)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of worth.json")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [row for name in options.pipelines for row in measure(name, options.unseen)]
+    away = {
+        f"{who} {key}": fmean(abs(row[who][key] - row["unseen"][key]) for row in rows)
+        for who in ("stored", "held")
+        for key in ("mean", "p10", "minimum")
+    }
+    print(away)
+    report = {"environment": environment(), "unseen_prompts": options.unseen, "away": away}
+    write(options.out / "worth.json", report | {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
