@@ -1,8 +1,9 @@
-"""What training says of a list, and what it is on unseen prompts: `python benchmarks/bench_worth.py`.
+"""What training says of a list, against unseen prompts: `python benchmarks/bench_worth.py`.
 
 Each embedded pipeline is trained on 16 prompts for 13, 10, 8 and 6 of 50 steps in full, by default.
 Of every list: PSNR in dB, mean, p10 and minimum, as stored (of up to 16 prompts, fitted ones among
-them), of the four alone that were held out, and of 64 unseen prompts. benchmarks/results/worth.json.
+them), of the four alone that were held out, and of 64 unseen prompts.
+benchmarks/results/worth.json.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ def measure(name: str, unseen: int) -> list[dict[str, Any]]:
     seen, texts = prompts(name, 16, seed=0, split="train"), prompts(name, unseen, 1, split="test")
     own = {key: value for key, value in call.items() if key != "num_inference_steps"}
     forecaster = lesa.train(pipe, seen, 50, COUNTS, call=own, progress=False)
-    held = [seen[i] for i in HELD_OUT]
-    plain = {kind: _of(pipe, call, some) for kind, some in (("held", held), ("unseen", texts))}
+    judged = {
+        "held": [(seen[i], i) for i in HELD_OUT],
+        "unseen": [(text, 1000 + i) for i, text in enumerate(texts)],
+    }
+    plain = {kind: _pictures(pipe, call, some) for kind, some in judged.items()}
     rows = []
     for entry in forecaster.calibrations:
         with lesa.accelerate(pipe, forecaster, schedule=entry.schedule):
             found = {
-                kind: summary(psnr(plain[kind], _of(pipe, call, some)))
-                for kind, some in (("held", held), ("unseen", texts))
+                kind: summary(psnr(plain[kind], _pictures(pipe, call, some)))
+                for kind, some in judged.items()
             }
         stored = {key: getattr(entry.worth, key) for key in ("mean", "p10", "minimum", "pictures")}
         rows.append({"pipeline": name, "full_steps": entry.schedule.full_steps, "stored": stored})
@@ -47,12 +51,9 @@ def measure(name: str, unseen: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _of(pipe: Any, call: dict[str, Any], texts: list[str]) -> torch.Tensor:
-    """Pictures: unseen prompts have seeds of their own, held-out ones those of the training."""
-    if len(texts) > len(HELD_OUT):
-        return generate(pipe, call, texts, 1000)[0]
-    pictures = [generate(pipe, call, [text], i)[0] for i, text in zip(HELD_OUT, texts, strict=True)]
-    return torch.cat(pictures)
+def _pictures(pipe: Any, call: dict[str, Any], some: list[tuple[str, int]]) -> torch.Tensor:
+    """Of prompts with their seeds, one at a time."""
+    return torch.cat([generate(pipe, call, [text], seed)[0] for text, seed in some])
 
 
 def main() -> None:
