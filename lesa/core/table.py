@@ -154,12 +154,14 @@ class Table:
             return self
         return replace(self, coefficients=self.split[..., index], split=None)
 
-    def trimmed(self) -> Table:
-        """The same without the last columns if no row uses them: the ring need not hold those."""
+    def trimmed(self, least: int = 1) -> Table:
+        """The same without the last columns if no row uses them, since the ring need not hold
+        those; but for `least` features."""
         used = self.coefficients != 0
         if self.split is not None:
             used = used | self.split.any(-1)
         width = 1 + max(used[:, : self.history].any(0).nonzero().flatten().tolist(), default=0)
+        width = max(width, min(least, self.history))
         kept = [*range(width), *range(self.history, used.shape[1])]
         split = None if self.split is None else self.split[:, kept]
         gated = self.gated and replace(self.gated, weights=self.gated.weights[:, :width])

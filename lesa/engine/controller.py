@@ -143,7 +143,7 @@ class CacheController:
         if step.index == 0:
             kept.plan.check_run(step)
         rows = rows_in(call.argument(call.denoiser.spec.latent))
-        table = kept.problem or kept.plan.tables.of(step, rows)
+        table = kept.problem or kept.plan.tables.of(step, rows, at_risk=bool(kept.at_risk))
         if isinstance(table, str):
             return Decision(None, reason=table)  # no other reason would change that
         trajectory = kept.trajectories[step.branch] = Trajectory(
@@ -220,26 +220,26 @@ class CacheController:
         if call.step.index != guard.step:
             return
         if kept.at_risk is None:
-            risk = trajectory.risk(call)
+            risk = trajectory.risk
             if risk is None:
                 return
-            kept.at_risk = risk > guard.limit
-            self.counters.set_risk(risk)
+            kept.at_risk = not risk <= guard.limit  # also where it is no number
+            self.counters.set_risk(kept.generation, risk)
             if kept.at_risk:
-                self.counters.add_guarded(guard.schedule.full_steps, guarded.extra)
+                steps = guard.schedule.full_steps
+                self.counters.add_guarded(kept.generation, steps, guarded.extra)
         if kept.at_risk:
             trajectory.act(call, run)
 
     def _begin(self, call: Call) -> None:
         """A generation begins: its budget, its schedule, and nothing of the one before."""
         step, request = call.step, call.request
-        request.kept = Kept(self.plans.default)
+        request.kept = Kept(self.plans.default, self.counters.add_generation())
         pipe, names = call.denoiser.clock.caller(request)
         if pipe is not None:  # perhaps another one than was enabled, or with other parts since
             call.denoiser.controls.watch(pipe, names)
         if step.index == 0:
             _check_caches(call)
-        self.counters.add_generation()
         try:
             request.kept.plan = plan = self.plans.of(request.options or current_options())
         except LesaError as error:

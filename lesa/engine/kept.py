@@ -27,9 +27,10 @@ class Decision(NamedTuple):
 class Kept:
     """What the engine keeps of a request: its trajectories by guidance branch, and its budget;
     where the model cannot be run with that, `problem` says why. `at_risk` tells whether a guard has
-    something to do, once it has looked."""
+    something to do, once it has looked; `generation` is the number of this one."""
 
     plan: Plan
+    generation: int = 0
     problem: str | None = None
     at_risk: bool | None = None
     trajectories: dict[str, Trajectory] = field(default_factory=dict)

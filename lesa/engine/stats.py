@@ -172,11 +172,12 @@ class Counters:
             self._stats.fallbacks[reason] = known + 1
             return not known
 
-    def add_generation(self) -> None:
-        """A generation began."""
+    def add_generation(self) -> int:
+        """A generation began; its number."""
         with self._lock:
             self._stats.generations += 1
             self._read_peaks()
+            return self._stats.generations
 
     def watch(self, feature: Tensor) -> None:
         """Look for NaN and inf in a feature of a full step.
@@ -207,16 +208,20 @@ class Counters:
             self._stats.risk, self._stats.extra_steps = None, ()
             self._stats.full_steps, self._stats.num_steps = full_steps, num_steps
 
-    def set_risk(self, risk: float) -> None:
-        """What a guard saw in the newest generation."""
+    def set_risk(self, generation: int, risk: float) -> None:
+        """What a guard saw in a generation, which is told of the newest one."""
         with self._lock:
-            self._stats.risk = risk
+            if generation == self._stats.generations:
+                self._stats.risk = risk
 
-    def add_guarded(self, full_steps: tuple[int, ...], extra: tuple[int, ...]) -> None:
-        """A guard acts in the newest generation, whose full steps are these now."""
+    def add_guarded(
+        self, generation: int, full_steps: tuple[int, ...], extra: tuple[int, ...]
+    ) -> None:
+        """A guard acts in a generation, whose full steps are these now."""
         with self._lock:
             self._stats.guarded += 1
-            self._stats.full_steps, self._stats.extra_steps = full_steps, extra
+            if generation == self._stats.generations:
+                self._stats.full_steps, self._stats.extra_steps = full_steps, extra
 
     def set_ring_bytes(self, ring_bytes: int) -> None:
         """The cache of the newest generation."""

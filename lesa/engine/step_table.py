@@ -52,14 +52,16 @@ class StepTable:
     many guidance parts as the table has separate coefficients for, where calls hold that many.
     `pushes[s]` says whether step s's feature enters the ring and `expected[s]` how many have
     entered before it. Features that no later step needs do not enter, and `history` is no more
-    than any row reaches back. `last` is the last skipped step (0 where there is none), after
-    which no ring is needed. `guarded` says what a picture at risk gets, if anything.
+    than any row reaches back, also of the table that a guard changes to. `last` is the last
+    skipped step (0 where there is none), after which no ring is needed. `guarded` says what a
+    picture at risk gets, if anything.
     """
 
     def __init__(self, table: Table, parts: int = 1, guarded: Guarded | None = None) -> None:
         self.guarded = guarded
         self.parts = parts if parts == table.parts else 1
-        table = (table if self.parts > 1 else replace(table, split=None)).trimmed()
+        least = guarded.other.history if guarded is not None and guarded.other is not None else 1
+        table = (table if self.parts > 1 else replace(table, split=None)).trimmed(least)
         schedule, width = table.schedule, table.history
         self.history = width
         self.uses_latent = table.uses_latent

@@ -45,22 +45,23 @@ class StepTables:
         """The schedule of the whole run that `step` belongs to; LesaError where there is none."""
         return self._config.bound_schedule(step.num_steps, step.sigmas)
 
-    def of(self, step: Step, rows: int) -> StepTable | str:
+    def of(self, step: Step, rows: int, *, at_risk: bool = False) -> StepTable | str:
         """The table of the steps from `step` on, as a run of their own, or why there is none.
 
-        `rows` of the batch tell whether it really holds the guidance parts of the pipeline.
+        `rows` of the batch tell whether it really holds the guidance parts of the pipeline. The
+        rest of a run `at_risk` has the full steps that its guard has chosen.
         """
         parts = _parts(step, rows)
         run = step.generation
         levels, sampler = step.sigmas or run.levels_problem, (run.noise, run.multistep)
         over = self._excess(run)
         ratio = over.ratio if over else 1.0
-        key = (step.num_steps, levels, step.branch, step.index, parts, sampler, ratio)
+        key = (step.num_steps, levels, step.branch, step.index, parts, sampler, ratio, at_risk)
         found = self._tables.get(key)
         if found is None:
             if len(self._tables) >= _MAX_TABLES:
                 self._tables.clear()
-            found = self._tables[key] = self._make(step, parts, over)
+            found = self._tables[key] = self._make(step, parts, over, at_risk)
         return found
 
     def _excess(self, run: Generation) -> Excess | None:
@@ -70,12 +71,14 @@ class StepTables:
             return None
         return forecaster.excess(run.guidance, run.embedded, run.guided)
 
-    def _make(self, step: Step, parts: int, over: Excess | None) -> StepTable | str:
+    def _make(self, step: Step, parts: int, over: Excess | None, at_risk: bool) -> StepTable | str:
         start = step.index
         try:
             whole = schedule = self.schedule(step)
+            guard = self._config.guard_of(whole, step.sigmas)
             if start:
-                later = [s - start for s in schedule.full_steps if s > start]
+                rest = guard.schedule if guard is not None and at_risk else whole
+                later = [s - start for s in rest.full_steps if s > start]
                 schedule = Schedule.explicit([0, *later], step.num_steps - start)
         except LesaError as error:
             self._warn_of_count(str(error))
@@ -91,8 +94,7 @@ class StepTables:
                 return f"no table: {error}"
             raise
         self._warn_of_large(table)
-        guard = None if start else self._config.guard_of(whole, step.sigmas)
-        if guard is None:
+        if guard is None or start:
             return StepTable(table, parts)
         if guard.kind == "spend":
             return StepTable(table, parts, Guarded(guard, extra=guard.extra_steps(whole)))

@@ -191,6 +191,7 @@ class Trajectory:
         self.origin = call.step.index
         self._table, self._tap = table, tap
         self._extra: frozenset[int] = frozenset()
+        self._change: Tensor | None = None
         self._forecast: Forecast | None = None
         num_steps = self.origin + len(table.rows)
         places = set() if remade is None else remade
@@ -265,6 +266,8 @@ class Trajectory:
             )
         elif not forecast.ring.matches(feature):
             raise Refusal("feature changed in shape, dtype or device")
+        if self._looks(call.step) and forecast.ring.pushed:  # a ring of one holds no two features
+            self._change = self._change_of(call, feature, forecast.ring)
         forecast.ring.push(feature)
         return feature
 
@@ -273,15 +276,24 @@ class Trajectory:
         """What becomes of the rest of it if a picture is at risk, as long as that is open."""
         return self._table.guarded
 
-    def risk(self, call: Call) -> float | None:
-        """The largest relative change of a row from the feature before to the newest one, without a
-        learned variance; None where the ring does not hold both. Waits for the device."""
-        ring = self.ring
-        if ring is None or ring.count < 2:
-            return None
+    @property
+    def risk(self) -> float | None:
+        """The largest relative change of a row from the full step before to the one at which a
+        guard looks, without a learned variance; None where it has not been there. Waits for the
+        device."""
+        return None if self._change is None else float(self._change.max())
+
+    def _looks(self, step: Step) -> bool:
+        """Whether this is the step at which a guard looks."""
+        guarded = self._table.guarded
+        return guarded is not None and step.index == guarded.guard.step
+
+    def _change_of(self, call: Call, feature: Tensor, ring: Ring) -> Tensor:
+        """The relative change of every row from the newest feature of the ring to this one."""
         latent = as_batch(call.argument(call.denoiser.spec.latent))
-        newest, before = (without_variance(ring.features[slot], latent) for slot in ring.order[:2])
-        return float(relative_change(newest, before).max())
+        before = ring.features[ring.order[0]]
+        now, before = (without_variance(part.detach(), latent) for part in (feature, before))
+        return relative_change(now, before)
 
     def act(self, call: Call, run: Run) -> None:
         """Go on, after this full step, as a picture at risk does.

@@ -169,6 +169,93 @@ def test_a_budget_of_a_request_has_the_guard_of_its_list(tiny_flux, inputs):
         assert lesa.stats(tiny_flux).extra_steps == (3, 7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_to_what_one_cached_feature_does_not_hold(tiny_flux, inputs, kind):
+    """A list whose rows weigh one feature looks at two, and another one may weigh two."""
+    forecaster = guarded(tiny_flux, inputs, kind, ALWAYS)
+    rows = forecaster.calibrations[0].rows["cond"]
+    rows[:, 0] += rows[:, 1]
+    rows[:, 1] = 0
+    if kind == "route":
+        forecaster.calibrations[0].guard.rows["cond"][1] = rows[1]
+    latents, found = run(tiny_flux, inputs, forecaster)
+    alone, _ = run(
+        tiny_flux, inputs, forecaster, schedule=forecaster.calibrations[0].guard.schedule
+    )
+    assert found.guarded == 1 and found.fallbacks == {}
+    assert torch.equal(latents, alone)
+
+
+def test_one_picture_of_no_number_hides_no_other(tiny_flux, inputs):
+    """What a guard sees of a batch with a broken picture is no number: it acts."""
+
+    forecaster = guarded(tiny_flux, inputs, "spend", NEVER)
+
+    def spoil(_module, _args, output):
+        output[0][1] = float("nan")
+
+    hook = tiny_flux.transformer.register_forward_hook(spoil)
+    _, found = run(tiny_flux, inputs, forecaster, batch=2)
+    hook.remove()
+    assert found.risk != found.risk and found.guarded == 1
+    assert found.not_finite and found.full == len(MORE.full_steps)
+
+
+def full_times(pipe, call):
+    """The places of the steps that a call computes in full."""
+    seen = []
+    hook = pipe.transformer.register_forward_pre_hook(
+        lambda _module, _args, given: seen.append(float(given["timestep"][0])), with_kwargs=True
+    )
+    pipe(**call)
+    hook.remove()
+    times = (pipe.scheduler.timesteps / 1000).tolist()
+    return [min(range(len(times)), key=lambda i: abs(times[i] - time)) for time in seen]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rest_of_a_disturbed_run_is_that_of_its_guard(tiny_flux, inputs, kind):
+    def change(_pipe, step, _time, tensors):
+        return {"prompt_embeds": tensors["prompt_embeds"] + 1} if step == 3 else {}
+
+    forecaster = guarded(tiny_flux, inputs, kind, ALWAYS)
+    disturbed = {
+        "callback_on_step_end": change,
+        "callback_on_step_end_tensor_inputs": ["prompt_embeds"],
+    }
+    with lesa.accelerate(tiny_flux, forecaster, schedule=PLAN):
+        steps = full_times(tiny_flux, inputs(steps=STEPS) | disturbed)
+        found = lesa.stats(tiny_flux)
+    other = OTHER if kind == "route" else MORE
+    assert found.guarded == 1 and len(found.fallbacks) == 1
+    assert steps == sorted({*other.full_steps, 4})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_that_fails_where_the_guard_looks_leaves_nothing_to_the_next(tiny_flux, inputs, kind):
+    forecaster = guarded(tiny_flux, inputs, kind, ALWAYS)
+    latents, _ = run(tiny_flux, inputs, forecaster)
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+
+    with lesa.accelerate(tiny_flux, forecaster, schedule=PLAN):
+        hook = tiny_flux.transformer.register_forward_hook(fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            tiny_flux(**inputs(steps=STEPS))
+        hook.remove()
+        assert lesa.stats(tiny_flux).risk is None
+        again = tiny_flux(
+            **inputs(steps=STEPS) | {"generator": torch.Generator().manual_seed(7)}
+        ).images
+        found = lesa.stats(tiny_flux)
+    assert torch.equal(again, latents)
+    assert found.guarded == 1 and found.fallbacks == {} and found.pool["used"] == 0
+
+
 class Loop:
     """A denoising loop of one's own around the bare transformer, in a slot."""
 
@@ -180,8 +267,8 @@ class Loop:
         self.prompt = inputs()["prompt_embeds"] + seed, inputs()["pooled_prompt_embeds"]
 
 
-def together(model, loops):
-    """All steps of the loops, in one batch; their latents."""
+def stepping(model, loops):
+    """The steps of the loops, in one batch, one by one."""
     ids = {"img_ids": torch.zeros(16, 3), "txt_ids": torch.zeros(6, 3)}
     for time in loops[0].scheduler.timesteps:
         with torch.no_grad(), lesa.Slot.batch([loop.slot for loop in loops]):
@@ -194,6 +281,13 @@ def together(model, loops):
             ).sample
         for i, loop in enumerate(loops):
             loop.latent = loop.scheduler.step(found[i : i + 1], time, loop.latent).prev_sample
+        yield
+
+
+def together(model, loops):
+    """All steps of the loops, in one batch; their latents."""
+    for _ in stepping(model, loops):
+        pass
     return [loop.latent for loop in loops]
 
 
@@ -222,6 +316,20 @@ def test_of_two_slots_one_is_at_risk(tiny_flux, inputs, tap, kind):
     for alone, latent in zip((one, two), joint, strict=True):
         torch.testing.assert_close(latent, alone, rtol=1e-4, atol=1e-4)  # another batch size
     assert not torch.allclose(*runs(ALWAYS, [1], [2])[0][0], *runs(NEVER, [1])[0][0])
+
+
+def test_what_is_told_of_the_newest_generation_is_not_an_older_ones(tiny_flux, inputs):
+    model, scheduler = tiny_flux.transformer, FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(STEPS)
+    sigmas = tuple(scheduler.sigmas.double().tolist())
+    forecaster = guarded(tiny_flux, inputs, "spend", ALWAYS, sigmas=sigmas)
+    with lesa.accelerate(model, forecaster, schedule=PLAN):
+        older, newest = (stepping(model, [Loop(model, inputs, seed)]) for seed in (1, 2))
+        for loop in (older, older, newest, older):  # whose step 2 is the guard's
+            next(loop)
+        found = lesa.stats(model)
+    assert found.generations == 2 and found.guarded == 1
+    assert found.risk is None and found.extra_steps == () and found.full_steps == PLAN.full_steps
 
 
 def test_what_a_forecaster_has_no_guard_for(tiny_flux, inputs):
