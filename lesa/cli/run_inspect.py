@@ -14,7 +14,6 @@ from torch import Tensor
 from lesa.cli.output import say
 from lesa.core.schedule import Schedule
 from lesa.forecasters.calibration import Calibration
-from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth, speedup
 
 SHADES = " ░▒▓█"
@@ -33,7 +32,7 @@ def describe(forecaster: Any) -> dict[str, Any]:
                 "full_steps": list(entry.schedule.full_steps),
                 "sigmas": list(entry.sigmas),
                 "worth": None if entry.worth is None else entry.worth.to_dict(),
-                "guard": None if entry.guard is None else _guard(entry.guard, entry.schedule),
+                "guard": entry.guard and entry.guard.described(entry.schedule),
                 "speedup": _speedup(entry),
                 "made_from": _made_from(_table(forecaster, entry, forecaster.branches[0])),
                 "tables": {
@@ -117,18 +116,6 @@ def _speedup(entry: Calibration) -> float:
     """Predicted, of the denoising, in the mean where a guard spends full steps."""
     share = None if entry.worth is None else entry.worth.share
     return speedup(entry.mean_full_steps, entry.schedule.steps, share)
-
-
-def _guard(guard: Guard, schedule: Schedule) -> dict[str, Any]:
-    """What a guard does, as plain values."""
-    return {
-        "kind": guard.kind,
-        "step": guard.step,
-        "limit": guard.limit,
-        "full_steps": list(guard.schedule.full_steps),
-        "extra_steps": list(guard.extra_steps(schedule)),
-        "share": guard.share,
-    }
 
 
 def _in_words(value: Any) -> str:

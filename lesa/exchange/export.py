@@ -14,6 +14,7 @@ from lesa.exchange import cache_dit, lesa_json, sglang
 from lesa.exchange.step_lists import StepList, step_lists
 from lesa.forecasters.lesa import LesaForecaster
 from lesa.util.files import as_path, require_writable, write_atomically
+from lesa.util.warn import warn
 
 __all__ = ["TARGETS", "export"]
 
@@ -26,12 +27,13 @@ class Target:
     version: Callable[[str | None], str]
     files: Callable[[Sequence[StepList], Mapping[str, Any]], dict[str, str]]
     alone: bool = False  # it reads every .json of the folder
+    guards: bool = False  # its files hold guards too
 
 
 TARGETS = {
     "cache-dit": Target(cache_dit.version, cache_dit.files),
     "sglang": Target(sglang.version, sglang.files, alone=True),
-    "json": Target(lesa_json.version, lesa_json.files),
+    "json": Target(lesa_json.version, lesa_json.files, guards=True),
 }
 
 
@@ -64,11 +66,24 @@ def export(
     target.version(engine_version)
     if request is not None and to != "sglang":
         raise LesaError(f"request: --to {to} asks for none; leave it out")
-    made = target.files(step_lists(forecaster, full_steps), request or {})
+    lists = step_lists(forecaster, full_steps)
+    made = target.files(lists, request or {})
     if target.alone:
         _check_alone(folder, made)
     require_writable(folder)
+    if not target.guards:
+        _tell_of_guards(lists, to)
     return [write_atomically(folder / name, text) for name, text in made.items()]
+
+
+def _tell_of_guards(lists: Sequence[StepList], to: str) -> None:
+    """Warn of lists that were measured with a guard, which the other program does not run."""
+    guards = [f"{one.name} ({one.entry.guard.kind})" for one in lists if one.entry.guard]
+    if guards:
+        warn(
+            f"guard: {to} runs lists without theirs, {', '.join(guards)}: there pictures at risk "
+            "get no other steps and may come out worse than `lesa inspect` says"
+        )
 
 
 def _check_alone(folder: Path, made: Mapping[str, str]) -> None:

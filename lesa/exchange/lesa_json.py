@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lesa._version import __version__
+from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.exchange.step_lists import StepList
@@ -64,14 +65,22 @@ def document(lists: Sequence[StepList]) -> dict[str, Any]:
 
 
 def _listed(one: StepList) -> dict[str, Any]:
-    worth = one.entry.worth
+    worth, guard = one.entry.worth, one.entry.guard
     return {
         "num_steps": one.steps,
         "full_steps": list(one.full_steps),
         "sigmas": list(one.entry.sigmas),
         "worth": None if worth is None else worth.to_dict(),
-        "tables": {name: _table(one.table(name)) for name in one.forecaster.branches},
+        "tables": _tables(one, one.entry.schedule),
+        "guard": None
+        if guard is None
+        else guard.described(one.entry.schedule)
+        | {"tables": _tables(one, guard.schedule) if guard.kind == "route" else {}},
     }
+
+
+def _tables(one: StepList, schedule: Schedule) -> dict[str, Any]:
+    return {name: _table(one.table(name, schedule)) for name in one.forecaster.branches}
 
 
 def _table(table: Table) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lesa.core.schedule import Schedule
 from lesa.core.table import Table
 from lesa.errors import LesaError
 from lesa.forecasters.calibration import Calibration
@@ -43,9 +44,9 @@ class StepList:
         """Where the forecaster comes from."""
         return self.forecaster.metadata
 
-    def table(self, branch: str) -> Table:
-        """What lesa runs of it in a guidance branch."""
-        return self.forecaster.table(self.entry.schedule, self.entry.sigmas, branch)
+    def table(self, branch: str, schedule: Schedule | None = None) -> Table:
+        """What lesa runs of it, or of the list that its guard changes to, in a guidance branch."""
+        return self.forecaster.table(schedule or self.entry.schedule, self.entry.sigmas, branch)
 
     def gram(self) -> Tensor | None:
         """Mean inner products of the first branch's outputs at its steps: float64 [S, S]; None

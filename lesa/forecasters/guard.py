@@ -79,6 +79,17 @@ class Guard:
         """How many full steps a picture takes, where `share` of them are at risk."""
         return len(guarded.full_steps) + self.share * len(self.extra_steps(guarded))
 
+    def described(self, guarded: Schedule) -> dict[str, Any]:
+        """What it does with this list, as plain values."""
+        return {
+            "kind": self.kind,
+            "step": self.step,
+            "limit": self.limit,
+            "share": self.share,
+            "full_steps": list(self.schedule.full_steps),
+            "extra_steps": list(self.extra_steps(guarded)),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Its fields, ready for JSON, but for the coefficients."""
         return {

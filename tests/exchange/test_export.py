@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from lesa.exchange import cache_dit as masks
 from lesa.exchange import sglang
 from lesa.exchange.export import export
 from lesa.exchange.step_lists import step_lists
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth
 
 STEPS = 12
@@ -77,6 +79,39 @@ def test_json_follows_its_schema_and_holds_the_tables(trained, tmp_path):
     first = found["lists"][0]["tables"]["cond"]
     rows, opposite = (torch.tensor(part, dtype=torch.float64) for part in first["parts"])
     assert torch.equal(rows, -opposite) and rows.any()
+
+
+ROUTED, SPENT = Schedule.explicit((0, 3, 6, 9), STEPS), Schedule.explicit((0, 3, 4, 5, 8), STEPS)
+
+
+def test_json_holds_guards(trained, tmp_path):
+    """Of one that changes to another list its tables too; where there is none, nothing."""
+    one, other = trained.calibrations
+    rows = {name: trained.table(ROUTED, SIGMAS, name).coefficients * 2 for name in one.rows}
+    for name in set(trained.branches) - one.rows.keys():
+        rows[name] = trained.table(ROUTED, SIGMAS, name).coefficients
+    for guard in (Guard(3, 0.5, ROUTED, rows, share=0.1), Guard(3, 0.5, SPENT, share=0.1)):
+        one.guard = guard
+        (path,) = export(trained, "json", tmp_path)
+        found = json.loads(path.read_text())
+        assert list(errors(found, SCHEMA)) == []
+        told = found["lists"][0]["guard"]
+        assert told["full_steps"] == list(guard.schedule.full_steps) and told["limit"] == 0.5
+        assert told["extra_steps"] == ([] if guard.rows else [4])
+        assert [*told["tables"]] == (list(trained.branches) if guard.rows else [])
+        for name, table in told["tables"].items():
+            assert table["coefficients"] == rows[name].tolist()
+        assert found["lists"][1]["guard"] is None and other.guard is None
+
+
+def test_what_lists_alone_lose_is_told(trained, tmp_path):
+    trained.calibrations[0].guard = Guard(3, 0.5, SPENT)
+    with pytest.warns(UserWarning, match=r"guard: cache-dit .* 4-of-12 \(spend\): there pictures"):
+        export(trained, "cache-dit", tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(trained, "cache-dit", tmp_path, full_steps=[6])
+        export(trained, "json", tmp_path)
 
 
 def test_json_of_the_papers_form(tmp_path):
