@@ -135,9 +135,7 @@ def _worth(entries: Sequence[Calibration]) -> str:
     timed = [worth is not None and worth.share is not None for worth in worths]
     where = "" if all(timed) else ", where it was not timed as if a skipped step took no time"
     told.append(f"*faster*: predicted, of the denoising{where}.")
-    lists = "\n".join(
-        f"- {_count(entry)}: {', '.join(map(str, entry.schedule.full_steps))}" for entry in entries
-    )
+    lists = "\n".join(f"- {_count(entry)}: {_steps(entry)}" for entry in entries)
     body = "\n".join(rows)
     return f"## What it is worth\n\n{body}\n\n{' '.join(told)}\n\nThe full steps:\n\n{lists}"
 
@@ -145,7 +143,7 @@ def _worth(entries: Sequence[Calibration]) -> str:
 def _cells(entry: Calibration) -> list[str]:
     worth, schedule = entry.worth, entry.schedule
     share = None if worth is None else worth.share
-    cells = [_count(entry), f"{speedup(len(schedule.full_steps), schedule.steps, share):.2f}x"]
+    cells = [_count(entry), f"{speedup(entry.mean_full_steps, schedule.steps, share):.2f}x"]
     if worth is None:
         return [*cells, *["-"] * (len(_COLUMNS) - 2)]
     cells += [f"{value:.1f}" for value in (worth.mean, worth.p10, worth.minimum)]
@@ -156,6 +154,18 @@ def _cells(entry: Calibration) -> list[str]:
 
 def _count(entry: Calibration) -> str:
     return f"{len(entry.schedule.full_steps)} of {entry.schedule.steps}"
+
+
+def _steps(entry: Calibration) -> str:
+    """The full steps of a list, and those of a picture at risk."""
+    told, guard = ", ".join(map(str, entry.schedule.full_steps)), entry.guard
+    if guard is None:
+        return told
+    return (
+        f"{told}; of a picture whose features change by more than {guard.limit:.3g} of their size "
+        f"up to step {guard.step}, as {guard.share:.0%} did: "
+        f"{', '.join(map(str, guard.schedule.full_steps))}"
+    )
 
 
 def _origin(metadata: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from shaken_forecasters import PLAN, SIGMAS, random_rows, shaken
 
 from lesa import LesaError, LesaForecaster, Schedule
 from lesa.forecasters.card import card
+from lesa.forecasters.guard import Guard
 from lesa.forecasters.worth import Worth
 
 METADATA = {
@@ -177,6 +178,19 @@ def test_a_card_of_what_was_not_recorded():
     entry = own.recommend(Schedule.every(5, 50), SIGMAS)
     entry.worth = Worth(50.0, 45.0, 40.0, 4, False)
     assert "| 4 own |" in card(own, "me/lesa") and "*own*: prompts" in card(own, "me/lesa")
+
+
+def test_the_card_tells_of_a_guard():
+    """What it adds counts in the speed-up, and its steps are listed."""
+    made = LesaForecaster("table")
+    entry = made.recommend(Schedule.every(5, 50), SIGMAS)
+    full = entry.schedule.full_steps
+    more = Schedule.explicit([*full, 48, 49], 50)
+    entry.guard = Guard(full[1], 0.25, more, share=0.5)
+    text = card(made, "me/lesa")
+    assert f"| {50 / (len(full) + 1):.2f}x |" in text
+    listed = ", ".join(map(str, more.full_steps))
+    assert "by more than 0.25 " in text and f"as 50% did: {listed}\n" in text
 
 
 def test_the_card_is_what_the_hub_takes(forecaster, tmp_path):
