@@ -16,8 +16,9 @@ from lesa.hooks.attach import attached, refuse_other_cache
 from lesa.hooks.model_specs import model_spec
 from lesa.hooks.wrappers import core_of
 from lesa.ops import backend
+from lesa.util.warn import warn
 
-__all__ = ["check_model", "controller_of", "left_out", "with_tap_of"]
+__all__ = ["check_model", "controller_of", "left_out", "unguarded", "with_tap_of"]
 
 
 def left_out(models: Sequence[nn.Module], config: LesaConfig) -> dict[nn.Module, str]:
@@ -76,3 +77,22 @@ def controller_of(model: nn.Module) -> CacheController:
             "wait for its end"
         )
     return denoiser.controller
+
+
+def unguarded(config: LesaConfig) -> LesaConfig:
+    """The same for loops that do not change their list: without a guard.
+
+    LesaError where one was asked for, a warning where the forecaster has one.
+    """
+    if config.guard not in (None, "off"):
+        raise LesaError(
+            f"guard={config.guard!r}: only lesa.enable runs guards, this engine does not; leave it "
+            "out"
+        )
+    entries = getattr(config.forecaster, "calibrations", ())
+    if config.guard is None and any(entry.guard for entry in entries):
+        warn(
+            f"guard: {config.forecaster.name} has one, which only lesa.enable runs; here pictures "
+            "at risk may come out worse than `lesa inspect` says"
+        )
+    return replace(config, guard="off")

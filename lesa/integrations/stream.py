@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lesa.core.schedule import Schedule
 from lesa.engine.config import LesaConfig
+from lesa.engine.fit_to_model import unguarded
 from lesa.engine.mixer import Mixer
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
@@ -69,12 +70,16 @@ class Plan:
     """What was asked for; begins the streams of a run.
 
     Args:
-        config: as for `lesa.apply_lesa_cache`.
+        config: as for `lesa.apply_lesa_cache`; a guard is left out, with a warning, since these
+            loops do not change their list.
+
+    Raises:
+        LesaError: a guard was asked for.
     """
 
     def __init__(self, config: LesaConfig) -> None:
-        self.config = config
-        self._tables = StepTables(config)
+        self.config = unguarded(config)
+        self._tables = StepTables(self.config)
 
     def schedule(self, run: Generation) -> Schedule:
         """Which steps of a run are full.
