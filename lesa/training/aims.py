@@ -131,7 +131,7 @@ def _fit(calibrator: Calibrator, lists: Sequence[Steps], aim: Aim) -> Worth | No
     rollout = calibrator.fit(leaders, work.fit)
     calibrator.store(rollout)
     fitted = job.spent
-    rollout = calibrator.insured(rollout, [*leaders, *lists])
+    rollout = calibrator.insured(rollout, [*leaders, *lists], work.joint)
     rest = work.joint - (job.spent - fitted) * steps
     rollout, found = calibrator.joint_fit(rollout, aim.polish, rest), Guarded()
     if aim.guard != "off":

@@ -154,18 +154,19 @@ def test_many_prompts_are_asked_before_a_late_second_step_is_taken(monkeypatch):
     late, early = calibrator.fit([(0, 3, 5)], 0), calibrator.fit([(0, 1, 5)], 0)
     lists = [(0, 3, 5), (0, 1, 5), (0, 1, 2)]
     spent = job.spent
-    assert calibrator.insured(late, lists) is late  # there are four
+    assert calibrator.insured(late, lists, 12) is late  # there are four
     monkeypatch.setattr(calibrate, "MANY", 4)
-    assert calibrator.insured(early, lists) is early
-    assert calibrator.insured(late, [(0, 3, 5)]) is late and job.spent == spent
+    assert calibrator.insured(early, lists, 12) is early
+    assert calibrator.insured(late, [(0, 3, 5)], 12) is late and job.spent == spent
+    assert calibrator.insured(late, lists, 11) is late and job.spent == spent  # nor paid for
     for score, expected in ((50.0, (0, 1, 5)), (-50.0, (0, 3, 5))):
         one = calibrator.fit([(0, 1, 5)], 0)
         one.result.error = one.result.error * 0 + 10 ** (-score / 20)
         with monkeypatch.context() as patch:
             patch.setattr(calibrator, "fit", lambda lists, _, one=one: one)
-            assert calibrator.insured(late, lists).spec.schedule.full_steps == expected
+            assert calibrator.insured(late, lists, 12).spec.schedule.full_steps == expected
     late.result.error = late.result.error * 0 + 10 ** (-quality(early) / 20)
-    found = calibrator.insured(late, lists)  # as good, so that it is behind by the handicap
+    found = calibrator.insured(late, lists, 12)  # as good, so that it is behind by the handicap
     assert found.spec.schedule.full_steps == (0, 1, 5)
     assert job.spent > spent
 
