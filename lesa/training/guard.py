@@ -27,6 +27,10 @@ __all__ = ["Guarded", "guarded"]
 
 MOST = {"route": 0.5, "spend": 0.25}  # share of the pictures that may be at risk
 GAIN = 0.2  # dB of the objective on pictures that the limit was not chosen on
+NO_ROOM = {
+    "route": "no other list begins with the same two full steps",
+    "spend": "no step is skipped behind the second full one",
+}
 
 
 class Guarded(NamedTuple):
@@ -51,32 +55,27 @@ def guarded(calibrator: Calibrator, leader: Rollout, lists: Sequence[Steps], kin
         lists: lists of as many full steps, of which "route" takes one.
         kind: what a picture at risk gets.
     """
-    job, plan = calibrator.job, leader.spec.schedule
-    here = leader.fixed()
+    job, here = calibrator.job, leader.fixed()
     other = _routed(calibrator, here, lists) if kind == "route" else _spent(here)
     if other is None:
-        return _without(job, kind, "no other list begins with the same two full steps")
+        return _without(job, kind, NO_ROOM[kind])
     new = [here] if other.result.score is not None else [here, other]
     with job.phase("guard", job.rows(steps_computed(new))) as bar:
         bar.detail = f"{len(job.prompts)} prompts, {kind}"
-        run_rollouts(job, new, None, plan.steps)
+        run_rollouts(job, new, None, here.spec.schedule.steps)
     risk, scores, others = here.result.change, here.result.score, other.result.score
     assert risk is not None and scores is not None and others is not None  # they have run
-    risk, step = risk.cpu().double(), plan.full_steps[1]
-    limit, gain = choose(risk, scores, others, MOST[kind])
+    risk = job.ranks.told(risk.cpu().double())
+    limit, gain = job.ranks.told(choose(risk, scores, others, MOST[kind]))
     if limit is None or gain < GAIN:
-        told = f"it gains {gain:.2f} dB on pictures that its limit was not chosen on"
-        return _without(job, kind, told)
+        told = f"it would gain {gain:.2f} dB on pictures that its limit was not chosen on"
+        return _without(job, kind, f"{told}, and {GAIN:g} is the least that counts")
     above = risk > limit
     rows, split = _coefficients(other) if kind == "route" else ({}, {})
-    share = float(above.double().mean())
+    step, share = here.spec.schedule.full_steps[1], float(above.double().mean())
     guard = Guard(step, limit, other.spec.schedule, rows, split, share)
     at_risk = [i for i in range(len(job.prompts)) if bool(above[job.pictures_of([i])].any())]
-    job.progress.line(
-        f"guard: {kind} to {', '.join(map(str, guard.schedule.full_steps))} where the change at "
-        f"step {step} is above {limit:.3g}, {int(above.sum())} of {len(above)} pictures; "
-        f"{gain:+.2f} dB"
-    )
+    _tell(job, guard, here.spec.schedule, f"{int(above.sum())} of {len(above)} pictures", gain)
     return Guarded(guard, {i: other for i in at_risk})
 
 
@@ -156,6 +155,18 @@ def _coefficients(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Tensor
     found, shared = rollout.result.coefficients, rollout.result.shared
     rows = {branch: shared.get(branch, kept).double() for branch, kept in found.items()}
     return rows, {branch: found[branch].double() for branch in shared}
+
+
+def _tell(job: Job, guard: Guard, guarded: Schedule, whose: str, gain: float) -> None:
+    """Say what a guard does, and to whom."""
+    extra = guard.extra_steps(guarded)
+    does = "more full steps" if extra else "other full steps"
+    steps = ", ".join(map(str, extra or guard.schedule.full_steps))
+    job.progress.line(
+        f"guard: {guard.kind}, {does} ({steps}) for pictures at risk: those that change by more "
+        f"than {guard.limit:.3g} of their size up to full step {guard.step}, {whose} here; "
+        f"{gain:+.2f} dB on pictures that this limit was not chosen on"
+    )
 
 
 def _without(job: Job, kind: Kind, why: str) -> Guarded:

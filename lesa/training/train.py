@@ -111,7 +111,7 @@ def train(
         check_disca(pipe, counts, wanted)
     numbers.check_at_least(0, refine=refine, polish=polish)
     target = numbers.checked_target(target_psnr, form, schedule, wanted)
-    guard = guard or "off"
+    guard = "off" if guard is None else guard
     allowed = numbers.checked_budget(budget, form, guard != "off")
     seed = numbers.check_seed(seed)
     numbers.check_at_least(1, batch_size=batch_size)

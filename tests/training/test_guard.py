@@ -106,8 +106,9 @@ def test_what_training_finds_is_what_runs(monkeypatch, name, tap, kind):
     (entry,) = made.calibrations
     assert entry.guard is not None and entry.guard.kind == kind
     assert entry.guard.share == 1 / 8 and entry.worth is not None
-    told = next(line for line in shown.lines if line.startswith(f"guard: {kind} to "))
-    assert "1 of 8 pictures" in told
+    told = next(line for line in shown.lines if line.startswith(f"guard: {kind}, "))
+    steps = entry.guard.extra_steps(entry.schedule) or entry.guard.schedule.full_steps
+    assert f"full steps ({', '.join(map(str, steps))}) for" in told and "1 of 8 pictures" in told
     risks = []
     with lesa.accelerate(job.pipe, made):
         for prompt in range(8):
@@ -122,7 +123,21 @@ def test_without_a_signal_there_is_none():
     _, made, shown = train("flux", "spend")
     (entry,) = made.calibrations
     assert entry.guard is None
-    assert any(line.startswith("guard='spend': none, since it gains ") for line in shown.lines)
+    (told,) = [line for line in shown.lines if line.startswith("guard='spend': none, since it ")]
+    assert told.endswith(
+        "on pictures that its limit was not chosen on, and 0.2 is the least that counts"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [("route", "no other list begins with"), ("spend", "no step is skipped behind the second")],
+)
+def test_where_there_is_nothing_to_try_it_says_so(kind, why):
+    given = Schedule.explicit((0, 2), 3)
+    job, shown = make_job("flux", prompts=8), Watched()
+    lesa.train(job.pipe, job.prompts, 3, schedule=given, call=job.call, guard=kind, progress=shown)
+    assert any(line.startswith(f"guard={kind!r}: none, since {why}") for line in shown.lines)
 
 
 @pytest.mark.parametrize("kind", ["route", "spend"])
@@ -148,6 +163,7 @@ def test_the_least_that_is_possible_includes_it():
     [
         ({"guard": "on"}, "guard='on': unknown; give one of 'off', 'route', 'spend'"),
         ({"guard": 1}, "guard=1: unknown"),
+        ({"guard": False}, "guard=False: unknown"),
         ({"guard": "route", "form": "paper"}, "guard='route': form='paper' has none"),
         ({"guard": "spend"}, "guard='spend': 4 prompts do not tell which pictures are at risk"),
     ],
