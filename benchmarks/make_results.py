@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from _guard_page import guard_page  # noqa: E402
+from _guard_page import guard_page, worth_page  # noqa: E402
 from _result_pages import MADE, ablation_page, pipeline_page, speed_page, transfer_page  # noqa: E402
 from _result_tables import METRICS, ahead, best, read, shown, table, title  # noqa: E402
 from _submitted_page import submitted_page  # noqa: E402
@@ -83,6 +83,7 @@ def pages(results: Path = RESULTS) -> dict[str, str]:
         ("ablations", ablation_page),
         ("transfer", transfer_page),
         ("guard", guard_page),
+        ("worth", worth_page),
     ):
         if (path := results / f"{name}.json").exists():
             found[name] = write(read(path))
@@ -114,6 +115,7 @@ def index(compared: dict[str, dict[str, Any]], names: Sequence[str]) -> Iterator
     kinds |= {"speed": "speed, on a GPU and on a CPU", "ablations": "what each part is worth"}
     kinds |= {"transfer": "one checkpoint at other step counts, sizes, guidance and samplers"}
     kinds |= {"guard": "what a guard against single bad pictures would gain"}
+    kinds |= {"worth": "what training says of a list, against unseen prompts"}
     kinds |= {"submitted": "files of `lesa compare --submit`, each of one commit and machine"}
     yield from (f"- [{kinds.get(name, name)}](results/{name}.md)" for name in names)
     yield ""

@@ -42,9 +42,9 @@ def measure(
     `others` are the rollouts of prompts that a guard lets run something else.
 
     So many fitted prompts may be judged `beside` those that are held out, up to `JUDGES` together.
-    They fare no better: on embedded flux, qwen and sdxl with 13 to 6 of 50 steps in full, the p10
-    of all 16 prompts was on average 1.6 dB from that of 64 unseen ones, that of the four held out
-    4.2 dB.
+    They fare no better: on four embedded pipelines with 13 to 6 of 50 steps in full, the p10 of 9
+    to 16 prompts was on average 2.0 dB from that of 64 unseen ones, that of the four held out
+    4.5 dB (benchmarks/bench_worth.py).
 
     The plain run is replayed from what was kept of it, so that only the accelerated runs' full
     steps are computed. A prompt is decoded at a time, by one of the ranks that share the work.
