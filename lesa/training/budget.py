@@ -75,8 +75,9 @@ class Budget:
         if self.generations is not None and self.generations < least:
             raise LesaError(
                 f"budget={self.generations:g}: {prompts} prompts need {least:.1f} plain "
-                f"generations, one each and an accelerated run per number of full steps, and one "
-                f"more of those that judge; give {least:.1f} or more"
+                f"generations, one each and an accelerated run per number of full steps, "
+                f"{'three with a guard, ' * self.guard}and one more of those that judge; give "
+                f"{least:.1f} or more"
                 f"{self._or_fewer(self.generations, prompts, judging, full_steps, num_steps)}"
             )
 
@@ -147,9 +148,9 @@ class Budget:
         num_steps: int,
     ) -> str:
         """How many prompts so many plain generations would pay for, if for any; where none are held
-        out, all of them judge."""
+        out, all of them judge. The search for a guard takes `ENOUGH`."""
         default = judging == default_judges(prompts)
-        for fewer in range(prompts - 1, 0, -1):
+        for fewer in range(prompts - 1, ENOUGH - 1 if self.guard else 0, -1):
             judges = default_judges(fewer) if default else min(fewer, judging)
             if self._least(fewer, judges, full_steps, num_steps) <= generations:
                 return f", or at most {fewer} prompt{'s' * (fewer > 1)}"

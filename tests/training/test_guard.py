@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import processes
 import pytest
 import torch
 from training_jobs import STEPS, make_job
@@ -14,6 +15,7 @@ from lesa.training.budget import EXTRA, Budget
 from lesa.training.guard import choose, with_extra
 from lesa.training.objective import objective
 from lesa.util.progress import Progress
+from lesa.util.ranks import joined
 
 
 def test_a_signal_that_holds_is_found():
@@ -150,8 +152,10 @@ def test_a_budget_pays_for_it(kind):
 def test_the_least_that_is_possible_includes_it():
     without, within = Budget(10.0), Budget(10.0, guard=True)
     without.check(5, 5, [3], 20)
-    with pytest.raises(LesaError, match="give 8.[0-9] or more|need"):
-        Budget(6.6, guard=True).check(5, 5, [3], 20)
+    with pytest.raises(LesaError, match="three with a guard, .* give 15.3 or more$"):
+        Budget(12.0, guard=True).check(9, 9, [3], 20)  # 8 prompts need 13.6
+    with pytest.raises(LesaError, match="give 15.3 or more, or at most 8 prompts$"):
+        Budget(14.0, guard=True).check(9, 9, [3], 20)
     assert within.guarding(3, 20) == (2 * 3 + EXTRA) / 20 and without.guarding(3, 20) == 0
     assert within.per_prompt(3, 1, 20, 5) == pytest.approx(
         without.per_prompt(3, 1, 20, 5) - within.guarding(3, 20)
@@ -176,3 +180,32 @@ def test_wrong_input_is_told_before_anything_runs(more, sentence):
         lesa.train(job.pipe, job.prompts, STEPS, 3, call=job.call, progress=False, **more)
     hook.remove()
     assert not ran
+
+
+@processes.needs_fork
+@pytest.mark.parametrize("kind", ["route", "spend"])
+def test_two_ranks_find_the_guard_of_one(monkeypatch, tmp_path, kind):
+    monkeypatch.setattr(guards, "GAIN", -float("inf"))
+    monkeypatch.setattr(
+        guards, "choose", lambda risk, *_: (float(risk.sort().values[-2:].mean()), 1)
+    )
+    job = make_job("flux", prompts=8)
+    options = dict(call=job.call, form="table", guard=kind, batch_size=2, progress=False)
+
+    def work(rank):
+        torch.set_num_threads(1)
+        with joined() as ranks:
+            made = lesa.train(job.pipe, job.prompts, STEPS, 3, group=ranks.group, **options)
+            made.save_pretrained(tmp_path / str(rank))
+
+    ended = processes.launch(2, work, tmp_path)
+    assert [code for code, _ in ended] == [0, 0], ended
+    alone = lesa.train(job.pipe, job.prompts, STEPS, 3, **options).calibrations[0]
+    for rank in range(2):
+        (entry,) = lesa.LesaForecaster.from_pretrained(tmp_path / str(rank)).calibrations
+        assert entry.guard.kind == kind and entry.guard.schedule == alone.guard.schedule
+        assert entry.guard.limit == pytest.approx(alone.guard.limit, rel=1e-6)
+        assert entry.guard.share == alone.guard.share == 1 / 8
+        assert entry.worth.mean == pytest.approx(alone.worth.mean, abs=1e-3)
+        for branch, rows in alone.guard.rows.items():
+            torch.testing.assert_close(entry.guard.rows[branch], rows, rtol=1e-5, atol=1e-6)
