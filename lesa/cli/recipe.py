@@ -64,7 +64,7 @@ OPTIONS: dict[str, Kind] = SHARED | {  # and those of `lesa train` alone
     "polish": as_whole,
     "budget": lambda value: as_name(value) if isinstance(value, str) else as_number(value),
     "target_psnr": as_number,
-    "guard": as_name,
+    "guard": lambda value: "off" if value is False else as_name(value),  # which YAML makes of off
 }
 BESIDE = ("prompts", "validation")  # files that are looked for beside the recipe
 FURTHER = ("title", "licence", "lora", "scheduler_config", "memory", "model")
