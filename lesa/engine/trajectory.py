@@ -290,9 +290,10 @@ class Trajectory:
 
     def _change_of(self, call: Call, feature: Tensor, ring: Ring) -> Tensor:
         """The relative change of every row from the newest feature of the ring to this one."""
-        latent = as_batch(call.argument(call.denoiser.spec.latent))
-        before = ring.features[ring.order[0]]
-        now, before = (without_variance(part.detach(), latent) for part in (feature, before))
+        now, before = feature.detach(), ring.features[ring.order[0]]
+        if not self._tap.inside:  # where a feature of twice the latent's channels is no variance
+            latent = as_batch(call.argument(call.denoiser.spec.latent))
+            now, before = (without_variance(part, latent) for part in (now, before))
         return relative_change(now, before)
 
     def act(self, call: Call, run: Run) -> None:

@@ -96,7 +96,8 @@ def train(name, kind, **more):
 
 @pytest.mark.parametrize("kind", ["route", "spend"])
 @pytest.mark.parametrize(
-    ("name", "tap"), [("flux", "output"), ("flux", "hidden"), ("sdxl", "output")]
+    ("name", "tap"),
+    [("flux", "output"), ("flux", "hidden"), ("sdxl", "output"), ("sdxl", "hidden")],
 )
 def test_what_training_finds_is_what_runs(monkeypatch, name, tap, kind):
     """Whatever it gains: random weights have no signal."""
