@@ -29,7 +29,7 @@ class BaseRun:
     picture).
 
     Attributes:
-        steps: number of steps.
+        steps: what the pipeline is asked for; a run that begins late has fewer.
         pictures: of all prompts together.
         folder: where a mapped file lies for as long as it is used; the system's own place if None.
         final: the final latents, ``[pictures, elements]`` in float64, once the run has ended.

@@ -218,4 +218,4 @@ def replay(job: Job, rollout: Rollout, prompt: int) -> Any:
     step = LockStep(job, twice, None, None, [prompt], base)
     step.prefixes.drop([0])
     with job.controlled(step):
-        return job.run([prompt] * 2, steps, output_type="pt")
+        return job.run([prompt] * 2, base.steps, output_type="pt")

@@ -42,7 +42,7 @@ def collect(
         if path is not None and job.ranks.leads:
             bar.detail += f", file {path.stat().st_size / 1e6:.2f} MB"
     job.work.width = sum(found.rows.values())
-    job.work.plain += job.rows(num_inference_steps)
+    job.work.plain += job.rows(found.num_steps)
     return found
 
 
@@ -76,6 +76,7 @@ def _collect_rest(
                 found.save(path)
     assert found is not None
     base.finish(ranks)
+    job.work.bases[found.num_steps] = base  # fewer than asked for, where a run begins late
     return found, collector.peak_bytes
 
 

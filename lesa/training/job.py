@@ -97,8 +97,7 @@ class Job:
     def new_base(self, num_inference_steps: int) -> BaseRun:
         """An empty plain run at this number of steps."""
         total = len(self.prompts) * self.pictures
-        self.work.bases[num_inference_steps] = BaseRun(num_inference_steps, total, self.folder)
-        return self.work.bases[num_inference_steps]
+        return BaseRun(num_inference_steps, total, self.folder)
 
     def pictures_of(self, prompts: Sequence[int]) -> list[int]:
         """The numbers of the pictures of some prompts."""

@@ -23,7 +23,7 @@ class Work:
         bar: of the phase that goes on.
         timed_rows, seconds: rows whose time was taken, and how long they took together.
         argument_bytes, feature_bytes: of a row of the denoiser's call, and of its tapped feature.
-        bases: the plain runs that have been kept, by their number of steps.
+        bases: the plain runs that have been kept, by the number of steps that they had.
     """
 
     rows: int = 0
