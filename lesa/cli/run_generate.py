@@ -56,7 +56,8 @@ def _checked(request: GenerateRequest) -> tuple[Any, dict[str, Any], dict[str, A
     settings = request.settings(saved, forecaster, num_inference_steps=steps)
     check_one_each(settings, "generate makes")
     steps = settings["num_inference_steps"]
-    cache = checked_schedule(forecaster, request.full, steps) | _guarded(forecaster, request)
+    cache = checked_schedule(forecaster, request.full, steps)
+    cache |= _guarded(forecaster, request, cache.get("full_steps"))
     request.check_target()
     require_writable(request.out)
     check_json(request.json)
@@ -128,9 +129,9 @@ def checked_schedule(forecaster: Any, asked: Mapping[str, Any], num_steps: int) 
     return dict(asked)
 
 
-def _guarded(forecaster: Any, request: GenerateRequest) -> dict[str, str]:
+def _guarded(forecaster: Any, request: GenerateRequest, count: int | None) -> dict[str, str]:
     """The argument of `lesa.enable` for a guard, if one was asked for; LesaError where there is
-    none."""
+    none, or none for this number of full steps."""
     if request.guard is None:
         return {}
     from lesa.engine.config import LesaConfig
@@ -138,6 +139,15 @@ def _guarded(forecaster: Any, request: GenerateRequest) -> dict[str, str]:
     if forecaster is None:
         raise LesaError(f"guard={request.guard!r}: it needs a forecaster; give --forecaster too")
     LesaConfig(forecaster, guard=cast(Any, request.guard))  # which checks it
+    entries = getattr(forecaster, "calibrations", ())
+    guarded = [e for e in entries if e.guard and e.guard.kind == request.guard]
+    known = {len(e.schedule.full_steps) for e in guarded}
+    if known and count is not None and count not in known:
+        listed = ", ".join(map(str, sorted(known, reverse=True)))
+        raise LesaError(
+            f"guard={request.guard!r}: only {listed} full steps have it, not {count}; choose from "
+            "these, or leave guard out"
+        )
     return {"guard": request.guard}
 
 

@@ -62,3 +62,20 @@ def test_off_in_a_recipe_is_not_the_truth_value_of_yaml(tmp_path):
     file.write_text("guard: on\n")
     with pytest.raises(LesaError, match="guard=True is not a text"):
         read_recipe(file)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--guard", "on"], "guard='on': unknown; choose from off, route, spend"),
+        (["--guard", "route"], "guard='route': the forecaster lesa-table has guard='spend'; leave"),
+        (["--guard", "spend", "--full-steps", 2], "guard='spend': only 4 full steps have it, not"),
+    ],
+)
+def test_what_a_forecaster_has_not_is_refused(folder, tmp_path, more, told):
+    words = ["generate", "flux", "--forecaster", folder, "--prompt", "a fox"]
+    words += ["--num-inference-steps", STEPS, "--out", tmp_path / "out"]
+    found = lesa(*words, *more)
+    assert found.exit_code == 2, found.output
+    (line,) = found.stderr.splitlines()
+    assert line.startswith(f"lesa: {told}") and not (tmp_path / "out").exists()
