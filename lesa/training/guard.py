@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from math import inf
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ def _best(risk: Tensor, scores: Tensor, others: Tensor, most: float) -> float | 
     for picture, after in pairwise(order[: 1 + int(most * len(risk))].tolist()):
         mixed[picture] = others[picture]
         gain = objective(mixed)
-        if gain > best and risk[picture] > risk[after]:
+        if gain > best and inf > risk[picture] > risk[after]:  # inf: of a feature of zeros
             best, found = gain, float(risk[picture] + risk[after]) / 2
     return found
 

@@ -60,6 +60,15 @@ def test_equal_risks_are_on_one_side():
     assert limit is None and gain == 0
 
 
+def test_a_limit_is_a_finite_number():
+    """A feature of zeros changes without bound; no file takes such a limit."""
+    risk = torch.tensor([float("inf"), 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]).double()
+    others = torch.tensor([9.0, -50, 0, 0, 0, 0, 0, 0]).double()
+    assert choose(risk, torch.zeros(8).double(), others, 0.5)[0] is None
+    others[1] = 9.0
+    assert choose(risk, torch.zeros(8).double(), others, 0.5)[0] == 2.5
+
+
 @pytest.mark.parametrize(
     ("steps", "count", "expected"),
     [
