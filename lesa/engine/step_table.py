@@ -63,7 +63,7 @@ class StepTable:
         least = guarded.other.history if guarded is not None and guarded.other is not None else 1
         table = (table if self.parts > 1 else replace(table, split=None)).trimmed(least)
         schedule, width = table.schedule, table.history
-        self.history = width
+        self.history: int = width
         self.uses_latent = table.uses_latent
         self.autoregressive = table.autoregressive
         self.rows: list[tuple[Row, ...] | None] = [None] * schedule.steps
