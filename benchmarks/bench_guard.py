@@ -36,7 +36,7 @@ from torch import Tensor
 
 import lesa
 from lesa.core.schedule import Schedule
-from lesa.engine.trajectory import OutputTap
+from lesa.engine.output_tap import OutputTap
 from lesa.hooks.attach import attached
 from lesa.hooks.denoiser import Call, Run
 from lesa.hooks.pipeline import find_denoisers

@@ -16,11 +16,12 @@ from lesa.engine.hidden_tap import HiddenTap
 from lesa.engine.joint import BUSY, run_joint
 from lesa.engine.kept import Decision, Kept
 from lesa.engine.options import current_options
+from lesa.engine.output_tap import OutputTap
 from lesa.engine.plans import Plans
 from lesa.engine.pool import Pool
 from lesa.engine.stats import Counters, Stats
 from lesa.engine.step_table import Guarded
-from lesa.engine.trajectory import FeatureTap, OutputTap, Refusal, Trajectory
+from lesa.engine.trajectory import FeatureTap, Refusal, Trajectory
 from lesa.errors import LesaError, RunError
 from lesa.hooks.attach import refuse_other_cache
 from lesa.hooks.batch_rows import rows_in

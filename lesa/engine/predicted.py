@@ -18,9 +18,10 @@ from lesa.engine.controller import CacheController
 from lesa.engine.graphs.step_graphs import StepGraphs
 from lesa.engine.graphs.tail_graph import TailBuffers
 from lesa.engine.mixer import Mixer
+from lesa.engine.output_tap import weighed_latent
 from lesa.engine.ring import Ring
 from lesa.engine.step_table import StepTable
-from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory, weighed_latent
+from lesa.engine.trajectory import Forecast, Memory, Refusal, Trajectory
 from lesa.errors import LesaError
 from lesa.forecasters.disca import DiscaForm
 from lesa.hooks.alone import check_two_blocks, check_weights
