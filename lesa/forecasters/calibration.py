@@ -51,6 +51,13 @@ class Calibration:
         """The very same full steps, and every noise level within 1e-4."""
         return self.schedule == schedule and self.distance(sigmas) <= SIGMA_TOLERANCE
 
+    def serves(self, schedule: Schedule, sigmas: Sequence[float]) -> bool:
+        """Whether this list was fitted, or the one that its guard changes to."""
+        guard = self.guard
+        if guard is not None and guard.rows and guard.schedule == schedule:
+            return self.distance(sigmas) <= SIGMA_TOLERANCE
+        return self.matches(schedule, sigmas)
+
     def distance(self, sigmas: Sequence[float]) -> float:
         """The largest difference between the noise levels, infinite for another step count."""
         if len(sigmas) != len(self.sigmas):

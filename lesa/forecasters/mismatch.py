@@ -46,7 +46,7 @@ def mismatch(
             f"{sampler}: it adds noise, and {trained}, which the forecaster was trained with, not"
         )
         effect = "skipped steps reuse the last full one"
-    elif any(entry.matches(schedule, sigmas) for entry in calibrations):
+    elif any(entry.serves(schedule, sigmas) for entry in calibrations):
         return None
     else:
         kind, told = _difference(calibrations, trained, schedule, sigmas, sampler)

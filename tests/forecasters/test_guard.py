@@ -51,6 +51,11 @@ def test_a_folder_keeps_it(tmp_path, kind):
             assert table.parts == (2 if branch == "cond" else 1)
 
 
+def test_the_list_that_a_guard_changes_to_is_a_trained_one():
+    assert guarded("route").mismatch(ROUTED, SIGMAS) is None
+    assert guarded("spend").mismatch(SPENT, SIGMAS).kind == "list"
+
+
 def test_rows_that_are_set_anew_have_no_guard():
     forecaster = guarded("route")
     forecaster.correct(PLAN, SIGMAS, "cond", random_rows(forecaster))
