@@ -163,6 +163,7 @@ def test_a_comparison_keeps_the_rows_of_methods_that_did_not_run():
         return {
             "method": method,
             "label": f"{method} {schedule[:3]} @{count}",
+            "full_steps": count,
             "schedule": schedule,
         }
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from tiny_pipelines import build
 
+import lesa
+from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 from lesa.evaluation import Bench, compare, frame_psnr, lpips, psnr, temporal_psnr
 from lesa.evaluation import build as method
@@ -16,6 +18,9 @@ from lesa.evaluation.methods import PEERS, parse
 from lesa.evaluation.metrics_row import COLUMNS, LPIPS_COLUMNS, VIDEO_COLUMNS
 from lesa.evaluation.plots import grid_png
 from lesa.evaluation.runs import generate
+from lesa.forecasters import LesaForecaster
+from lesa.forecasters.guard import Guard
+from lesa.hooks.prompt_inputs import settings_of
 from lesa.util.progress import Bar, Progress
 
 STEPS = 6
@@ -182,3 +187,29 @@ def test_deepcache_intervals(wanted, interval):
 def test_names_are_not_methods():
     with pytest.raises(LesaError, match=r"methods=\['fora'\]: names are not enough; give what"):
         compare(None, ["a"], ["fora"], {"num_inference_steps": STEPS})
+
+
+def test_a_row_with_a_guard_has_the_mean_number_of_full_steps():
+    """Prompt by prompt, since a batch would follow its worst picture."""
+    pipe, settings = make("flux", 3)
+    plan, more = (Schedule.explicit(steps, STEPS) for steps in ((0, 2), (0, 2, 4)))
+    fields = {"history": 1, "uses_latent": False, "num_steps": STEPS}
+    forecaster = LesaForecaster("table", branches=("cond", "uncond"), **fields)
+    generate(pipe, ["a"], [5], settings_of(settings, [0], 3))
+    sigmas = tuple(pipe.scheduler.sigmas.double().tolist())
+    rows = torch.ones(STEPS, 1, dtype=torch.float64)
+    rows[[0, 2]] = 0
+    for branch in forecaster.branches:
+        forecaster.correct(plan, sigmas, branch, rows)
+    entry = forecaster.calibrations[0]
+    entry.guard = Guard(2, 1e9, more)
+    risks = []
+    with lesa.accelerate(pipe, forecaster):
+        for i in range(3):
+            generate(pipe, ["a"], [5 + i], settings_of(settings, [i], 3))
+            risks.append(lesa.stats(pipe).risk)
+    entry.guard = Guard(2, sum(sorted(risks)[1:]) / 2, more)
+    mine = method("lesa", 2, Bench(STEPS, forecaster=forecaster))
+    found = compare(pipe, ["a", "b", "c"], [mine], settings, seed=5)
+    assert found.rows[0]["full_steps"] == pytest.approx(2 + 1 / 3)
+    assert "guard: spend" in found.rows[0]["schedule"]

@@ -11,7 +11,9 @@ from lesa.errors import LesaError
 from lesa.evaluation.method import Bench
 from lesa.evaluation.methods import NAMES, build, build_all, parse
 from lesa.evaluation.peers.forecasters import FORECASTERS
+from lesa.evaluation.ranking import opponents, wanted
 from lesa.forecasters import LesaForecaster
+from lesa.forecasters.guard import Guard
 
 PUBLISHED = {
     ("fora", 10): (0, 5, 10, 15, 20, 25, 30, 35, 40, 45),
@@ -110,3 +112,28 @@ def test_a_count_that_was_not_trained_is_noted():
     method = build("lesa", 11, bench)
     assert method.schedule_text.endswith("; not trained: 10 with 1 more full")
     assert method.schedule == forecaster.schedule_for(11, 50, levels)  # as `enable` runs it
+
+
+def test_what_a_guard_spends_is_met_by_peers_with_as_many_full_steps():
+    forecaster, schedule = LesaForecaster(), Schedule.every(7, 50)  # 10 full steps
+    entry = forecaster.recommend(schedule, [1 - i / 50 for i in range(51)])
+    bench, names = Bench(50, forecaster=forecaster), ("lesa", "fora")
+    labels = [method.label for method in build_all(names, [10], bench)]
+    assert labels == ["lesa @10", "fora @10"]
+    more = Schedule.explicit([*schedule.full_steps, 15, 22], 50)
+    entry.guard = Guard(schedule.full_steps[1], 0.5, more, share=0.25)
+    mine, *peers = build_all(names, [10], bench)
+    assert mine.label == "lesa @10" and mine.one_by_one and mine.note == "guard: spend"
+    assert [len(peer.schedule.full_steps) for peer in peers] == [10, 13]  # FORA has no 11 or 12
+    rows = [
+        {"method": "lesa", "label": "lesa @10", "full_steps": 10.4, "schedule": "searched: "},
+        *(
+            {"method": "fora", "label": p.label, "full_steps": p.full_steps, "schedule": "own: "}
+            for p in peers
+        ),
+    ]
+    rows = [row | {"psnr_mean": 40.0} for row in rows]
+    assert wanted(rows[0]) == 11
+    assert opponents(rows, wanted(rows[0])) == []  # 13 are more than comparable
+    rows[2] |= {"full_steps": 12, "label": "fora @12"}
+    assert [row["label"] for row in opponents(rows, wanted(rows[0]))] == ["fora @12"]
