@@ -151,9 +151,7 @@ def cost_of(
         return Cost(None, None, given.seconds)
     if each is not None:
         given = given.known(each, prompts, judging, full_steps, steps[0])
-    shares = [given.per_prompt(n, len(full_steps), steps[0], prompts) for n in full_steps]
-    guards = [given.guarding(n, steps[0]) for n in full_steps]
-    generations = prompts * (1 + sum(shares) + sum(guards))
+    generations = given.whole(prompts, full_steps, steps[0])
     seconds = None if each is None else each * generations
     return Cost(generations, generations * sum(steps), seconds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -130,7 +130,7 @@ class TrainRequest(RunRequest):
         """What training may cost."""
         from lesa.training.budget import Budget
 
-        return Budget.parse(self.budget, self.guard not in (None, "off"))
+        return replace(Budget.parse(self.budget), guard=self.guard not in (None, "off"))
 
     def texts(self) -> list[str]:
         """The calibration prompts; LesaError if there is none."""

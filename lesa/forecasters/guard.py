@@ -14,11 +14,11 @@ from lesa.core.checks import MOST_STEPS, shown
 from lesa.core.schedule import Schedule
 from lesa.errors import LesaError
 
-__all__ = ["KINDS", "MODES", "STORED", "Guard", "Mode", "check_mode", "relative_change"]
+__all__ = ["MODES", "STORED", "Guard", "Mode", "check_mode", "relative_change"]
 
 Kind = Literal["route", "spend"]
 Mode = Literal["off", "route", "spend"]
-KINDS, MODES = get_args(Kind), get_args(Mode)
+MODES = get_args(Mode)
 STORED = schema.fields(
     {
         "step": schema.whole_number(1, MOST_STEPS),

@@ -39,17 +39,16 @@ class Budget:
     guard: bool = False
 
     @classmethod
-    def parse(cls, value: Any, guard: bool = False) -> Budget:
-        """None, a number of plain generations, or a time such as "20min", "90s" or "1.5h"; with the
-        search for a guard or without.
+    def parse(cls, value: Any) -> Budget:
+        """None, a number of plain generations, or a time such as "20min", "90s" or "1.5h".
 
         Raises LesaError for anything else.
         """
         if value is None:
-            return cls(guard=guard)
+            return cls()
         if not isinstance(value, str):
             number = real("budget", value, 'give plain generations, or a time such as "20min"')
-            found = cls(generations=number, guard=guard)
+            found = cls(generations=number)
         else:
             match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)?\s*", value)
             if match is None:
@@ -58,12 +57,7 @@ class Budget:
                     'give 40, "90s", "20min" or "1.5h"'
                 )
             number = float(match[1])
-            unit = match[2]
-            found = (
-                cls(seconds=number * UNITS[unit], guard=guard)
-                if unit
-                else cls(generations=number, guard=guard)
-            )
+            found = cls(seconds=number * UNITS[match[2]]) if match[2] else cls(generations=number)
         if number <= 0:
             raise LesaError(f"budget={shown(value)}: nothing can be trained for that; give more")
         return found
@@ -97,6 +91,15 @@ class Budget:
         runs, one of them with some full steps more."""
         return self.guard * (2 * full_steps + EXTRA) / num_steps
 
+    def whole(self, prompts: int, full_steps: Sequence[int], num_steps: int) -> float:
+        """Plain generations of all prompts together, at most; a time must be `known` first."""
+        counts = len(full_steps)
+        each = [
+            self.per_prompt(n, counts, num_steps, prompts) + self.guarding(n, num_steps)
+            for n in full_steps
+        ]
+        return prompts * (1 + sum(each))
+
     def known(
         self, seconds: float, prompts: int, judging: int, full_steps: Sequence[int], steps: int
     ) -> Budget:
@@ -125,9 +128,7 @@ class Budget:
         word: str = "at most",
     ) -> str:
         """What the whole costs at most, or in another word, as one line."""
-        shares = [self.per_prompt(n, len(full_steps), num_steps, prompts) for n in full_steps]
-        guards = [self.guarding(n, num_steps) for n in full_steps]
-        whole = prompts * (1 + sum(shares) + sum(guards))
+        whole = self.whole(prompts, full_steps, num_steps)
         return (
             f"estimate: {word} {clock(whole * seconds)} for {whole:.0f} plain generations of "
             f"{seconds:.2g} s"

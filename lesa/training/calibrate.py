@@ -155,10 +155,8 @@ class Calibrator:
     ) -> None:
         """Put a rollout's coefficients, with their guard and what they are worth, into the
         forecaster, in the place of others of as many full steps."""
-        spec, result = rollout.spec, rollout.result
-        for branch, rows in result.coefficients.items():
-            shared = result.shared.get(branch)
-            known = (rows, None) if shared is None else (shared, rows)
+        spec = rollout.spec
+        for branch, known in rollout.result.stored().items():
             self.forecaster.correct(spec.schedule, self.statistics.sigmas, branch, *known)
         entry = self.forecaster.recommend(spec.schedule, self.statistics.sigmas)
         entry.worth, entry.guard = worth, guard

@@ -72,7 +72,9 @@ def guarded(calibrator: Calibrator, leader: Rollout, lists: Sequence[Steps], kin
         told = f"it would gain {gain:.2f} dB on pictures that its limit was not chosen on"
         return _without(job, kind, f"{told}, and {GAIN:g} is the least that counts")
     above = risk > limit
-    rows, split = _coefficients(other) if kind == "route" else ({}, {})
+    kept = other.result.stored() if kind == "route" else {}
+    rows = {branch: shared for branch, (shared, _) in kept.items()}
+    split = {branch: parts for branch, (_, parts) in kept.items() if parts is not None}
     step, share = here.spec.schedule.full_steps[1], float(above.double().mean())
     guard = Guard(step, limit, other.spec.schedule, rows, split, share)
     at_risk = [i for i in range(len(job.prompts)) if bool(above[job.pictures_of([i])].any())]
@@ -142,20 +144,13 @@ def _spent(here: Rollout) -> Rollout | None:
     return Rollout(replace(spec, schedule=schedule, history=history, rows=rows, shared={}))
 
 
-def with_extra(schedule: Schedule) -> Schedule | None:
-    """A list with `EXTRA` full steps more, each in the middle of one of the gaps that follow its
-    second; None where there are none to fill."""
-    ends = [*schedule.full_steps[1:], schedule.steps]
+def with_extra(schedule: Schedule, place: int = 1) -> Schedule | None:
+    """A list with `EXTRA` full steps more, each in the middle of one of the gaps that follow one of
+    its own, the second where nothing is said; None where there are none to fill."""
+    ends = [*schedule.full_steps[place:], schedule.steps]
     gaps = [(low, high) for low, high in pairwise(ends) if high - low > 1][:EXTRA]
     added = [(low + high) // 2 for low, high in gaps]
     return Schedule.explicit([*schedule.full_steps, *added], schedule.steps) if added else None
-
-
-def _coefficients(rollout: Rollout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Those of a rollout as a calibration keeps them: rows, and separate ones for parts."""
-    found, shared = rollout.result.coefficients, rollout.result.shared
-    rows = {branch: shared.get(branch, kept).double() for branch, kept in found.items()}
-    return rows, {branch: found[branch].double() for branch in shared}
 
 
 def _tell(job: Job, guard: Guard, guarded: Schedule, whose: str, gain: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lesa.core.checks import MOST_SEED, MOST_STEPS, shown, whole
@@ -58,7 +59,7 @@ def check_counts(
 def checked_budget(budget: Any, form: str, guard: bool = False) -> Budget:
     """What training may cost, perhaps with the search for a guard; LesaError for a value that is
     none, or a form that keeps to none."""
-    found = Budget.parse(budget, guard)
+    found = replace(Budget.parse(budget), guard=guard)
     if budget is not None and form not in BUDGETED:
         raise LesaError(
             f"budget={shown(budget)}: the training of form={form!r} has a fixed length and keeps "

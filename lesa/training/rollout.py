@@ -99,6 +99,14 @@ class RolloutResult:
     change: Tensor | None = None
     error: Tensor | None = None
 
+    def stored(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """By branch the coefficients as a calibration keeps them: the rows for all parts, and the
+        separate ones, if parts have any."""
+        return {
+            branch: (self.shared[branch], rows) if branch in self.shared else (rows, None)
+            for branch, rows in self.coefficients.items()
+        }
+
     @property
     def score(self) -> Tensor | None:
         """dB per picture: the base latent's mean square over the error's; higher is better."""
