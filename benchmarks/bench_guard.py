@@ -42,11 +42,12 @@ from lesa.hooks.denoiser import Call, Run
 from lesa.hooks.pipeline import find_denoisers
 from lesa.testbed import load, prompts, settings
 from lesa.training import guard as guards
+from lesa.training.budget import EXTRA
 from lesa.training.objective import objective
 from lesa.util.perceptual import psnr
 
 PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
-BATCH, EXTRA, SHARE = 8, 2, 4  # prompts at once; full steps given; one picture in so many
+BATCH, SHARE = 8, 4  # prompts at once; one picture in so many
 SEEN = 64  # prompts that a guard is trained on
 
 
@@ -105,25 +106,21 @@ def generate(
     return torch.cat(pictures), joined
 
 
-def widest(schedule: Schedule, sigmas: Sequence[float], after: int) -> Schedule:
-    """`EXTRA` full steps more after a step, each in the middle of the widest gap in noise level."""
-    return _with_more(schedule, after, lambda low, high: sigmas[high] - sigmas[low])
-
-
-def nearest(schedule: Schedule, sigmas: Sequence[float], after: int) -> Schedule:
-    """`EXTRA` full steps more, one in the middle of each of the gaps next to come."""
-    return _with_more(schedule, after, lambda low, _: float(low))
-
-
-def _with_more(schedule: Schedule, after: int, order: Callable[[int, int], float]) -> Schedule:
-    gaps = [
-        (low, high)
-        for low, high in pairwise((*schedule.full_steps, schedule.steps))
-        if low >= after and high - low > 1
-    ]
-    chosen = sorted(gaps, key=lambda gap: order(*gap))[:EXTRA]
-    added = [(low + high) // 2 for low, high in chosen]
+def widest(schedule: Schedule, sigmas: Sequence[float], place: int) -> Schedule:
+    """`EXTRA` full steps more behind one of its own, each in the middle of the widest gap in noise
+    level."""
+    ends = pairwise((*schedule.full_steps[place:], schedule.steps))
+    gaps = sorted(
+        ((low, high) for low, high in ends if high - low > 1),
+        key=lambda gap: sigmas[gap[1]] - sigmas[gap[0]],
+    )
+    added = [(low + high) // 2 for low, high in gaps[:EXTRA]]
     return Schedule.explicit([*schedule.full_steps, *added], schedule.steps)
+
+
+def nearest(schedule: Schedule, _sigmas: Sequence[float], place: int) -> Schedule:
+    """`EXTRA` full steps more, one in the middle of each of the gaps next to come, as a guard."""
+    return guards.with_extra(schedule, place) or schedule
 
 
 def spearman(signal: Tensor, decibels: Tensor) -> float:
@@ -247,9 +244,9 @@ def _policies(
 ) -> Iterator[dict[str, Any]]:
     """A row per early full step at which a guard could decide, and place of the further steps."""
     quarter = len(base) // SHARE
-    for step in plan.full_steps[1:3]:
+    for place, step in enumerate(plan.full_steps[1:3], 1):
         for where in (widest, nearest):
-            schedule = where(plan, sigmas, step)
+            schedule = where(plan, sigmas, place)
             more = run(schedule)
             row = {"decided_at": step, "where": where.__name__, "full_steps": schedule.full_steps}
             row["everybody"] = summary(more)
@@ -279,14 +276,20 @@ def _tell(found: dict[str, Any]) -> None:
         print(f"  {row}", flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def arguments(about: str, file: str) -> argparse.Namespace:
+    """What is measured, and where the file goes; the threads are set."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
     parser.add_argument("--unseen", type=int, default=64, help="test prompts")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of guard.json")
+    parser.add_argument("--out", type=Path, default=RESULTS, help=f"folder of {file}")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    return options
+
+
+def main() -> None:
+    options = arguments(__doc__, "guard.json")
     found = [measure(name, options.unseen) for name in options.pipelines]
     report = {"environment": environment(), "unseen_prompts": options.unseen, "pipelines": found}
     write(options.out / "guard.json", report)

@@ -8,20 +8,17 @@ benchmarks/results/worth.json.
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from _environment import RESULTS, environment, write
-from bench_guard import generate, summary
+from _environment import environment, write
+from bench_guard import arguments, generate, summary
 
 import lesa
 from lesa.testbed import load, prompts, settings
 from lesa.util.perceptual import psnr
 
-PIPELINES = ("flux", "qwen", "hunyuan", "sdxl")
 COUNTS, HELD_OUT = (13, 10, 8, 6), [3, 7, 11, 15]
 
 
@@ -57,13 +54,7 @@ def _pictures(pipe: Any, call: dict[str, Any], some: list[tuple[str, int]]) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pipelines", nargs="+", choices=PIPELINES, default=list(PIPELINES))
-    parser.add_argument("--unseen", type=int, default=64, help="test prompts")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of worth.json")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    options = arguments(__doc__, "worth.json")
     rows = [row for name in options.pipelines for row in measure(name, options.unseen)]
     away = {
         f"{who} {key}": fmean(abs(row[who][key] - row["unseen"][key]) for row in rows)
